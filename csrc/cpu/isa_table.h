@@ -1,0 +1,25 @@
+// The table of one instruction set's kernels; each isa_*.cpp defines one.
+#pragma once
+
+#include "planar_amortized.h"
+#include "planar_shared.h"
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+template <class T>
+constexpr Kernels<T> kernels() {
+  return {Simd<T>::width,
+          prepare<T>,
+          shared_forward_scratch<T>,
+          shared_forward<T>,
+          shared_backward_scratch<T>,
+          shared_backward<T>,
+          finish<T>,
+          amortized_scratch<T>,
+          amortized_forward<T>,
+          amortized_backward<T>};
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae

@@ -1,0 +1,192 @@
+// One SIMD vector of T and its primitives, in the compiler's vector extensions. Each isa_*.cpp includes this once, having
+// set PLANAR_NAMESPACE and PLANAR_VECTOR_BYTES. Everything is forced inline: no code of one instruction set can be
+// linked into another.
+#pragma once
+
+#include <stdint.h>
+
+#include "../planar_math.h"
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+template <class T>
+struct Ieee;
+
+template <>
+struct Ieee<float> {
+  using Bits = int32_t;
+  static constexpr int mantissa = 23, exp_terms = 7, log_terms = 5;
+  static constexpr Bits one = 0x3f800000, sqrt_half = 0x3f3504f3, infinity = 0x7f800000;
+  static constexpr float tiny = 0x1p-126f, round = 0x1.8p23f, exp_least = -87.0f, denormal_scale = 0x1p25f;
+  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr int denormal_shift = 25;
+};
+
+template <>
+struct Ieee<double> {
+  using Bits = int64_t;
+  static constexpr int mantissa = 52, exp_terms = 13, log_terms = 12;
+  static constexpr Bits one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd, infinity = 0x7ff0000000000000;
+  static constexpr double tiny = 0x1p-1022, round = 0x1.8p52, exp_least = -708.0, denormal_scale = 0x1p54;
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr int denormal_shift = 54;
+};
+
+constexpr double kInverseFactorial[] = {1,          1,           1. / 2,        1. / 6,         1. / 24,
+                                        1. / 120,   1. / 720,    1. / 5040,     1. / 40320,     1. / 362880,
+                                        1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+
+template <class T>
+struct Simd {
+  using Scalar = T;
+  using Float = Ieee<T>;
+  using Bits = typename Float::Bits;
+  static constexpr int width = PLANAR_VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(PLANAR_VECTOR_BYTES)));
+  typedef Bits I __attribute__((vector_size(PLANAR_VECTOR_BYTES)));  // also the type of a mask
+  typedef T Unaligned __attribute__((vector_size(PLANAR_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+
+  struct Exp {
+    V value, minus_one;
+  };
+
+  PLANAR_FN V splat(T x) { return x - V{}; }
+  PLANAR_FN V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  PLANAR_FN void store(T* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
+  PLANAR_FN V select(I mask, V yes, V no) { return mask ? yes : no; }
+  PLANAR_FN V abs(V x) { return as_float(as_bits(x) & ~as_bits(splat(T(-0.0)))); }
+  PLANAR_FN V tiny() { return splat(Float::tiny); }
+  PLANAR_FN I as_bits(V x) { return reinterpret_cast<I>(x); }
+  PLANAR_FN V as_float(I x) { return reinterpret_cast<V>(x); }
+  PLANAR_FN I splat_bits(Bits x) { return x - I{}; }
+
+  // The first n > 0 elements at p, `rest` behind them.
+  PLANAR_FN V load_first(const T* p, int64_t n, T rest = 0) {
+    if (n >= width) return load(p);
+    V x = splat(rest);
+    for (int i = 0; i < width - 1; ++i)
+      if (i < n) x[i] = p[i];
+    return x;
+  }
+
+  PLANAR_FN void store_first(T* p, V x, int64_t n) {
+    if (n >= width) return store(p, x);
+    for (int i = 0; i < width - 1; ++i)
+      if (i < n) p[i] = x[i];
+  }
+
+  // e^x and e^x - 1 for x <= 0, both at full relative precision; below exp_least the value stays there. NaN stays NaN.
+  PLANAR_FN Exp exp_both(V x) {
+    x = select(x < Float::exp_least, splat(Float::exp_least), x);
+    const V shifted = x * T(1.4426950408889634) + Float::round;
+    const V n = shifted - Float::round;
+    const V r = (x - n * Float::ln2_high) - n * Float::ln2_low;
+    V q = splat(T(kInverseFactorial[Float::exp_terms]));
+#pragma GCC unroll 16
+    for (int i = Float::exp_terms - 1; i >= 2; --i) q = q * r + T(kInverseFactorial[i]);
+    const V p = r * r * q + r;
+    const I exponent = (as_bits(shifted) - as_bits(splat(Float::round))) << Float::mantissa;
+    const V scale = as_float(exponent + Float::one);
+    return {scale * p + scale, scale * p + (scale - 1)};
+  }
+
+  // log x for x >= 0, -inf at 0; NaN stays NaN.
+  PLANAR_FN V log(V x) {
+    const I small = x < Float::tiny;
+    const V scaled = select(small, x * Float::denormal_scale, x);
+    const I shifted = as_bits(scaled) + (Float::one - Float::sqrt_half);
+    const I exponent = (shifted >> Float::mantissa) - (Float::one >> Float::mantissa);
+    const V m = as_float((shifted & ((Bits(1) << Float::mantissa) - 1)) + Float::sqrt_half);
+    const V e = to_float(exponent) - select(small, splat(Float::denormal_shift), V{});
+    const V f = m - 1;  // m in [sqrt(1/2), sqrt(2)): log m = 2 atanh(f / (2 + f))
+    const V t = f / (2 + f);
+    const V t2 = t * t;
+    V q = splat(T(2. / (2 * Float::log_terms + 1)));
+#pragma GCC unroll 16
+    for (int i = Float::log_terms - 1; i >= 1; --i) q = q * t2 + T(2. / (2 * i + 1));
+    const V half_square = f * f * T(0.5);
+    const V low = t * (half_square + t2 * q) + e * Float::ln2_low;
+    const V y = e * Float::ln2_high + (f - (half_square - low));
+    const V ends = select(x == 0, splat(-T(__builtin_inf())), x);  // 0, inf and NaN
+    return select((as_bits(x) < Float::infinity) & (x > 0), y, ends);
+  }
+
+  // Integers well inside the mantissa to T: AVX2 has no such conversion for 64 bits.
+  PLANAR_FN V to_float(I n) { return as_float(n + as_bits(splat(Float::round))) - Float::round; }
+};
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Lane i of the result is lane Pick::at(i) of a followed by b.
+template <class T, class Pick, int... I>
+PLANAR_FN typename Simd<T>::V shuffle(typename Simd<T>::V a, typename Simd<T>::V b, Indices<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Pick::at(I)...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::I{Pick::at(I)...});
+#endif
+}
+
+// The two halves of an exchange at distance S: lanes with bit S clear come from a, lanes with bit S set from b.
+template <int S, int W>
+struct Low {
+  static constexpr int at(int i) { return (i & S) ? W + i - S : i; }
+};
+template <int S, int W>
+struct High {
+  static constexpr int at(int i) { return (i & S) ? W + i : i + S; }
+};
+
+template <class T, int S>
+struct Exchange {
+  using X = Simd<T>;
+  using All = typename MakeIndices<X::width>::type;
+
+  // Transposes the width x width matrix whose rows are x[0], x[1], ...
+  PLANAR_FN void transpose(typename X::V* x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < X::width; ++i)
+      if (!(i & S)) {
+        const auto a = x[i], b = x[i + S];
+        x[i] = shuffle<T, Low<S, X::width>>(a, b, All{});
+        x[i + S] = shuffle<T, High<S, X::width>>(a, b, All{});
+      }
+    Exchange<T, S / 2>::transpose(x);
+  }
+
+  // Lane i of x[0] becomes the sum of the lanes of x[i].
+  PLANAR_FN void sum_lanes(typename X::V* x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < S; ++i)
+      x[i] = shuffle<T, Low<S, X::width>>(x[i], x[i + S], All{}) + shuffle<T, High<S, X::width>>(x[i], x[i + S], All{});
+    Exchange<T, S / 2>::sum_lanes(x);
+  }
+};
+
+template <class T>
+struct Exchange<T, 0> {
+  PLANAR_FN void transpose(typename Simd<T>::V*) {}
+  PLANAR_FN void sum_lanes(typename Simd<T>::V*) {}
+};
+
+template <class T>
+PLANAR_FN void transpose(typename Simd<T>::V* x) {
+  Exchange<T, Simd<T>::width / 2>::transpose(x);
+}
+
+template <class T>
+PLANAR_FN typename Simd<T>::V sum_lanes(typename Simd<T>::V* x) {
+  Exchange<T, Simd<T>::width / 2>::sum_lanes(x);
+  return x[0];
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae

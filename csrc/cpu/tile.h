@@ -1,0 +1,133 @@
+// Tiles of samples: a matrix [m][kTile] holds one row a latent dimension (or a step) and one lane a sample, so that the
+// scan over steps and every product run side by side over samples, without any exchange between lanes.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+constexpr int kRegisters = PLANAR_VECTOR_BYTES == 64 ? 4 : 2;  // vectors side by side in a product's block
+
+// out [M][kTile] += A X for X [inner][kTile], with A[m][i] at A[m * a_m + i * a_i]: one block of M rows.
+template <class T, int M>
+PLANAR_FN void product_block(T* out, const T* A, int64_t a_m, int64_t a_i, const T* X, int64_t inner) {
+  using S = Simd<T>;
+  for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
+    typename S::V acc[M][kRegisters];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kRegisters; ++v) acc[m][v] = S::load(out + m * kTile + lane + v * S::width);
+    for (int64_t i = 0; i < inner; ++i) {
+      typename S::V x[kRegisters];
+      for (int v = 0; v < kRegisters; ++v) x[v] = S::load(X + i * kTile + lane + v * S::width);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < kRegisters; ++v) acc[m][v] += A[m * a_m + i * a_i] * x[v];
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kRegisters; ++v) S::store(out + m * kTile + lane + v * S::width, acc[m][v]);
+  }
+}
+
+// out [rows][kTile] += A X for X [inner][kTile].
+template <class T>
+PLANAR_FN void product(T* out, const T* A, int64_t a_m, int64_t a_i, const T* X, int64_t rows, int64_t inner) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) product_block<T, 4>(out + m * kTile, A + m * a_m, a_m, a_i, X, inner);
+  for (; m < rows; ++m) product_block<T, 1>(out + m * kTile, A + m * a_m, a_m, a_i, X, inner);
+}
+
+// A matrix of sums over samples, in blocks of kBlockM x kBlockN whose elements stand behind one another: a block is what
+// one pass of `outer` holds in registers.
+constexpr int kBlockM = 4, kBlockN = PLANAR_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kBlock = kBlockM * kBlockN;
+
+PLANAR_FN int64_t block_index(int64_t m, int64_t n, int64_t columns) {
+  return ((m / kBlockM) * (columns / kBlockN) + n / kBlockN) * kBlock + (m % kBlockM) * kBlockN + n % kBlockN;
+}
+
+// out [rows][columns] in blocks += X Y^T, summed over the kTile samples; rows and columns are multiples of 4, X is
+// [rows][kTile], Y [columns][kTile].
+template <class T>
+PLANAR_FN void outer(T* out, const T* X, const T* Y, int64_t rows, int64_t columns) {
+  using S = Simd<T>;
+  for (int64_t m = 0; m < rows; m += kBlockM)
+    for (int64_t n = 0; n < columns; n += kBlockN) {
+      typename S::V acc[kBlock] = {};
+      for (int lane = 0; lane < kTile; lane += S::width) {
+        typename S::V y[kBlockN];
+        for (int j = 0; j < kBlockN; ++j) y[j] = S::load(Y + (n + j) * kTile + lane);
+        for (int i = 0; i < kBlockM; ++i) {
+          const auto x = S::load(X + (m + i) * kTile + lane);
+          for (int j = 0; j < kBlockN; ++j) acc[i * kBlockN + j] += x * y[j];
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kBlock; i += S::width) S::store(out + i, S::load(out + i) + sum_lanes<T>(acc + i));
+      out += kBlock;
+    }
+}
+
+// tile [dim][kTile] = the transpose of rows 0..n of x, lanes behind n zero.
+template <class T>
+PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  const T* p = x.data;
+  for (int64_t lane = 0; lane < kTile; lane += W) {
+    int64_t d = 0;
+    if (x.col == 1 && lane + W <= n)
+      for (; d + W <= dim; d += W) {
+        typename S::V block[W];
+        for (int i = 0; i < W; ++i) block[i] = S::load(p + (lane + i) * x.row + d);
+        transpose<T>(block);
+        for (int i = 0; i < W; ++i) S::store(tile + (d + i) * kTile + lane, block[i]);
+      }
+    for (; d < dim; ++d)
+      for (int64_t i = lane; i < lane + W; ++i) tile[d * kTile + i] = i < n ? p[i * x.row + d * x.col] : T(0);
+  }
+}
+
+// Rows 0..n of the contiguous x [.][dim] = the transpose of tile [dim][kTile].
+template <class T>
+PLANAR_FN void store_tile(const T* tile, T* x, int64_t n, int64_t dim) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  for (int64_t lane = 0; lane < n; lane += W) {
+    const int64_t end = lane + W <= n ? lane + W : n;
+    int64_t d = 0;
+    if (lane + W <= n)
+      for (; d + W <= dim; d += W) {
+        typename S::V block[W];
+        for (int i = 0; i < W; ++i) block[i] = S::load(tile + (d + i) * kTile + lane);
+        transpose<T>(block);
+        for (int i = 0; i < W; ++i) S::store(x + (lane + i) * dim + d, block[i]);
+      }
+    for (; d < dim; ++d)
+      for (int64_t i = lane; i < end; ++i) x[i * dim + d] = tile[d * kTile + i];
+  }
+}
+
+template <class T>
+PLANAR_FN void fill(T* p, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+template <class T>
+PLANAR_FN void copy(T* to, const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+// The sum over d of x[d] y[d], always in the same order.
+template <class T>
+PLANAR_FN T dot(const T* x, const T* y, int64_t n) {
+  using S = Simd<T>;
+  typename S::V acc{};
+  for (int64_t d = 0; d < n; d += S::width) acc += S::load_first(x + d, n - d) * S::load_first(y + d, n - d);
+  T sum = 0;
+  for (int i = 0; i < S::width; ++i) sum += acc[i];
+  return sum;
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae

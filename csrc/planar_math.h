@@ -1,0 +1,106 @@
+// The scalar formulas of a planar step, once, for every kernel. Equation numbers are those of docs/math.md.
+//
+// L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
+// primitives select, abs, exp_both and log on it. No torch, no memory, no branches on data.
+#pragma once
+
+#if defined(__CUDACC__)
+#define PLANAR_FN static __host__ __device__ __forceinline__
+#else
+#define PLANAR_FN static inline __attribute__((always_inline))
+#endif
+
+#ifndef PLANAR_NAMESPACE
+#define PLANAR_NAMESPACE portable
+#endif
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+template <class L>
+struct Constrained {
+  typename L::V c;        // w . u_hat                                                    (5)
+  typename L::V s;        // 1 + c, taken from the softplus: 1 + c would cancel           (5)
+  typename L::V r;        // u_hat = u + r inv_n w                                        (4)
+  typename L::V inv_n;    // 1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
+  typename L::V rising;   // dc / dalpha = sigmoid(alpha), 0 where inv_n is               (6)
+  typename L::V falling;  // -dr / dalpha = sigmoid(-alpha), 0 where inv_n is             (6)
+};
+
+template <class L>
+struct Activated {
+  typename L::V h;        // tanh(a)
+  typename L::V h_prime;  // 1 - h^2, without the subtraction                             (7)
+};
+
+template <class L>
+struct ConstraintAdjoint {  // (6): du = v + dalpha w, dw = of_v v + dalpha u + of_w w
+  typename L::V dalpha, of_v, of_w;
+};
+
+// log(1 + x) for x >= 0: the logarithm of the rounded sum, and what the rounding lost.
+template <class L>
+PLANAR_FN typename L::V log1p(typename L::V x) {
+  const auto sum = 1 + x;
+  return L::log(sum) + (x - (sum - 1)) / sum;
+}
+
+// (4), (5) from alpha = w . u and n = |w|^2. Without the constraint u_hat = u and c = alpha.
+template <class L>
+PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, bool constrained) {
+  const auto zero = L::splat(0), one = L::splat(1);
+  if (!constrained) return {alpha, 1 + alpha, zero, zero, one, zero};
+  const auto e = L::exp_both(-L::abs(alpha)).value;
+  const auto log_term = log1p<L>(e);
+  const auto nonzero = n >= L::tiny();
+  const auto up = alpha >= 0;
+  const auto p = 1 / (1 + e);
+  const auto s = L::select(nonzero, L::select(up, alpha, zero) + log_term, one);
+  return {s - 1,
+          s,
+          L::select(up, zero, -alpha) + log_term - 1,
+          L::select(nonzero, 1 / n, zero),
+          L::select(nonzero, L::select(up, p, e * p), zero),
+          L::select(nonzero, L::select(up, e * p, p), zero)};
+}
+
+// (6) from q = v . w with v = dL/du_hat, and gamma = dL/dc.
+template <class L>
+PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typename L::V q, typename L::V gamma) {
+  const auto q_n = q * p.inv_n;
+  return {gamma * p.rising - q_n * p.falling, p.r * p.inv_n, -2 * p.r * q_n * p.inv_n};
+}
+
+// (2), (7): one exponential serves tanh and its derivative.
+template <class L>
+PLANAR_FN Activated<L> activate(typename L::V a) {
+  const auto e = L::exp_both(-2 * L::abs(a));
+  const auto inv = 1 / (2 + e.minus_one);
+  const auto magnitude = -e.minus_one * inv;
+  return {L::select(a < 0, -magnitude, magnitude), 4 * e.value * inv * inv};
+}
+
+// h'' at the same point, for (12).
+template <class L>
+PLANAR_FN typename L::V h_second(const Activated<L>& act) {
+  return -2 * act.h * act.h_prime;
+}
+
+// (7): under the constraint a sum of non-negative terms, so that it can neither cancel nor change sign.
+template <class L>
+PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s, bool constrained) {
+  return constrained ? act.h * act.h + s * act.h_prime : 1 + c * act.h_prime;
+}
+
+// (8): log1p(c h') where c >= 0, else the logarithm of the determinant itself; one logarithm serves both.
+template <class L>
+PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s, bool constrained) {
+  const auto grows = c >= 0;
+  const auto x = c * act.h_prime;
+  const auto value = L::select(grows, 1 + x, L::abs(determinant<L>(act, c, s, constrained)));
+  const auto lost = (x - (value - 1)) / value;
+  return L::log(value) + L::select(grows, lost, L::splat(0));
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae

@@ -1,0 +1,74 @@
+"""The autograd Function around the kernels, and the choice of the differentiable reference where it cannot serve."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vvae_fast import ops, reference
+
+
+class PlanarFlowFunction(torch.autograd.Function):
+    """planar_forward and planar_backward on z [*batch, D]: saves z and the pre-activations a [K, rows], nothing else."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, u, w, b, constraint, save=True)
+        ctx.save_for_backward(z, u, w, b, a)
+        ctx.constraint = constraint
+        ctx.set_materialize_grads(False)
+        return z_K, log_det
+
+    @staticmethod
+    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_z is None and grad_log_det is None:
+            return None, None, None, None, None
+        z, u, w, b, a = ctx.saved_tensors
+        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
+        grad_log_det = z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
+            return *reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint), None
+        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.constraint), None
+
+
+def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
+    """z_K [*batch, D] and log_det [*batch] of arguments that share one compute dtype, on the backend `backend`."""
+    if backend == "reference" or _needs_plain_torch():
+        return reference.planar_forward(z, u, w, b, constraint)[:2]
+    if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
+        return PlanarFlowFunction.apply(z, u, w, b, constraint)
+    return _run_forward(z, u, w, b, constraint, save=False)[:2]
+
+
+def _needs_plain_torch() -> bool:
+    """Inside torch.func transforms and forward-mode AD only plain torch operations are transformed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[K, D], [K, D], [K] as they are, or [P, K, D], [P, K, D], [P, K]: views wherever the strides allow one."""
+    if u.dim() <= 3:
+        return u, w, b
+    return u.flatten(0, -3), w.flatten(0, -3), b.flatten(0, -2)
+
+
+def _run_forward(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = z.reshape(-1, z.shape[-1])
+    z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
+    return z_K.view(z.shape), log_det.view(z.shape[:-1]), a
+
+
+def _run_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constraint: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dim = z.shape[-1]
+    dz, du, dw, db = ops.planar_backward(
+        grad_z.reshape(-1, dim),
+        grad_log_det.reshape(-1),
+        z.reshape(-1, dim),
+        *_flat_params(u, w, b),
+        a,
+        constraint == "softplus",
+    )
+    return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape)

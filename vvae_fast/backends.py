@@ -1,0 +1,109 @@
+"""The backends, what each of them cannot do, and how one is chosen. A backend asked for by name works or raises."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from vvae_fast import config, ops
+from vvae_fast._version import __version__
+from vvae_fast.shapes import Problem, check_backend_name
+
+AUTO = "auto"
+
+
+class Backend(NamedTuple):
+    """`unavailable` says why it cannot run on this machine, `unsupported` why it cannot run a problem."""
+
+    name: str
+    unavailable: Callable[[], list[str]]
+    unsupported: Callable[[Problem], list[str]]
+
+
+def _cpp_unavailable() -> list[str]:
+    return [ops.load_error] if ops.load_error else []
+
+
+def _cpp_unsupported(problem: Problem) -> list[str]:
+    if problem.device_type != "cpu":
+        return [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
+    return []
+
+
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpp", _cpp_unavailable, _cpp_unsupported),
+        Backend("reference", lambda: [], lambda problem: []),
+    )
+}
+NAMES = tuple(_BACKENDS)  # fastest first: the order in which "auto" asks
+
+
+class _Override(threading.local):
+    name: str | None = None
+
+
+_override = _Override()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside the `with` block every flow of this thread that has no `backend=` of its own runs on the backend `name`.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reasons, for a backend that cannot run here.
+    """
+    check_backend_name(name, (*NAMES, AUTO), "use_backend's name")
+    if name != AUTO:
+        _require(_BACKENDS[name], _BACKENDS[name].unavailable())
+    previous, _override.name = _override.name, name
+    try:
+        yield
+    finally:
+        _override.name = previous
+
+
+def select(problem: Problem, name: str | None) -> str:
+    """The backend that runs `problem`: `name`, else `use_backend`'s, else the environment's, else the fastest.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reasons, where the one asked for cannot run it.
+    """
+    source = "backend"
+    if name is None:
+        name, source = _override.name, "use_backend's name"
+    if name is None:
+        name, source = _environment(), "the environment variable VVAE_FAST_BACKEND"
+    if name == AUTO:
+        return next(b.name for b in _BACKENDS.values() if not _reasons(b, problem))
+    check_backend_name(name, (*NAMES, AUTO), source)
+    _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
+    return name
+
+
+def info() -> dict[str, object]:
+    """Every backend, whether it is available and if not why, the build facts of the extension, and the versions."""
+    backends = {b.name: {"available": not b.unavailable(), "reasons": b.unavailable()} for b in _BACKENDS.values()}
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "backends": backends,
+        "build": ops.build_facts(),
+        "isa": ops.isa(),
+        "isa_levels": list(ops.isa_levels()),
+    }
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> str:
+    return config.backend()
+
+
+def _reasons(backend: Backend, problem: Problem) -> list[str]:
+    return backend.unavailable() or backend.unsupported(problem)
+
+
+def _require(backend: Backend, reasons: list[str]) -> None:
+    if reasons:
+        raise RuntimeError(f"the backend {backend.name!r} was asked for and cannot run: {'; '.join(reasons)}")

@@ -1,0 +1,17 @@
+"""The only reader of environment variables.
+
+VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
+VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).
+"""
+
+import os
+
+
+def backend() -> str:
+    """The backend that the environment asks for; "auto" when it asks for none."""
+    return os.environ.get("VVAE_FAST_BACKEND", "") or "auto"
+
+
+def isa() -> str | None:
+    """The instruction set that the environment asks for, or None."""
+    return os.environ.get("VVAE_FAST_ISA", "") or None

@@ -1,0 +1,76 @@
+"""The functional interface: `planar_flow` and `planar_flow_inverse`."""
+
+import torch
+from torch import Tensor
+
+from vvae_fast import autograd, backends, reference, shapes
+
+
+def planar_flow(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    activation: str = "tanh",
+    constraint: str = "softplus",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """K planar steps z <- z + u_hat tanh(w . z + b) and the sum of their log-determinants, in one fused pass.
+
+    Rezende & Mohamed 2015, equations 10 to 13, with the invertibility constraint of their appendix A.1 on u.
+
+    Args:
+        z: [*batch, D], any leading dimensions, none included.
+        u, w: [K, D], shared by all samples, or [*params, K, D], amortized, where *params are the trailing dimensions of
+            *batch: z [S, B, D] with u [B, K, D] draws S samples per data point and copies nothing.
+        b: u's shape without D.
+        activation: "tanh".
+        constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "none" leaves u.
+        backend: one of `vvae_fast.info()["backends"]`, or None for `use_backend`'s, the environment's or the fastest.
+
+    Returns:
+        z_K [*batch, D] in z's dtype, and log_det [*batch] = log|det dz_K/dz| in nats, float32 for the half precisions:
+        log q_K(z_K) = log q_0(z) - log_det.
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ outside torch.autocast.
+        ValueError: shapes, devices or names that do not fit; the message says which and what was wanted.
+        RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
+    """
+    problem = shapes.check(z, u, w, b, activation, constraint)
+    chosen = backends.select(problem, backend)
+    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), constraint, chosen)
+    return z_K.to(z.dtype), log_det
+
+
+def planar_flow_inverse(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    activation: str = "tanh",
+    constraint: str = "softplus",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
+
+    Arguments and errors are those of `planar_flow`; constraint="none" guarantees no inverse and is refused. Only the
+    reference backend has an inverse.
+    """
+    problem = shapes.check(z, u, w, b, activation, constraint)
+    if constraint == "none":
+        raise ValueError('constraint must be "softplus" to invert, got "none": w . u <= -1 has no inverse')
+    if backend not in (None, backends.AUTO, "reference"):
+        shapes.check_backend_name(backend, (*backends.NAMES, backends.AUTO), "backend")
+        raise RuntimeError(
+            f"the backend {backend!r} was asked for and cannot run: it has no inverse, the reference has"
+        )
+    z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b))
+    return z_0.to(z.dtype), log_det
+
+
+def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype: torch.dtype = problem.compute_dtype
+    return tuple(t if t.dtype == dtype else t.to(dtype) for t in tensors)

@@ -1,0 +1,22 @@
+"""Modules: planar flows, the VAE, its likelihoods and MLP builders."""
+
+from vvae_fast.nn.likelihoods import Bernoulli, Binomial, Gaussian, Likelihood, make_likelihood
+from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
+from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
+from vvae_fast.nn.vae import VAE, ElboTerms, Posterior, PosteriorSample
+
+__all__ = [
+    "VAE",
+    "AmortizedPlanarFlow",
+    "Bernoulli",
+    "Binomial",
+    "ElboTerms",
+    "Gaussian",
+    "Likelihood",
+    "PlanarFlow",
+    "Posterior",
+    "PosteriorSample",
+    "make_likelihood",
+    "mlp_decoder",
+    "mlp_encoder",
+]

@@ -1,0 +1,205 @@
+"""Decoder likelihoods p(x | z): what the decoder's outputs mean, in nats and in log-space throughout.
+
+Every likelihood works on flat data: x is [*batch, P] and the decoder's outputs are params [*samples, *batch,
+num_params * P], where leading sample dimensions share x. VAE flattens images for you.
+
+Data are not checked in log_prob, which runs every training step and would stall a GPU; `check_data` does it, once for a
+data set.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_TWO_PI = math.log(2.0 * math.pi)
+
+
+class Likelihood:
+    """A distribution over data dimensions that are independent given the decoder's outputs.
+
+    Attributes:
+        name: the name `make_likelihood` knows it by.
+        num_params: outputs the decoder must give for each data dimension.
+    """
+
+    name: str
+    num_params: int
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        """log p(x | params) summed over the data dimensions, in nats.
+
+        Args:
+            x: data, [*batch, P].
+            params: the decoder's outputs, [*samples, *batch, num_params * P].
+
+        Returns:
+            [*samples, *batch].
+
+        Raises:
+            ValueError: where the shapes do not fit; the sample dimensions are the only broadcast.
+        """
+        self._check_shapes(x, params)
+        return self._log_prob(x, params)
+
+    def mean(self, params: Tensor) -> Tensor:
+        """E[x], [*batch, P], for params [*batch, num_params * P]."""
+        raise NotImplementedError
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of x, [*batch, P], for params [*batch, num_params * P]."""
+        raise NotImplementedError
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise ValueError where x (any shape) holds a value of zero probability, NaN included."""
+        raise NotImplementedError
+
+    def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_shapes(self, x: Tensor, params: Tensor) -> None:
+        wanted = (*x.shape[:-1], self.num_params * x.shape[-1]) if x.ndim else ()
+        if not wanted or params.ndim < x.ndim or params.shape[params.ndim - x.ndim :] != wanted:
+            raise ValueError(
+                f"params must be [*samples, {', '.join(map(str, wanted))}] for x of shape {tuple(x.shape)} "
+                f"({self.name}: {self.num_params} a data dimension), got {tuple(params.shape)}"
+            )
+
+    def _refuse(self, x: Tensor, wanted: str) -> None:
+        low, high = (f"{value:g}" for value in (x.min().item(), x.max().item()))
+        raise ValueError(f"x must hold {wanted} for the {self.name} likelihood, got values from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Bits, x in {0, 1}; the parameter is the logit. Values between 0 and 1 are accepted and give the cross-entropy."""
+
+    name = "bernoulli"
+    num_params = 1
+
+    def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        return _cross_entropy(x, params).neg()
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params.sigmoid()
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(params.sigmoid(), generator=generator)
+
+    def check_data(self, x: Tensor) -> None:
+        if not ((x >= 0) & (x <= 1)).all():
+            self._refuse(x, "values in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Binomial(Likelihood):
+    """Counts, x in {0, ..., total_count}; the parameter is the logit of one trial.
+
+    log_prob includes the log binomial coefficient, so that it is a true log-probability of the counts.
+    """
+
+    total_count: int
+
+    name = "binomial"
+    num_params = 1
+
+    def __post_init__(self):
+        if isinstance(self.total_count, bool) or not isinstance(self.total_count, int):
+            raise TypeError(f"total_count must be an int, got {type(self.total_count).__name__}")
+        if self.total_count < 1:
+            raise ValueError(f"total_count must be at least 1, got {self.total_count}")
+
+    def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        n = self.total_count
+        log_choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n + 1 - x)  # [*batch, P]
+        return log_choose.sum(-1) - n * _cross_entropy(x / n, params)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return self.total_count * params.sigmoid()
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        probability = params.sigmoid()
+        return torch.binomial(torch.full_like(probability, self.total_count), probability, generator=generator)
+
+    def check_data(self, x: Tensor) -> None:
+        if not ((x >= 0) & (x <= self.total_count) & (x == x.round())).all():
+            self._refuse(x, f"whole numbers in [0, {self.total_count}]")
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Real numbers. The decoder gives means and, with log_var=None, a log-variance for each data dimension.
+
+    With log_var=None (Kingma & Welling 2014, appendix C.2) params hold all P means, then all P log-variances; these are
+    held at MIN_LOG_VAR or above, because a data dimension that never varies has no finite maximum likelihood. With a
+    number, log_var is that fixed log-variance and params are the means.
+    """
+
+    log_var: float | None = None
+
+    MIN_LOG_VAR = -14.0  # a standard deviation of 9e-4
+    name = "gaussian"
+
+    @property
+    def num_params(self) -> int:
+        return 2 if self.log_var is None else 1
+
+    def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        if self.log_var is None:
+            mean, log_var = self._split(params)
+            precision = (-log_var).exp()
+        else:
+            mean, log_var, precision = params, self.log_var, math.exp(-self.log_var)
+        return -0.5 * ((x - mean).square() * precision + log_var + LOG_TWO_PI).sum(-1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params if self.log_var is not None else self._split(params)[0]
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.log_var is None:
+            mean, log_var = self._split(params)
+            std = (0.5 * log_var).exp()
+        else:
+            mean, std = params, math.exp(0.5 * self.log_var)
+        return mean + std * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_var = params.chunk(2, -1)
+        return mean, log_var.clamp(min=self.MIN_LOG_VAR)
+
+    def check_data(self, x: Tensor) -> None:
+        if not x.isfinite().all():
+            self._refuse(x, "finite numbers")
+
+
+def _cross_entropy(probability: Tensor, logits: Tensor) -> Tensor:
+    """[*samples, *batch]: -(p log sigmoid(l) + (1 - p) log sigmoid(-l)) summed over data; stable for every logit."""
+    target = probability.expand(logits.shape)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+
+
+def make_likelihood(name: str | Likelihood, *, total_count: int | None = None) -> Likelihood:
+    """The likelihood of a name: "bernoulli", "binomial" (needs total_count) or "gaussian" (learned log-variances).
+
+    A Likelihood is returned as it is. Raises ValueError for another name, for a binomial without total_count and for a
+    total_count that nothing uses; TypeError for anything but a name or a Likelihood.
+    """
+    if isinstance(name, Likelihood):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"likelihood must be a name or a Likelihood, got {type(name).__name__}")
+    if name == "binomial":
+        if total_count is None:
+            raise ValueError('likelihood "binomial" needs total_count: make_likelihood("binomial", total_count=n)')
+        return Binomial(total_count)
+    if total_count is not None:
+        raise ValueError(f'total_count belongs to likelihood "binomial" alone, got {total_count} with "{name}"')
+    if name == "bernoulli":
+        return Bernoulli()
+    if name == "gaussian":
+        return Gaussian()
+    raise ValueError(f'likelihood must be one of "bernoulli", "binomial", "gaussian", got "{name}"')

@@ -1,0 +1,105 @@
+"""Planar flows as modules."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast.functional import planar_flow, planar_flow_inverse
+from vvae_fast.shapes import check_size
+
+# softplus(w . u) = 1 at w . u = log(e - 1), and there u_hat = 0: the flow starts as the identity, docs/math.md (4).
+_IDENTITY_ALPHA = math.log(math.e - 1)
+
+
+def _identity_u(w: Tensor) -> Tensor:
+    """u [K, D] for w [K, D] such that u_hat = 0."""
+    return _IDENTITY_ALPHA * w / w.square().sum(-1, keepdim=True)
+
+
+class PlanarFlow(nn.Module):
+    """K planar steps whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
+
+    Starts as the identity map. `flow(z)` maps z [*batch, D] to (z_K [*batch, D], log_det [*batch] in nats);
+    `flow.inverse(z)` maps back, with the log_det of the inverse.
+
+    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size.
+    """
+
+    def __init__(self, dim: int, num_steps: int, *, backend: str | None = None) -> None:
+        super().__init__()
+        check_size("dim", dim, 1)
+        check_size("num_steps", num_steps, 0)
+        self.dim, self.num_steps, self.backend = dim, num_steps, backend
+        self.u = nn.Parameter(torch.empty(num_steps, dim))
+        self.w = nn.Parameter(torch.empty(num_steps, dim))
+        self.b = nn.Parameter(torch.empty(num_steps))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws w at unit scale for any D, sets b = 0 and u so that u_hat = 0."""
+        with torch.no_grad():
+            self.w.normal_(std=self.dim**-0.5)
+            self.u.copy_(_identity_u(self.w))
+            self.b.zero_()
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `planar_flow`'s."""
+        return planar_flow(z, self.u, self.w, self.b, backend=self.backend)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D]."""
+        return planar_flow_inverse(z, self.u, self.w, self.b)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_steps={self.num_steps}"
+
+
+class AmortizedPlanarFlow(nn.Module):
+    """K planar steps whose parameters one linear head computes from a context, a set for each data point.
+
+    Starts as the identity map for every context. `flow(z, context)` with context [*params, F] and z [*batch, D], where
+    *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det [*batch] in nats): z [S, B, D] with
+    context [B, F] draws S samples for each data point. `flow.inverse(z, context)` maps back.
+
+    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size.
+    """
+
+    def __init__(self, dim: int, num_steps: int, context_dim: int, *, backend: str | None = None) -> None:
+        super().__init__()
+        check_size("dim", dim, 1)
+        check_size("num_steps", num_steps, 0)
+        check_size("context_dim", context_dim, 1)
+        self.dim, self.num_steps, self.context_dim, self.backend = dim, num_steps, context_dim, backend
+        self.head = nn.Linear(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Puts the identity flow's u, w and b into the head's bias and zeros into its weight."""
+        w = torch.empty_like(self.head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
+        with torch.no_grad():
+            w.normal_(std=self.dim**-0.5)
+            self.head.weight.zero_()
+            self.head.bias.copy_(torch.cat([_identity_u(w).flatten(), w.flatten(), w.new_zeros(self.num_steps)]))
+
+    def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F], no copies."""
+        if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
+        packed = self.head(context)  # [*params, K (2 D + 1)]
+        size = self.num_steps * self.dim
+        u, w, b = packed.split([size, size, self.num_steps], dim=-1)
+        steps = (self.num_steps, self.dim)
+        return u.unflatten(-1, steps), w.unflatten(-1, steps), b
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
+        return planar_flow(z, *self.params(context), backend=self.backend)
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
+        return planar_flow_inverse(z, *self.params(context))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_steps={self.num_steps}, context_dim={self.context_dim}"

@@ -1,0 +1,282 @@
+"""The variational autoencoder, with or without a flow on its posterior."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
+
+
+class ElboTerms(NamedTuple):
+    """-ELBO = reconstruction + kl for each data point, [B] each, in nats, averaged over the posterior samples.
+
+    All three are costs: reconstruction is -E_q[log p(x | z)].
+    """
+
+    neg_elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+class Posterior(NamedTuple):
+    """The diagonal Gaussian q_0(z_0 | x) and the encoder's features: mean, log_var [B, D], features [B, F]."""
+
+    mean: Tensor
+    log_var: Tensor
+    features: Tensor
+
+
+class PosteriorSample(NamedTuple):
+    """Posterior samples before and after the flow, and log q_K(z_K | x) in nats: z_0, z_K [S, B, D], log_q [S, B]."""
+
+    z_0: Tensor
+    z_K: Tensor
+    log_q: Tensor
+
+
+class VAE(nn.Module):
+    """A VAE: Kingma & Welling's (2014) with flow=None, Rezende & Mohamed's (2015) with a flow on the posterior.
+
+    The prior is N(0, I). The VAE owns one linear head, features -> (mean, log-variance) of q_0(z_0 | x).
+
+    Args:
+        encoder: x [B, *data] -> features [B, F].
+        decoder: z [N, D] -> the likelihood's parameters [N, *], num_params a data dimension. Data and
+            parameters are paired in flattened order, so only their numbers of elements must fit.
+        latent_dim: D.
+        flow: flow(z) -> (z_K, log_det), or, where it has a `context_dim`, flow(z, features) with z [S, B, D]
+            or [B, D]; log_det = +log|det dz_K/dz_0|. None for the diagonal Gaussian posterior.
+        likelihood: a name for `make_likelihood` or a Likelihood.
+        feature_dim: F; by default flow.context_dim, else encoder.out_features.
+
+    Raises:
+        ValueError: where F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
+        TypeError: where encoder, decoder or flow is not a module, or a dimension is not an int.
+
+    Methods that draw samples take a `generator` on the module's device, by default torch's global one.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        flow: nn.Module | None = None,
+        likelihood: str | Likelihood = "bernoulli",
+        feature_dim: int | None = None,
+    ):
+        super().__init__()
+        _check_modules(encoder=encoder, decoder=decoder, flow=flow)
+        _check_count("latent_dim", latent_dim)
+        _check_agreement("flow.dim", getattr(flow, "dim", None), "latent_dim", latent_dim)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.flow = flow
+        self.likelihood = make_likelihood(likelihood)
+        self.latent_dim = latent_dim
+        self.feature_dim = _find_feature_dim(encoder, flow, feature_dim)
+        self.posterior_head = nn.Linear(self.feature_dim, 2 * latent_dim)
+        self._flow_takes_features = getattr(flow, "context_dim", None) is not None
+
+    def forward(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> ElboTerms:
+        """The same as `elbo_terms`."""
+        return self.elbo_terms(x, num_samples, generator)
+
+    def elbo_terms(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> ElboTerms:
+        """-ELBO, reconstruction -E_q[log p(x | z)] and KL(q(z | x) || p(z)) of each data point, in nats.
+
+        The KL is exact without a flow (Kingma & Welling 2014, appendix B), and with one the Monte Carlo estimate of
+        E_q0[log q_0(z_0) - log_det - log p(z_K)] (Rezende & Mohamed 2015, eq. 15).
+
+        Args:
+            x: data, [B, *data].
+            num_samples: posterior samples of each data point, over which the terms are averaged.
+
+        Returns:
+            ElboTerms of [B] each.
+
+        Raises:
+            ValueError, TypeError: where x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
+        """
+        _check_count("num_samples", num_samples)
+        posterior = self.encode(x)
+        noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
+        noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
+        if self.flow is None:
+            std = (0.5 * posterior.log_var).exp()  # [B, D]
+            z = torch.addcmul(posterior.mean, std, noise)  # as noise
+            kl = 0.5 * (posterior.mean.square() + std.square() - posterior.log_var - 1.0).sum(-1)  # [B]
+        else:
+            _, z, log_det = self._push(posterior, noise)
+            kl = 0.5 * (z.square() - noise.square() - posterior.log_var).sum(-1) - log_det  # [B] or [S, B]
+        reconstruction = -self._log_likelihood_of(x, z)  # [B] or [S, B]
+        if num_samples > 1:
+            reconstruction = reconstruction.mean(0)
+            kl = kl if self.flow is None else kl.mean(0)
+        return ElboTerms(reconstruction + kl, reconstruction, kl)
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q_0(z_0 | x): mean and log-variance [B, D] and the encoder's features [B, F], for x [B, *data]."""
+        self._check_x(x)
+        features = self.encoder(x)
+        if features.shape != (len(x), self.feature_dim):
+            raise ValueError(
+                f"encoder must give features of shape {(len(x), self.feature_dim)} for x of shape {tuple(x.shape)}, "
+                f"got {tuple(features.shape)}; pass feature_dim= to the VAE if that is what it should give"
+            )
+        mean, log_var = _full_precision(self.posterior_head(features)).chunk(2, -1)  # views [B, D]
+        return Posterior(mean, log_var, features)
+
+    def posterior_sample(
+        self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+    ) -> PosteriorSample:
+        """num_samples draws of q(z | x) for each row of x [B, *data], before and after the flow (equal without one)."""
+        _check_count("num_samples", num_samples)
+        posterior = self.encode(x)
+        noise = _standard_normal((num_samples, *posterior.mean.shape), posterior.mean, generator)  # [S, B, D]
+        z_0, z_K, log_det = self._push(posterior, noise)
+        log_q_0 = -0.5 * (noise.square() + posterior.log_var + math.log(2.0 * math.pi)).sum(-1)  # [S, B]
+        return PosteriorSample(z_0, z_K, log_q_0 - log_det)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's parameters [*batch, *] as the decoder gives them, for z [*batch, D], any leading dims."""
+        if z.ndim == 0 or z.shape[-1] != self.latent_dim:
+            raise ValueError(f"z must be [*batch, {self.latent_dim}], got {tuple(z.shape)}")
+        rows = z.reshape(-1, self.latent_dim)  # [N, D]
+        params = self.decoder(rows)
+        if params.ndim < 2 or len(params) != len(rows):
+            raise ValueError(
+                f"decoder must give [{len(rows)}, *] for z of shape {tuple(rows.shape)}, got {tuple(params.shape)}"
+            )
+        return _full_precision(params).reshape(*z.shape[:-1], *params.shape[1:])
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        num_samples: int = 1000,
+        chunk_size: int = 4096,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """log p(x) by importance sampling from the posterior, in nats: Burda et al. 2016, eq. 8 with k = num_samples.
+
+        A lower bound in expectation, never looser than the ELBO, exact as num_samples grows.
+
+        Args:
+            x: data, [B, *data].
+            num_samples: importance samples of each data point.
+            chunk_size: decoder rows held at a time. It bounds memory; it does not change what is drawn.
+
+        Returns:
+            [B], without gradient.
+
+        Raises:
+            ValueError: also where x holds values of zero probability under the likelihood.
+        """
+        _check_count("num_samples", num_samples)
+        _check_count("chunk_size", chunk_size)
+        posterior = self.encode(x)
+        self.likelihood.check_data(x)
+        batch = len(x)
+        samples_at_once = max(1, chunk_size // max(1, batch))
+        blocks = [slice(row, row + chunk_size) for row in range(0, max(1, batch), chunk_size)]
+        total = posterior.mean.new_full((batch,), -math.inf)
+        for first in range(0, num_samples, samples_at_once):
+            # One draw a sample: randn's stream depends on the sizes asked for, and chunks must not change it.
+            draws = range(first, min(first + samples_at_once, num_samples))
+            noise = torch.stack([_standard_normal(posterior.mean.shape, posterior.mean, generator) for _ in draws])
+            log_weights = [self._log_weights(x, posterior, noise, rows) for rows in blocks]  # each [s, rows]
+            total = torch.logaddexp(total, torch.cat(log_weights, -1).logsumexp(0))
+        return total - math.log(num_samples)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, mean: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """num_samples draws of x, [num_samples, *data] in the decoder's shape; with mean=True their means E[x | z]."""
+        _check_count("num_samples", num_samples)
+        weight = self.posterior_head.weight
+        z = _standard_normal((num_samples, self.latent_dim), weight, generator)  # [N, D]
+        params = self.decode(z)  # [N, *]
+        rows = params.flatten(1)  # [N, num_params * P]
+        x = self.likelihood.mean(rows) if mean else self.likelihood.sample(rows, generator)
+        return x.reshape(num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:])
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """E[x | z] for one posterior sample z of each row, in the shape of x [B, *data]."""
+        z = self.posterior_sample(x, 1, generator).z_K[0]  # [B, D]
+        return self.likelihood.mean(self.decode(z).flatten(1)).reshape(x.shape)
+
+    def _push(self, posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """z_0 = mean + std * noise and its image: z_0, z_K [*S, B, D] and log_det [*S, B] (0.0 without a flow)."""
+        z_0 = torch.addcmul(posterior.mean, (0.5 * posterior.log_var).exp(), noise)
+        if self.flow is None:
+            return z_0, z_0, 0.0
+        z_K, log_det = self.flow(z_0, posterior.features) if self._flow_takes_features else self.flow(z_0)
+        return z_0, z_K, log_det
+
+    def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z), [*S, B], for x [B, *data] and z [*S, B, D]."""
+        params = self.decode(z).flatten(z.ndim - 1)  # [*S, B, num_params * P]
+        return self.likelihood.log_prob(x.flatten(1), params)
+
+    def _log_weights(self, x: Tensor, posterior: Posterior, noise: Tensor, rows: slice) -> Tensor:
+        """log p(x, z_K) - log q_K(z_K | x) of some rows of x, [S, rows], for noise [S, B, D]."""
+        posterior, noise = Posterior(*(t[rows] for t in posterior)), noise[:, rows]
+        _, z, log_det = self._push(posterior, noise)
+        log_ratio = 0.5 * (noise.square() + posterior.log_var - z.square()).sum(-1) + log_det  # log p(z_K) - log q_K
+        return self._log_likelihood_of(x[rows], z) + log_ratio
+
+    def _check_x(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+        if x.ndim < 2:
+            raise ValueError(f"x must be [B, *data], got shape {tuple(x.shape)}; for one data point pass x[None]")
+        weight = self.posterior_head.weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on {weight.device} like the VAE, got {x.device}; move one of them")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must be {weight.dtype} like the VAE, got {x.dtype}; convert one of them")
+
+
+def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _full_precision(t: Tensor) -> Tensor:
+    """Half-precision outputs of autocast layers in float32: log-variances and sums over data need its mantissa."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
+    context_dim = getattr(flow, "context_dim", None)
+    out_features = getattr(encoder, "out_features", None)
+    if feature_dim is None:
+        feature_dim = context_dim if context_dim is not None else out_features
+    if feature_dim is None:
+        raise ValueError("feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width")
+    _check_count("feature_dim", feature_dim)
+    _check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
+    _check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
+    return feature_dim
+
+
+def _check_modules(**modules: nn.Module | None) -> None:
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module) and not (name == "flow" and module is None):
+            raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_agreement(name: str, value: int | None, other_name: str, other: int) -> None:
+    if value is not None and value != other:
+        raise ValueError(f"{name} and {other_name} must agree, got {value} and {other}")

@@ -1,0 +1,106 @@
+"""Checks the arguments of the flow once, for every backend."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("tanh",)
+CONSTRAINTS = ("softplus", "none")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What a backend has to know of a call: row r of z uses parameter set r mod num_sets."""
+
+    rows: int
+    dim: int
+    num_steps: int
+    num_sets: int
+    amortized: bool
+    compute_dtype: torch.dtype
+    device_type: str
+
+
+def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constraint: str) -> Problem:
+    """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
+
+    Raises TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices and names.
+    """
+    tensors = (("z", z), ("u", u), ("w", w), ("b", b))
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}: convert it with .float()"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: convert it with .to_dense()")
+    for name, tensor in tensors[1:]:
+        if tensor.device != z.device:
+            raise ValueError(
+                f"{name} must be on z's device {z.device}, got {tensor.device}: move it with .to(z.device)"
+            )
+    _check_shapes(z, u, w, b)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
+
+    num_sets = 1
+    for size in u.shape[:-2]:
+        num_sets *= size
+    rows = 1
+    for size in z.shape[:-1]:
+        rows *= size
+    return Problem(rows, z.shape[-1], u.shape[-2], num_sets, u.dim() > 2, _compute_dtype(z, u, w, b), z.device.type)
+
+
+def check_backend_name(name: object, known: tuple[str, ...], source: str) -> None:
+    """Raises ValueError where `name`, which `source` gave, is no backend."""
+    if name not in known:
+        raise ValueError(f"{source} must be one of {known}, got {name!r}")
+
+
+def check_size(name: str, value: object, least: int) -> None:
+    """Raises TypeError or ValueError where a module's size is not an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
+    if z.dim() < 1:
+        raise ValueError(f"z must have shape [*batch, D], got a tensor of rank 0: {tuple(z.shape)}")
+    dim = z.shape[-1]
+    if dim < 1:
+        raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(z.shape)}")
+    if u.dim() < 2 or u.shape[-1] != dim:
+        raise ValueError(
+            f"u must have shape [K, D] or [*batch, K, D] with D = {dim} as z {tuple(z.shape)} has, got {tuple(u.shape)}"
+        )
+    if w.shape != u.shape:
+        raise ValueError(f"w must have u's shape {tuple(u.shape)}, got {tuple(w.shape)}")
+    if b.shape != u.shape[:-1]:
+        raise ValueError(
+            f"b must have u's shape without its last dimension, {tuple(u.shape[:-1])}, got {tuple(b.shape)}"
+        )
+    params, batch = u.shape[:-2], z.shape[:-1]
+    if len(params) > len(batch) or params != batch[len(batch) - len(params) :]:
+        raise ValueError(
+            f"u's batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got {tuple(params)}: "
+            "nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] and b [K])"
+        )
+
+
+def _compute_dtype(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> torch.dtype:
+    if u.dtype == w.dtype == b.dtype == z.dtype:
+        return torch.float64 if z.dtype == torch.float64 else torch.float32
+    if torch.is_autocast_enabled(z.device.type):
+        return torch.float32
+    raise TypeError(
+        f"z, u, w and b must share one dtype outside torch.autocast, got z {z.dtype}, u {u.dtype}, w {w.dtype}, "
+        f"b {b.dtype}: convert them with .to(z.dtype)"
+    )
