@@ -1,0 +1,1 @@
+"""Training on Lightning: data, objective, module, plots and the command line (extra ``[train]``)."""
