@@ -38,7 +38,7 @@ struct ConstraintAdjoint {  // (6): du = v + dalpha w, dw = of_v v + dalpha u + 
   typename L::V dalpha, of_v, of_w;
 };
 
-// log(1 + x) for x >= 0: the logarithm of the rounded sum, and what the rounding lost.
+// log(1 + x) for x >= -1/2: the logarithm of the rounded sum, and what the rounding lost.
 template <class L>
 PLANAR_FN typename L::V log1p(typename L::V x) {
   const auto sum = 1 + x;
@@ -75,9 +75,9 @@ PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typen
 template <class L>
 PLANAR_FN Activated<L> activate(typename L::V a) {
   const auto e = L::exp_both(-2 * L::abs(a));
-  const auto inv = 1 / (2 + e.minus_one);
-  const auto magnitude = -e.minus_one * inv;
-  return {L::select(a < 0, -magnitude, magnitude), 4 * e.value * inv * inv};
+  const auto sum = 2 + e.minus_one;  // 1 + e^(-2|a|)
+  const auto magnitude = -e.minus_one / sum;
+  return {L::select(a < 0, -magnitude, magnitude), 4 * e.value / (sum * sum)};
 }
 
 // h'' at the same point, for (12).
@@ -86,20 +86,20 @@ PLANAR_FN typename L::V h_second(const Activated<L>& act) {
   return -2 * act.h * act.h_prime;
 }
 
-// (7): under the constraint a sum of non-negative terms, so that it can neither cancel nor change sign.
+// (7): 1 + c h', and where that would cancel the same number as a sum of non-negative terms.
 template <class L>
-PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s, bool constrained) {
-  return constrained ? act.h * act.h + s * act.h_prime : 1 + c * act.h_prime;
+PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
+  const auto x = c * act.h_prime;
+  return L::select(x >= L::splat(-0.5), 1 + x, s - c * (act.h * act.h));
 }
 
-// (8): log1p(c h') where c >= 0, else the logarithm of the determinant itself; one logarithm serves both.
+// (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both.
 template <class L>
-PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s, bool constrained) {
-  const auto grows = c >= 0;
+PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
   const auto x = c * act.h_prime;
-  const auto value = L::select(grows, 1 + x, L::abs(determinant<L>(act, c, s, constrained)));
-  const auto lost = (x - (value - 1)) / value;
-  return L::log(value) + L::select(grows, lost, L::splat(0));
+  const auto det = determinant<L>(act, c, s);
+  const auto lost = (x - (det - 1)) / det;
+  return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), lost, L::splat(0));
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -6,9 +6,11 @@ from torch.autograd import forward_ad
 
 from vvae_fast import ops, reference
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 class PlanarFlowFunction(torch.autograd.Function):
-    """planar_forward and planar_backward on z [*batch, D]: saves z and the pre-activations a [K, rows], nothing else."""
+    """planar_forward and planar_backward on z [*batch, D], saving z and the pre-activations a [K, rows] only."""
 
     @staticmethod
     def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,9 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = z.reshape(-1, z.shape[-1])
     z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
-    return z_K.view(z.shape), log_det.view(z.shape[:-1]), a
+    if z.dim() != 2:  # _unsafe_view: a Function's outputs that are views could not be modified in place
+        z_K, log_det = _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1])
+    return z_K, log_det, a
 
 
 def _run_backward(

@@ -43,7 +43,8 @@ NAMES = tuple(_BACKENDS)  # fastest first: the order in which "auto" asks
 
 
 class _Override(threading.local):
-    name: str | None = None
+    def __init__(self) -> None:
+        self.name: str | None = None  # an attribute of the instance: torch.compile guards no other
 
 
 _override = _Override()
@@ -97,6 +98,7 @@ def info() -> dict[str, object]:
 
 @torch.compiler.assume_constant_result
 def _environment() -> str:
+    """Read when a graph is compiled, not when it runs."""
     return config.backend()
 
 

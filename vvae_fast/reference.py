@@ -8,7 +8,6 @@ twins: same names, same order. Shapes: z [*batch, D]; u, w [*params, K, D] and b
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Bisection alone reaches the last bit of a bracket of width 200 in this many halvings; Newton needs far fewer.
@@ -35,8 +34,9 @@ class Activated(NamedTuple):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) at full precision for every x, with its derivatives: F.softplus is linear from x = 20 on."""
-    return -F.logsigmoid(-x)
+    """log(1 + e^x) at full precision, in every mode of differentiation: F.softplus is linear from x = 20 on."""
+    positive = x > 0
+    return torch.where(positive, x, 0) + torch.log1p(torch.exp(torch.where(positive, -x, x)))
 
 
 def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
@@ -75,19 +75,18 @@ def activate(a: Tensor) -> Activated:
     return Activated(h, h_prime, -2 * h * h_prime)
 
 
-def determinant(act: Activated, c: Tensor, s: Tensor, constraint: str) -> Tensor:
-    """The determinant of one step [*batch], docs/math.md (7): a sum of non-negative terms under the constraint."""
-    if constraint == "none":
-        return 1 + c * act.h_prime
-    return act.h * act.h + s * act.h_prime
+def determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
+    """The determinant of one step [*batch], docs/math.md (7): where 1 + c h' would cancel, a sum of positive terms."""
+    x = c * act.h_prime
+    return torch.where(x >= -0.5, 1 + x, s - c * (act.h * act.h))
 
 
-def log_abs_determinant(act: Activated, c: Tensor, s: Tensor, constraint: str) -> Tensor:
+def log_abs_determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
     """log|det| of one step [*batch], docs/math.md (8)."""
-    positive = c >= 0
-    grows = torch.log1p(torch.where(positive, c, 0) * act.h_prime)
-    det = determinant(act, c, s, constraint)
-    return grows + torch.log(torch.where(positive, 1, det).abs())
+    x = c * act.h_prime
+    mild = x >= -0.5
+    det = torch.where(mild, 1, determinant(act, c, s))
+    return torch.log1p(torch.where(mild, x, 0)) + torch.log(det.abs())
 
 
 def planar_forward(
@@ -100,7 +99,7 @@ def planar_forward(
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
         act = activate(a)
-        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], constraint)
+        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k])
         z = z + p.u_hat[..., k, :] * act.h[..., None]  # [*batch, D]
         pre_activations.append(a)
     a = torch.stack(pre_activations) if pre_activations else log_det.new_empty((0, *log_det.shape))
@@ -127,7 +126,7 @@ def planar_backward(
     for k in reversed(range(u.shape[-2])):
         act = activate(pre_activations[k])
         c = p.c[..., k]
-        r = grad_log_det / determinant(act, c, p.s[..., k], constraint)  # [*batch]
+        r = grad_log_det / determinant(act, c, p.s[..., k])  # [*batch]
         e = (g * p.u_hat[..., k, :]).sum(-1)  # [*batch]
         delta = e * act.h_prime + r * c * act.h_second  # [*batch]  dL/da_k
         params = w[..., k, :].shape
@@ -152,7 +151,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, 
         c, s = p.c[..., k], p.s[..., k]
         rhs = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
         act = activate(_solve(rhs, c, s))
-        log_det = log_det - log_abs_determinant(act, c, s, "softplus")
+        log_det = log_det - log_abs_determinant(act, c, s)
         z = z - p.u_hat[..., k, :] * act.h[..., None]
     return z, log_det
 

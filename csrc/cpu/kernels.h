@@ -8,11 +8,14 @@
 namespace vvae {
 
 constexpr int kTile = 64;       // samples of a tile: z, the pre-activations and H of one tile stay in L2
-constexpr int kChunk = 16;      // steps of a chunk of the compact form, docs/math.md (9)
+constexpr int kChunk = 16;      // the most steps of a chunk of the compact form, docs/math.md (9)
 constexpr int kMaxLanes = 16;   // the widest vector: 64 bytes of float
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Steps of a chunk: many more than dim would sum more vectors than the space has dimensions, and cancel.
+constexpr int64_t chunk_of(int64_t dim) { return dim >= 16 ? kChunk : dim >= 8 ? 8 : 4; }
 
 template <class T>
 struct Matrix {  // element [i][j] at data[i * row + j * col]
@@ -56,6 +59,7 @@ struct Backward : Problem<T> {
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
 template <class T>
 struct Prepared {
+  int64_t chunk;
   T *u_hat, *w;                               // [steps][dim]
   T* gram;                                    // [steps][kChunk]: [j][i] = u_hat_j . w_k, k step i of j's chunk
   T *b, *alpha, *n, *c, *s, *r, *inv_n;       // [padded steps]
@@ -64,6 +68,7 @@ struct Prepared {
   }
   Prepared(T* p, int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kMaxLanes);
+    chunk = chunk_of(dim);
     u_hat = p, w = u_hat + steps * dim, gram = w + steps * dim;
     b = gram + steps * kChunk, alpha = b + padded, n = alpha + padded, c = n + padded;
     s = c + padded, r = s + padded, inv_n = r + padded;

@@ -122,7 +122,7 @@ void amortized_forward(const Forward<T>& p, int64_t number, T* z) {
       if (i < count) b[i] = *step_of(p.b, block.set[i], k);
     const auto a = dots.w_x + b;
     const auto act = activate<S>(a);
-    log_det += log_abs_determinant<S>(act, q.c, q.s, p.constrained);
+    log_det += log_abs_determinant<S>(act, q.c, q.s);
     update(p, block, z, k, act.h, act.h * (q.r * q.inv_n));
     if (p.a) S::store_first(p.a + k * p.rows + first, a, count);
   }
@@ -209,7 +209,7 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
     const auto act = activate<S>(load_lanes(p.a + k * p.rows, 1, block));
     typename S::V g_u, g_w;
     dot_gradient(p, block, g, k, g_u, g_w);
-    const auto r = lambda / determinant<S>(act, q.c, q.s, p.constrained);
+    const auto r = lambda / determinant<S>(act, q.c, q.s);
     const auto e = g_u + q.r * q.inv_n * g_w;
     const auto delta = e * act.h_prime + r * q.c * h_second<S>(act);
     const auto adjoint = constrain_backward<S>(q, act.h * g_w, r * act.h_prime);

@@ -36,8 +36,8 @@ void prepare(const Problem<T>& p, const Prepared<T>& q) {
     for (int64_t d = 0; d < p.dim; ++d) u[d] += scale * w[d];
   }
   for (int64_t j = 0; j < p.steps; ++j) {
-    const int64_t start = j / kChunk * kChunk;
-    for (int64_t i = 0; i < kChunk; ++i) {
+    const int64_t start = j / q.chunk * q.chunk;
+    for (int64_t i = 0; i < q.chunk; ++i) {
       const int64_t k = start + i;
       q.gram[j * kChunk + i] = k > j && k < p.steps ? dot(q.u_hat + j * p.dim, q.w + k * p.dim, p.dim) : T(0);
     }
@@ -51,7 +51,7 @@ int64_t shared_forward_scratch(int64_t, int64_t dim) {
 
 // h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (8).
 template <class T>
-PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps, bool constrained) {
+PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps) {
   using S = Simd<T>;
   for (int64_t k = 0; k < steps; ++k) {
     const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
@@ -66,7 +66,7 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
         const auto act = activate<S>(acc[v]);
         S::store(a + k * kTile + at, acc[v]);
         S::store(h + k * kTile + at, act.h);
-        S::store(log_det + at, S::load(log_det + at) + log_abs_determinant<S>(act, c, s, constrained));
+        S::store(log_det + at, S::load(log_det + at) + log_abs_determinant<S>(act, c, s));
       }
     }
   }
@@ -81,11 +81,11 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
   T* log_det = h + kChunk * kTile;
   load_tile(z, p.z.from(row), n, p.dim);
   fill(log_det, T(0), kTile);
-  for (int64_t start = 0; start < p.steps; start += kChunk) {
-    const int64_t steps = p.steps - start < kChunk ? p.steps - start : kChunk;
+  for (int64_t start = 0; start < p.steps; start += q.chunk) {
+    const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
     for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, q.b[start + k], kTile);
     product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
-    scan(a, h, log_det, q, start, steps, p.constrained);
+    scan(a, h, log_det, q, start, steps);
     product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a)
       for (int64_t k = 0; k < steps; ++k) copy(p.a + (start + k) * p.rows + row, a + k * kTile, n);
@@ -97,7 +97,7 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
 template <class T>
 int64_t shared_backward_scratch(int64_t steps, int64_t dim) {
   const int64_t padded = round_up(dim, 4);
-  return (ceil_div(steps, kChunk) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
+  return (ceil_div(steps, chunk_of(dim)) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
 }
 
 // Samples behind the last have this pre-activation: there the determinant is 1, whatever c is, so that their zero
@@ -122,7 +122,7 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
 // delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12); db and gamma by lane.
 template <class T>
 PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& q,
-                         const Partial<T>& sums, int64_t start, int64_t steps, bool constrained) {
+                         const Partial<T>& sums, int64_t start, int64_t steps) {
   using S = Simd<T>;
   for (int64_t k = steps - 1; k >= 0; --k) {
     const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
@@ -136,7 +136,7 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
       for (int v = 0; v < kRegisters; ++v) {
         const int at = lane + v * S::width;
         const Activated<S> act{S::load(h + k * kTile + at), S::load(h_prime + k * kTile + at)};
-        const auto r = S::load(lambda + at) / determinant<S>(act, c, s, constrained);
+        const auto r = S::load(lambda + at) / determinant<S>(act, c, s);
         const auto x = e[v] * act.h_prime + r * c * h_second<S>(act);
         S::store(delta + k * kTile + at, x);
         db += x;
@@ -151,7 +151,7 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
 template <class T>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
-  const int64_t dim = round_up(p.dim, 4), chunks = ceil_div(p.steps, kChunk), padded = round_up(p.steps, kChunk);
+  const int64_t dim = round_up(p.dim, 4), chunks = ceil_div(p.steps, q.chunk), padded = round_up(p.steps, kChunk);
   T* z = scratch;                         // [chunks][dim][kTile]: z where each chunk starts
   T* g = z + chunks * dim * kTile;        // [dim][kTile]
   T* h = g + dim * kTile;                 // [padded steps][kTile]
@@ -168,20 +168,20 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   }
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {  // the chunk starts, as the forward pass had them
     T* next = z + chunk * dim * kTile;
-    const int64_t start = (chunk - 1) * kChunk;
+    const int64_t start = (chunk - 1) * q.chunk;
     copy(next, next - dim * kTile, dim * kTile);
-    product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, int64_t(kChunk));
+    product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, q.chunk);
   }
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const int64_t start = chunk * kChunk, steps = p.steps - start < kChunk ? p.steps - start : kChunk;
+    const int64_t start = chunk * q.chunk, steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
-    scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, p.constrained);
+    scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps);
     const int64_t rows = round_up(steps, 4);
     outer(sums.du_hat + start * dim, h_chunk, g, rows, dim);                              // (14)
     outer(sums.dw + start * dim, delta, z + chunk * dim * kTile, rows, dim);              // (14)
-    outer(sums.S + start * kChunk, h_chunk, delta, rows, int64_t(kChunk));                // (14)
+    outer(sums.S + start * kChunk, h_chunk, delta, rows, q.chunk);                        // (14)
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                       // (13)
   }
   store_tile(g, p.dz + row * p.dim, n, p.dim);
@@ -198,7 +198,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
   T *gamma = scratch, *v_dot_w = gamma + padded, *dalpha = v_dot_w + padded, *of_v = dalpha + padded, *of_w = of_v + padded;
   fill(scratch, T(0), 5 * padded);
   for (int64_t k = 0; k < p.steps; ++k) {
-    const int64_t start = k / kChunk * kChunk, end = start + kChunk < p.steps ? start + kChunk : p.steps;
+    const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < p.steps ? start + q.chunk : p.steps;
     const T* S_chunk = sums.S + start * kChunk;
     T *v = p.du + k * p.dim, *dw = p.dw + k * p.dim;
     for (int64_t d = 0; d < p.dim; ++d) {
@@ -206,11 +206,11 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
       dw[d] = sums.dw[start * dim + block_index(k - start, d, dim)];
     }
     for (int64_t j = k + 1; j < end; ++j) {
-      const T x = S_chunk[block_index(k - start, j - start, kChunk)];
+      const T x = S_chunk[block_index(k - start, j - start, q.chunk)];
       for (int64_t d = 0; d < p.dim; ++d) v[d] += x * q.w[j * p.dim + d];
     }
     for (int64_t j = start; j < k; ++j) {
-      const T x = S_chunk[block_index(j - start, k - start, kChunk)];
+      const T x = S_chunk[block_index(j - start, k - start, q.chunk)];
       for (int64_t d = 0; d < p.dim; ++d) dw[d] += x * q.u_hat[j * p.dim + d];
     }
     T db = 0;

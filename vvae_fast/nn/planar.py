@@ -55,6 +55,13 @@ class PlanarFlow(nn.Module):
         return f"dim={self.dim}, num_steps={self.num_steps}"
 
 
+class _Head(nn.Linear):
+    """A linear layer that its flow initialises."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class AmortizedPlanarFlow(nn.Module):
     """K planar steps whose parameters one linear head computes from a context, a set for each data point.
 
@@ -71,7 +78,7 @@ class AmortizedPlanarFlow(nn.Module):
         check_size("num_steps", num_steps, 0)
         check_size("context_dim", context_dim, 1)
         self.dim, self.num_steps, self.context_dim, self.backend = dim, num_steps, context_dim, backend
-        self.head = nn.Linear(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
+        self.head = _Head(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

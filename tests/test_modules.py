@@ -1,0 +1,160 @@
+"""PlanarFlow and AmortizedPlanarFlow."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import vvae_fast
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow
+
+
+def away_from_identity(flow):
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return flow
+
+
+def flow_and_inputs(amortized, dim=3, num_steps=5, rows=7, dtype=torch.float32):
+    flow = AmortizedPlanarFlow(dim, num_steps, 4) if amortized else PlanarFlow(dim, num_steps)
+    inputs = (torch.randn(rows, dim, dtype=dtype), *((torch.randn(rows, 4, dtype=dtype),) if amortized else ()))
+    return flow.to(dtype), inputs
+
+
+both = pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+
+
+@both
+@pytest.mark.parametrize("dim", [1, 2, 40])
+def test_identity_at_initialisation(amortized, dim):
+    flow, inputs = flow_and_inputs(amortized, dim, num_steps=16)
+    z_K, log_det = flow(*inputs)
+    torch.testing.assert_close(z_K, inputs[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_det, torch.zeros(7), rtol=0, atol=1e-5)
+
+
+@both
+def test_initialisation_can_be_left(amortized):
+    """The identity is no saddle point: every parameter tensor gets a gradient."""
+    flow, inputs = flow_and_inputs(amortized)
+    z_K, log_det = flow(*inputs)
+    (z_K.square().sum() - log_det.sum()).backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@both
+def test_inverse(amortized):
+    flow, inputs = flow_and_inputs(amortized, dtype=torch.float64)
+    away_from_identity(flow)
+    z_K, log_det = flow(*inputs)
+    z_0, inverse_log_det = flow.inverse(z_K, *inputs[1:])
+    torch.testing.assert_close(z_0, inputs[0])
+    torch.testing.assert_close(inverse_log_det, -log_det)
+
+
+def test_amortized_is_each_rows_own_flow():
+    flow, (z, context) = flow_and_inputs(True, dtype=torch.float64)
+    away_from_identity(flow)
+    z_K, log_det = flow(z, context)
+    u, w, b = flow.params(context)
+    for row in range(len(z)):
+        one = planar_flow(z[row], u[row], w[row], b[row])
+        torch.testing.assert_close(z_K[row], one[0])
+        torch.testing.assert_close(log_det[row], one[1])
+
+
+def test_amortized_parameters_are_views_of_the_head():
+    flow, (_, context) = flow_and_inputs(True)
+    u, w, b = flow.params(context)
+    assert u.untyped_storage().data_ptr() == w.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    assert (u.shape, w.shape, b.shape) == ((7, 5, 3), (7, 5, 3), (7, 5))
+
+
+def test_several_samples_of_each_data_point():
+    flow, (z, context) = flow_and_inputs(True, dtype=torch.float64)
+    away_from_identity(flow)
+    samples = torch.randn(6, *z.shape, dtype=torch.float64)
+    z_K, log_det = flow(samples, context)
+    for s in range(6):
+        torch.testing.assert_close((z_K[s], log_det[s]), flow(samples[s], context))
+
+
+@both
+def test_parameters_may_move(amortized):
+    """An in-place optimizer step between forward passes is seen; nothing is cached."""
+    flow, inputs = flow_and_inputs(amortized)
+    before, _ = flow(*inputs)
+    away_from_identity(flow)
+    assert (flow(*inputs)[0] - before).abs().max() > 1e-2
+
+
+@both
+def test_pickle_deepcopy_and_state_dict(amortized):
+    flow, inputs = flow_and_inputs(amortized)
+    away_from_identity(flow)
+    wanted = flow(*inputs)
+    fresh, _ = flow_and_inputs(amortized)
+    fresh.load_state_dict(flow.state_dict())
+    for other in (pickle.loads(pickle.dumps(flow)), copy.deepcopy(flow), fresh):
+        for x, y in zip(other(*inputs), wanted, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_state_dict_names():
+    assert set(PlanarFlow(2, 3).state_dict()) == {"u", "w", "b"}
+    assert set(AmortizedPlanarFlow(2, 3, 4).state_dict()) == {"head.weight", "head.bias"}
+
+
+@both
+def test_training_lowers_a_loss(amortized):
+    flow, inputs = flow_and_inputs(amortized, dim=2, num_steps=8, rows=256)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        z_K, log_det = flow(*inputs)
+        loss = ((z_K[:, 0] - z_K[:, 1].square()).square() + 0.5 * z_K[:, 1].square() - log_det).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+@both
+def test_no_steps_is_the_identity(amortized):
+    flow, inputs = flow_and_inputs(amortized, num_steps=0)
+    z_K, log_det = flow(*inputs)
+    assert torch.equal(z_K, inputs[0])
+    assert torch.equal(log_det, torch.zeros(7))
+
+
+@both
+def test_compile_and_autocast(amortized):
+    flow, inputs = flow_and_inputs(amortized)
+    away_from_identity(flow)
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), flow(*inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z_K, log_det = flow(*inputs)
+    assert (z_K.dtype, log_det.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(z_K, flow(*inputs)[0], rtol=0.1, atol=0.1)
+
+
+@both
+def test_backend_of_a_module(amortized):
+    flow = AmortizedPlanarFlow(3, 5, 4, backend="tpu") if amortized else PlanarFlow(3, 5, backend="tpu")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        flow(*flow_and_inputs(amortized)[1])
+
+
+def test_repr_says_the_sizes():
+    assert repr(PlanarFlow(2, 3)) == "PlanarFlow(dim=2, num_steps=3)"
+    assert "dim=2, num_steps=3, context_dim=4" in repr(AmortizedPlanarFlow(2, 3, 4))
+
+
+def test_public_names():
+    for name in vvae_fast.__all__:
+        assert hasattr(vvae_fast, name)
