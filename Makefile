@@ -17,7 +17,8 @@ lint: .venv/built
 	$(BIN)/ruff format --check .
 
 bench: .venv/built
-	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" \
+		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-quiet --benchmark-json=benchmarks/results/last.json
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built

@@ -281,9 +281,9 @@ def test_mlp_widths():
     assert [type(layer) for layer in decoder] == [nn.Linear, nn.Tanh, nn.Linear]
     assert (encoder.in_features, encoder.out_features, decoder.out_features) == (784, 400, 784)
     for build in (mlp_encoder, mlp_decoder):
-        with pytest.raises(ValueError, match="at least two positive ints"):
+        with pytest.raises(ValueError, match="needs at least two widths"):
             build(3)
-        with pytest.raises(ValueError, match="at least two positive ints"):
+        with pytest.raises(ValueError, match="each width must be at least 1, got 0"):
             build(3, 0)
-        with pytest.raises(TypeError, match="must be ints, got float"):
+        with pytest.raises(TypeError, match="each width must be an int, got float"):
             build(3, 2.0)

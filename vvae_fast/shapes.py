@@ -64,7 +64,7 @@ def check_backend_name(name: object, known: tuple[str, ...], source: str) -> Non
 
 
 def check_size(name: str, value: object, least: int) -> None:
-    """Raises TypeError or ValueError where a module's size is not an int of at least `least`."""
+    """Raises TypeError or ValueError where a size or a count is not an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:

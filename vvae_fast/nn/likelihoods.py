@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vvae_fast.shapes import check_size
+
 LOG_TWO_PI = math.log(2.0 * math.pi)
 
 
@@ -108,10 +110,7 @@ class Binomial(Likelihood):
     num_params = 1
 
     def __post_init__(self):
-        if isinstance(self.total_count, bool) or not isinstance(self.total_count, int):
-            raise TypeError(f"total_count must be an int, got {type(self.total_count).__name__}")
-        if self.total_count < 1:
-            raise ValueError(f"total_count must be at least 1, got {self.total_count}")
+        check_size("total_count", self.total_count, 1)
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         n = self.total_count

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from vvae_fast.shapes import check_size
+
 
 class MLP(nn.Sequential):
     """Linear layers with activations between; `in_features` and `out_features` say what it takes and gives."""
@@ -53,8 +55,7 @@ def mlp_decoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
 
 
 def _check_widths(name: str, widths: tuple[int, ...]) -> None:
+    if len(widths) < 2:
+        raise ValueError(f"{name} needs at least two widths, got {widths}")
     for width in widths:
-        if isinstance(width, bool) or not isinstance(width, int):
-            raise TypeError(f"{name}: widths must be ints, got {type(width).__name__}")
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"{name}: widths must be at least two positive ints, got {widths}")
+        check_size(f"{name}: each width", width, 1)

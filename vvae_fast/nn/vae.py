@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
+from vvae_fast.shapes import check_size
 
 
 class ElboTerms(NamedTuple):
@@ -71,7 +72,7 @@ class VAE(nn.Module):
     ):
         super().__init__()
         _check_modules(encoder=encoder, decoder=decoder, flow=flow)
-        _check_count("latent_dim", latent_dim)
+        check_size("latent_dim", latent_dim, 1)
         _check_agreement("flow.dim", getattr(flow, "dim", None), "latent_dim", latent_dim)
         self.encoder = encoder
         self.decoder = decoder
@@ -102,7 +103,7 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: where x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
         """
-        _check_count("num_samples", num_samples)
+        check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
         noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
         noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
@@ -135,7 +136,7 @@ class VAE(nn.Module):
         self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
     ) -> PosteriorSample:
         """num_samples draws of q(z | x) for each row of x [B, *data], before and after the flow (equal without one)."""
-        _check_count("num_samples", num_samples)
+        check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
         noise = _standard_normal((num_samples, *posterior.mean.shape), posterior.mean, generator)  # [S, B, D]
         z_0, z_K, log_det = self._push(posterior, noise)
@@ -177,8 +178,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: also where x holds values of zero probability under the likelihood.
         """
-        _check_count("num_samples", num_samples)
-        _check_count("chunk_size", chunk_size)
+        check_size("num_samples", num_samples, 1)
+        check_size("chunk_size", chunk_size, 1)
         posterior = self.encode(x)
         self.likelihood.check_data(x)
         batch = len(x)
@@ -196,7 +197,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """num_samples draws of x, [num_samples, *data] in the decoder's shape; with mean=True their means E[x | z]."""
-        _check_count("num_samples", num_samples)
+        check_size("num_samples", num_samples, 1)
         weight = self.posterior_head.weight
         z = _standard_normal((num_samples, self.latent_dim), weight, generator)  # [N, D]
         params = self.decode(z)  # [N, *]
@@ -258,7 +259,7 @@ def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: i
         feature_dim = context_dim if context_dim is not None else out_features
     if feature_dim is None:
         raise ValueError("feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width")
-    _check_count("feature_dim", feature_dim)
+    check_size("feature_dim", feature_dim, 1)
     _check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
     _check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
     return feature_dim
@@ -268,13 +269,6 @@ def _check_modules(**modules: nn.Module | None) -> None:
     for name, module in modules.items():
         if not isinstance(module, nn.Module) and not (name == "flow" and module is None):
             raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_agreement(name: str, value: int | None, other_name: str, other: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vvae_fast.shapes import check_size
 from vvae_fast.train.extras import require
 from vvae_fast.train.idx import DataError, read_idx
 from vvae_fast.train.loaders import BinarizedRows, EpochSampler, EvalLoader, StaticRows, TrainLoader
@@ -101,11 +102,8 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
         TypeError: batch_size or seed is not an int.
         ValueError: batch_size is not positive or seed is negative.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: wanted an int, got {type(value).__name__}; pass an int")
-        if value < least:
-            raise ValueError(f"{name}: wanted at least {least}, got {value}; pass a larger one")
+    check_size("batch_size", batch_size, 1)
+    check_size("seed", seed, 0)
     rows = BinarizedRows(dataset.train, seed) if dataset.dynamic else StaticRows(dataset.train)
     train = TrainLoader(rows, EpochSampler(len(dataset.train), batch_size, seed))
     return train, EvalLoader(dataset.val, batch_size), EvalLoader(dataset.test, batch_size)

@@ -1,0 +1,124 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vvae_fast.train.cli import main
+from vvae_fast.train.compare import RECORD
+
+PLOTS = ("elbo.png", "reconstructions.png", "samples.png", "posterior.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "counts.npy", rng.integers(0, 5, (100, 4, 4)))
+    return tmp_path / "counts.npy"
+
+
+def arguments(data, out, *more: str) -> list[str]:
+    small = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "40",
+        "--latent-dim",
+        "2",
+        "--hidden",
+        "5",
+        "--num-samples",
+        "10",
+        "--steps",
+        "1",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    return ["compare", "--data", str(data), "--out", str(out), *small, *more]
+
+
+def records(out) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["runs"]
+
+
+def test_table_results_and_plots(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(data, out, "--shared")) == 0
+    runs = records(out)
+    assert [tuple(run) for run in runs] == [RECORD] * 10
+    models = [(run["model"], run["num_steps"], run["seed"]) for run in runs]
+    kinds = [("vanilla", 0), ("amortized", 1), ("amortized", 2), ("shared", 1), ("shared", 2)]
+    assert models == [(*kind, seed) for kind in kinds for seed in (0, 1)]
+    for run in runs:
+        assert run["neg_elbo"] == pytest.approx(run["reconstruction"] + run["kl"], rel=1e-6)
+        assert run["seconds_per_epoch"] > 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert "-ELBO" in rows[0]
+    assert "NLL" in rows[0]
+    assert "s / epoch" in rows[0]
+    mean = sum(run["nll"] for run in runs[:2]) / 2
+    assert rows[2].split()[1:3] == ["vanilla", "VAE"]
+    assert f"{mean:.2f} ±" in rows[2]
+    assert len(rows) == 2 + len(kinds)
+    assert "[10/10] shared planar K=2, seed 1: -ELBO" in printed
+    image = pytest.importorskip("matplotlib.image")
+    for name in PLOTS:
+        pixels = image.imread(out / name)
+        assert min(pixels.shape[:2]) > 200
+        assert pixels[..., :3].std() > 0.05
+
+
+def test_a_second_call_repeats_nothing_and_fresh_repeats_all(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(data, out)) == 0
+    before = records(out)
+    result = out / "vanilla-seed0" / "result.json"
+    written = result.stat().st_mtime_ns
+    assert main(arguments(data, out)) == 0
+    assert records(out) == before
+    assert result.stat().st_mtime_ns == written
+    assert main(arguments(data, out, "--fresh")) == 0
+    assert result.stat().st_mtime_ns > written
+    scores = [[run["nll"] for run in runs] for runs in (before, records(out))]
+    assert scores[0] == scores[1]
+
+
+def test_another_configuration_is_refused_before_anything_is_trained(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(data, out, "--seeds", "0", "--steps", "1")) == 0
+    capsys.readouterr()
+    assert main(arguments(data, out, "--latent-dim", "3", "--seeds", "1", "0")) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "latent_dim is 2 there, 3 here" in captured.err
+    assert "--fresh" in captured.err
+    assert "--out" in captured.err
+    assert not (out / "vanilla-seed1").exists()
+
+
+def test_sigkill_loses_no_finished_epoch(data, tmp_path):
+    """A killed program's comparison, taken up again, ends where an uninterrupted one ends."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    long = ("--epochs", "80", "--seeds", "0", "--steps", "1")
+    program = [sys.executable, "-m", "vvae_fast", *arguments(data, killed, *long)]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+    last = killed / "amortized-K1-seed0" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert last.exists()
+    assert not (killed / "results.json").exists()
+    finished = (killed / "vanilla-seed0" / "result.json").read_bytes()
+    assert main(arguments(data, killed, *long)) == main(arguments(data, whole, *long)) == 0
+    assert (killed / "vanilla-seed0" / "result.json").read_bytes() == finished
+    scores = [[(run["neg_elbo"], run["nll"]) for run in records(out)] for out in (killed, whole)]
+    assert scores[0] == scores[1]

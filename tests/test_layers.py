@@ -1,0 +1,128 @@
+"""The architecture: who imports whom, who reads the environment, what stays free of torch, how long a file gets."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vvae_fast"
+
+# A file may import only files listed above it.
+ORDER = [
+    "_version",
+    "config",
+    "shapes",
+    "reference",
+    "ops",
+    "backends",
+    "autograd",
+    "functional",
+    "nn.likelihoods",
+    "nn.mlp",
+    "nn.planar",
+    "nn.vae",
+    "nn",
+    "",
+    "train",
+    "train.extras",
+    "train.idx",
+    "train.loaders",
+    "train.data",
+    "train.objective",
+    "train.module",
+    "train.files",
+    "train.checkpoints",
+    "train.progress",
+    "train.runs",
+    "train.plots",
+    "train.compare",
+    "train.cli",
+    "__main__",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """The package's modules that a file imports, anywhere in it, and the top-level names of all others with a '+'."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {resolve(name) for name in names}
+    return found
+
+
+def resolve(name: str) -> str:
+    top, *rest = name.split(".")
+    if top != "vvae_fast":
+        return f"+{top}"
+    while rest and ".".join(rest) not in FILES and rest != ["_C"]:
+        rest.pop()
+    return ".".join(rest)
+
+
+def test_every_file_has_its_place():
+    assert set(FILES) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_only_from_above(name):
+    above = set(ORDER[: ORDER.index(name)]) | {"_C"}
+    below = {other for other in imports(FILES[name]) if not other.startswith("+")} - above
+    assert not below
+
+
+def test_the_extension_has_one_loader():
+    assert [name for name in FILES if "_C" in imports(FILES[name])] == ["ops"]
+
+
+def test_the_oracle_imports_torch_alone():
+    assert imports(FILES["reference"]) == {"+torch", "+typing"}
+
+
+def test_one_reader_of_the_environment():
+    readers = [name for name, path in FILES.items() if re.search(r"\bos\.(environ|getenv)\b", path.read_text())]
+    assert readers == ["config"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(("train", "__main__"))])
+def test_the_core_needs_torch_alone(name):
+    extras = {"+lightning", "+matplotlib", "+sklearn", "+rich", "+numpy", "+tensorboard"}
+    assert not imports(FILES[name]) & extras
+
+
+def test_formulas_and_kernels_are_free_of_torch():
+    with_torch = [path.name for path in (ROOT / "csrc").rglob("*.*") if "torch/" in path.read_text()]
+    assert with_torch == ["planar_cpu.cpp"]
+    includes = re.findall(r"#include .*", (ROOT / "csrc" / "planar_math.h").read_text())
+    assert includes == []
+
+
+@pytest.mark.parametrize("pattern", ["vvae_fast/**/*.py", "csrc/**/*.*", "tests/*.py", "benchmarks/*.py", "setup.py"])
+def test_files_stay_short(pattern):
+    long = {str(p): n for p in ROOT.glob(pattern) if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_equations_cited_by_the_code_exist():
+    tags = {int(n) for n in re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs" / "math.md").read_text())}
+    cited = set()
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.h")]:
+        for citation in re.findall(r"docs/math\.md ((?:\(\d+\)(?:, | and | to )?)+)", path.read_text()):
+            cited |= {int(n) for n in re.findall(r"\d+", citation)}
+    assert cited
+    assert cited <= tags

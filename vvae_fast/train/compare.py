@@ -1,0 +1,130 @@
+"""The main job: the vanilla VAE against flow VAEs on one data set, over several seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vvae_fast.train.data import Dataset
+from vvae_fast.train.extras import require
+from vvae_fast.train.files import make_folder, write_json
+from vvae_fast.train.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
+from vvae_fast.train.progress import Progress
+from vvae_fast.train.runs import AMORTIZED, SHARED, VANILLA, RunConfig, check_folder, load_best, remove_run, run
+
+RESULTS = "results.json"
+RECORD = ("model", "num_steps", "seed", "neg_elbo", "nll", "kl", "reconstruction", "seconds_per_epoch")
+COLUMNS = {  # a result's key: heading, decimals
+    "neg_elbo": ("-ELBO", 2),
+    "nll": ("NLL", 2),
+    "kl": ("KL", 2),
+    "reconstruction": ("reconstruction", 2),
+    "seconds_per_epoch": ("s / epoch", 3),
+}
+TABLE_WIDTH = 110  # a narrower terminal breaks its lines: cells are never cut
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table."""
+
+    kind: str
+    num_steps: int
+
+    @property
+    def title(self) -> str:
+        return "vanilla VAE" if self.kind == VANILLA else f"{self.kind} planar"
+
+    @property
+    def label(self) -> str:
+        return self.title if self.kind == VANILLA else f"{self.title} K={self.num_steps}"
+
+
+def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
+    """The vanilla VAE, an amortized flow of each length and, where asked for, a shared one."""
+    kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
+    return [Model(VANILLA, 0)] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
+
+
+def compare(
+    base: RunConfig, dataset: Dataset, models: Sequence[Model], seeds: Sequence[int], out: Path, fresh: bool
+) -> dict:
+    """Trains every model with every seed, or goes on where it was interrupted; prints the table, writes results, plots.
+
+    Args:
+        base: the configuration that all runs share; its model, num_steps and seed are replaced.
+        out: the folder of the runs' folders, results.json and the plots.
+        fresh: delete these runs' folders first.
+
+    Returns:
+        {"runs": a record for each run}, as in results.json.
+
+    Raises:
+        RunError: before anything is trained, where a folder belongs to another configuration.
+        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
+    """
+    make_folder(out)
+    runs = [
+        (model, replace(base, model=model.kind, num_steps=model.num_steps, seed=seed))
+        for seed in seeds
+        for model in models
+    ]
+    for _, config in runs:
+        if fresh:
+            remove_run(out / config.name)
+        check_folder(config, out / config.name)
+    results: dict[Model, list[dict]] = {model: [] for model in models}
+    with Progress(len(runs), base.epochs) as progress:
+        for model, config in runs:
+            progress.start(f"{model.label}, seed {config.seed}")
+            result = run(config, dataset, out / config.name, progress.update)
+            progress.finish(result)
+            results[model].append(result)
+    content = {"data": base.data, "runs": [{key: r[key] for key in RECORD} for rs in results.values() for r in rs]}
+    write_json(out / RESULTS, content)
+    print_table(results)
+    _plot(base, dataset, results, out)
+    print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
+    return content
+
+
+def print_table(results: dict[Model, list[dict]]) -> None:
+    """One row a model: means over the seeds and their sample standard deviations."""
+    box, table_module, console = (require(f"rich.{name}") for name in ("box", "table", "console"))
+    table = table_module.Table(box=box.MARKDOWN)
+    table.add_column("model", no_wrap=True)
+    table.add_column("K", justify="right", no_wrap=True)
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for model, runs in results.items():
+        cells = [_mean_and_spread([run[key] for run in runs], digits) for key, (_, digits) in COLUMNS.items()]
+        table.add_row(model.title, str(model.num_steps), *cells)
+    screen = console.Console(highlight=False)
+    screen.width = max(screen.width, TABLE_WIDTH)
+    screen.print(table)
+    count = len(next(iter(results.values())))
+    spread = f"; mean ± standard deviation over {count} seeds" if count > 1 else ""
+    legend = f"Test set, nats a data point: -ELBO = reconstruction + KL; NLL by importance sampling{spread}."
+    screen.print(legend, soft_wrap=True)
+
+
+def _mean_and_spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
+    """The curves of all runs, and pictures of the first seed's models."""
+    vaes = {}
+    for model, runs in results.items():
+        config = replace(base, model=model.kind, num_steps=model.num_steps, seed=runs[0]["seed"])
+        vaes[model], _ = load_best(config, dataset, out / config.name)
+    labelled = {model.label: vae for model, vae in vaes.items()}
+    plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / "elbo.png")
+    plot_reconstructions(labelled, dataset, out / "reconstructions.png")
+    plot_samples(labelled, dataset, out / "samples.png")
+    flows = [model for model in vaes if model.num_steps > 0]
+    if flows:
+        plot_posterior(vaes[max(flows, key=lambda model: model.num_steps)], dataset, out / "posterior.png")

@@ -1,0 +1,48 @@
+"""Files that a killed program cannot leave half-written, and the error for files that belong to something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class RunError(ValueError):
+    """A run that cannot be started, resumed or read. The message is one line and ends with what to do."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, which takes its place in one step once the block has written it."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes indented JSON in one step; NaN and inf are written as Python's json reads them."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises RunError where the file is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); remove it or choose another --out"
+        ) from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object; remove it or choose another --out")
+    return content
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents. Raises RunError where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be made a folder ({error.strerror}); choose another --out") from error

@@ -1,0 +1,127 @@
+"""The VAE as a Lightning module."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.train.extras import require
+from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
+
+lightning = require("lightning.pytorch")
+
+Report = Callable[[str, list[dict]], None]  # called with the stage and the finished epochs' records
+
+MONITOR = "val/neg_elbo"
+CHECKPOINT_KEY = "vvae_fast"  # our part of a checkpoint: {"config", "history", "stopped"}
+
+
+class VAEModule(lightning.LightningModule):
+    """Trains a VAE with Adam, whose learning rate falls along `lr_factor`.
+
+    What an epoch draws depends on (seed, epoch) alone, so that a resumed run repeats it.
+
+    Args:
+        vae: the model.
+        lr: Adam's learning rate in the first epoch.
+        epochs: the number of epochs over which it falls.
+        warmup_epochs: epochs of KL warm-up, see `kl_weight`.
+        seed: of the noise; it reseeds torch's global generators at the start of each epoch.
+        config: saved in every checkpoint, plain numbers and strings.
+        report: called with "training" and the history after each epoch, before its checkpoint is written.
+
+    Attributes:
+        history: a record for each finished epoch: epoch, beta, seconds (of training), and in nats train_neg_elbo,
+            val_neg_elbo, val_reconstruction and val_kl.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        lr: float,
+        epochs: int,
+        warmup_epochs: int = 0,
+        seed: int = 0,
+        config: dict | None = None,
+        report: Report | None = None,
+    ):
+        super().__init__()
+        self.vae = vae
+        self.lr, self.epochs, self.warmup_epochs, self.seed = lr, epochs, warmup_epochs, seed
+        self.config = config or {}
+        self.report = report
+        self.history: list[dict[str, float]] = []
+        self._record: dict[str, float] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            self._start_epoch()
+        terms = self.vae(x)
+        self._train_mean.add(terms[:1], len(x))
+        return free_energy(terms, self._record["beta"])
+
+    def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx + 1 == self.trainer.num_training_batches:
+            (self._record["train_neg_elbo"],) = self._train_mean.items()  # waits for the device
+            self._record["seconds"] = time.perf_counter() - self._started
+
+    def on_validation_epoch_start(self) -> None:
+        # The same noise in every epoch: what differs between epochs is the model.
+        self._val_generator = torch.Generator(self.device).manual_seed(self.seed)
+        self._val_mean = _RunningMean()
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        self._val_mean.add(self.vae(x, generator=self._val_generator), len(x))
+
+    def on_validation_epoch_end(self) -> None:
+        values = dict(zip(ElboTerms._fields, self._val_mean.items(), strict=True))
+        self._record.update({f"val_{name}": value for name, value in values.items()})
+        self.log_dict({f"val/{name}": value for name, value in values.items()})
+
+    def on_train_epoch_end(self) -> None:
+        record = self._record
+        self.log_dict(
+            {"train/neg_elbo": record["train_neg_elbo"], "beta": record["beta"], "seconds": record["seconds"]}
+        )
+        self.history.append(record)
+        if self.report is not None:
+            self.report("training", self.history)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        stopped = self.trainer.should_stop
+        checkpoint[CHECKPOINT_KEY] = {"config": self.config, "history": self.history, "stopped": stopped}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.history = checkpoint[CHECKPOINT_KEY]["history"]
+
+    def _start_epoch(self) -> None:
+        epoch = self.current_epoch
+        self._started = time.perf_counter()
+        torch.manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        for group in self.optimizers().param_groups:
+            group["lr"] = self.lr * lr_factor(epoch, self.epochs)
+        self._record = {"epoch": epoch, "beta": kl_weight(epoch, self.warmup_epochs)}
+        self._train_mean = _RunningMean()
+
+
+class _RunningMean:
+    """Means over data points of [B] tensors, kept on their device: reading a number each step would stall a GPU."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, terms: tuple[Tensor, ...], count: int) -> None:
+        self.sums = self.sums + torch.stack([term.detach().sum() for term in terms])
+        self.count += count
+
+    def items(self) -> list[float]:
+        return (self.sums / self.count).tolist()

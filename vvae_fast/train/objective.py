@@ -1,0 +1,29 @@
+"""The training objective, the free energy with a KL warm-up, and the schedule it is descended with."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from vvae_fast.nn.vae import ElboTerms
+
+
+def kl_weight(epoch: int, warmup_epochs: int) -> float:
+    """The weight beta of the KL in an epoch (counted from 0): below 1 for warmup_epochs epochs, in equal steps, then 1.
+
+    Rezende & Mohamed 2015, eq. 20, anneal the inverse temperature beta_t of their free energy to the same end.
+    """
+    return min(1.0, (epoch + 1) / (warmup_epochs + 1))
+
+
+def lr_factor(epoch: int, epochs: int) -> float:
+    """The learning rate's factor in an epoch, counted from 0: half a cosine that falls from 1 towards 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+
+
+def free_energy(terms: ElboTerms, beta: float) -> Tensor:
+    """reconstruction + beta KL, averaged over the batch, in nats: -ELBO where beta = 1."""
+    if beta == 1.0:
+        return terms.neg_elbo.mean()
+    return (terms.reconstruction + beta * terms.kl).mean()

@@ -1,0 +1,112 @@
+"""Plots of finished runs. They need no display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vvae_fast.nn.vae import VAE
+from vvae_fast.train.data import Dataset
+from vvae_fast.train.extras import require
+from vvae_fast.train.files import replacing
+
+SEED = 0  # of what the plots draw
+NUM_IMAGES = 12
+NUM_POSTERIOR_SAMPLES = 20_000
+
+
+def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> None:
+    """Validation -ELBO over the epochs, a colour for each model and a line for each seed."""
+    figure = _figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    finals = []
+    for number, (model, runs) in enumerate(histories.items()):
+        for history in runs:
+            values = [record["val_neg_elbo"] for record in history]
+            finals.append(values[-1])
+            label = model if history is runs[0] else None
+            epochs = [record["epoch"] + 1 for record in history]
+            axes.plot(epochs, values, color=f"C{number}", alpha=0.7, linewidth=1.0, label=label)
+    # The first epochs are far above what the models are compared on.
+    lowest, highest = min(finals), max(finals)
+    margin = 0.05 * abs(lowest)
+    axes.set_ylim(lowest - margin, highest + 10 * margin)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("-ELBO on the validation set (nats)")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_reconstructions(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
+    """Rows of the test set, and under them each model's E[x | z] for one posterior sample."""
+    x = dataset.test[:NUM_IMAGES].flatten(1)  # [N, P]
+    rows = {"data": x}
+    for model, vae in vaes.items():
+        rows[model] = vae.reconstruct(x, generator=torch.Generator().manual_seed(SEED))
+    _plot_images(rows, dataset, path)
+
+
+def plot_samples(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
+    """E[x | z] of each model for the same draws z of the prior."""
+    rows = {
+        model: vae.sample(NUM_IMAGES, mean=True, generator=torch.Generator().manual_seed(SEED))
+        for model, vae in vaes.items()
+    }
+    _plot_images(rows, dataset, path)
+
+
+def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
+    """Densities of a posterior's samples before and after the flow, in two latent dimensions.
+
+    Posterior, among those of the test set's first hundred rows, and dimensions are those that the flow correlates most.
+    """
+    x = dataset.test[:100].flatten(1)  # [N, P]
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        row, *dims = _most_correlated(vae.posterior_sample(x, 200, generator).z_K)
+        drawn = vae.posterior_sample(x[row : row + 1], NUM_POSTERIOR_SAMPLES, generator)
+    figure = _figure(8.0, 4.2)
+    panels = {"before the flow: q(z_0 | x)": drawn.z_0, "after the flow: q(z_K | x)": drawn.z_K}
+    for number, (title, z) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, 2, number + 1)
+        axes.hist2d(*z[:, 0, dims].T.numpy(), bins=100, cmap="magma")
+        axes.set_title(title)
+        axes.set_xlabel(f"latent dimension {dims[0]}")
+        axes.set_ylabel(f"latent dimension {dims[1]}")
+    _save(figure, path)
+
+
+def _most_correlated(z: Tensor) -> tuple[int, int, int]:
+    """(row, dimension, dimension) with the largest correlation, for z [S, B, D]."""
+    centred = (z - z.mean(0)) / z.std(0)
+    correlation = torch.einsum("sbi,sbj->bij", centred, centred).abs().triu(1)  # [B, D, D]
+    row, i, j = torch.unravel_index(correlation.argmax(), correlation.shape)
+    return int(row), int(i), int(j)
+
+
+def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> None:
+    """A row of pictures for each name; data that are no images become strips of one pixel's height."""
+    count = min(len(x) for x in rows.values())
+    shape = dataset.image_shape or (1, dataset.test[0].numel())
+    top = dataset.total_count or 1
+    limits = {} if dataset.likelihood == "gaussian" else {"vmin": 0, "vmax": top}
+    figure = _figure(0.8 * count + 1.0, 0.9 * len(rows))
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for (name, x), line in zip(rows.items(), grid, strict=True):
+        for image, axes in zip(x, line, strict=False):
+            axes.imshow(image.reshape(shape).numpy(), cmap="gray", aspect="auto", **limits)
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float):
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -1,0 +1,74 @@
+"""Progress of a series of runs: a live bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from vvae_fast.train.extras import require
+
+LINE_SECONDS = 5.0
+
+
+class Progress:
+    """Shows how far a series of runs is. Use as a context manager; call `start` for each run, then `update`.
+
+    Args:
+        num_runs: the length of the series.
+        epochs: the most epochs a run can have.
+    """
+
+    def __init__(self, num_runs: int, epochs: int):
+        self.console = require("rich.console").Console()
+        self.num_runs, self.epochs = num_runs, epochs
+        self.run, self.title, self.printed_at = 0, "", 0.0
+        self.bar = None
+        if self.console.is_terminal:
+            columns = require("rich.progress")
+            self.bar = columns.Progress(
+                columns.TextColumn("{task.description}"),
+                columns.BarColumn(),
+                columns.TaskProgressColumn(),
+                columns.TimeElapsedColumn(),
+                columns.TextColumn("left:"),
+                columns.TimeRemainingColumn(),
+                console=self.console,
+            )
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=self.num_runs * self.epochs)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start(self, title: str) -> None:
+        """The next run begins."""
+        self.run += 1
+        self.title, self.printed_at = title, time.monotonic()
+
+    def update(self, stage: str, history: list[dict]) -> None:
+        """A run's stage and the records of its finished epochs (see VAEModule)."""
+        text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
+        if history:
+            text += f", epoch {len(history)}/{self.epochs}, validation -ELBO {history[-1]['val_neg_elbo']:.2f}"
+        if self.bar is not None:
+            completed = (self.run - 1) * self.epochs + len(history)
+            self.bar.update(self.task, completed=completed, description=text)
+        elif time.monotonic() - self.printed_at >= LINE_SECONDS:
+            self._print(text)
+
+    def finish(self, result: dict) -> None:
+        """The run has ended with a result (see runs.run)."""
+        text = f"[{self.run}/{self.num_runs}] {self.title}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.run * self.epochs, description=text)
+        else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.printed_at = time.monotonic()

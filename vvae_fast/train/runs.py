@@ -1,0 +1,281 @@
+"""One run: a model trained with one seed, resumed where it was interrupted, and evaluated on the test set."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import statistics
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from vvae_fast.nn.likelihoods import make_likelihood
+from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
+from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
+from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
+from vvae_fast.train.data import Dataset, make_loaders
+from vvae_fast.train.extras import require
+from vvae_fast.train.files import RunError, make_folder, read_json, write_json
+from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
+
+lightning = require("lightning.pytorch")
+loggers = require("lightning.pytorch.loggers")
+environments = require("lightning.pytorch.plugins.environments")
+
+VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
+CONFIG, RESULT = "config.json", "result.json"
+EVALUATION_BATCH = 100  # rows
+THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
+ELBO_SAMPLES = 50  # posterior samples a test row for -ELBO, KL and reconstruction
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum."""
+
+    model: str
+    num_steps: int
+    seed: int
+    data: str
+    data_digest: str
+    epochs: int
+    batch_size: int
+    latent_dim: int
+    hidden: tuple[int, ...]
+    lr: float
+    warmup_epochs: int
+    patience: int  # epochs without a better validation -ELBO after which to stop; 0 for never
+    num_samples: int  # importance samples of the NLL
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
+        return f"{model}-seed{self.seed}"
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "hidden": list(self.hidden)}
+
+    @classmethod
+    def from_json(cls, content: dict) -> RunConfig:
+        return cls(**{**content, "hidden": tuple(content["hidden"])})
+
+
+def data_digest(dataset: Dataset) -> str:
+    """A checksum of the three splits."""
+    checksum = 0
+    for split in (dataset.train, dataset.val, dataset.test):
+        checksum = zlib.crc32(split.contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
+
+
+def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
+    """The MLP VAE of a configuration, freshly initialised from torch's global generator."""
+    likelihood = make_likelihood(dataset.likelihood, total_count=dataset.total_count)
+    data_dim = dataset.train[0].numel()
+    encoder = torch.nn.Sequential(_Rescale(*_data_scale(dataset)), *mlp_encoder(data_dim, *config.hidden))
+    decoder = mlp_decoder(config.latent_dim, *reversed(config.hidden), likelihood.num_params * data_dim)
+    return VAE(encoder, decoder, config.latent_dim, _build_flow(config), likelihood, config.hidden[-1])
+
+
+def _build_flow(config: RunConfig) -> torch.nn.Module | None:
+    if config.model == VANILLA:
+        return None
+    if config.model == SHARED:
+        return PlanarFlow(config.latent_dim, config.num_steps)
+    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, config.hidden[-1])
+
+
+def _data_scale(dataset: Dataset) -> tuple[float, float]:
+    """(shift, scale) that bring the encoder's inputs to the size that linear layers are initialised for."""
+    if dataset.likelihood == "binomial":
+        return 0.0, float(dataset.total_count)
+    if dataset.likelihood == "gaussian":
+        return dataset.train.mean().item(), dataset.train.std().item() or 1.0
+    return 0.0, 1.0
+
+
+class _Rescale(torch.nn.Module):
+    """x -> (x - shift) / scale."""
+
+    def __init__(self, shift: float, scale: float):
+        super().__init__()
+        self.shift, self.scale = shift, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.shift) / self.scale if (self.shift, self.scale) != (0.0, 1.0) else x
+
+
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """Raise RunError where a folder holds a run, or a checkpoint, of another configuration."""
+    found = {}
+    if (folder / CONFIG).exists():
+        found[CONFIG] = read_json(folder / CONFIG)
+    last = load_last(folder)
+    if last is not None:
+        path, checkpoint = last
+        found[path.name] = checkpoint[CHECKPOINT_KEY]["config"]
+    wanted = config.to_json()
+    for name, content in found.items():
+        differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
+        if differing:
+            key = differing[0]
+            raise RunError(
+                f"{folder / name} belongs to another run ({key} is {content.get(key)} there, {wanted.get(key)} here); "
+                "use --fresh to replace it or choose another --out"
+            )
+
+
+def remove_run(folder: Path) -> None:
+    """Deletes a run's folder. Raises RunError where the folder is not a run's."""
+    if folder.exists() and not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is not a run of vvae-fast and will not be deleted; choose another --out")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> dict:
+    """Trains, or goes on training, and evaluates the best epoch; a finished run is read from its folder.
+
+    Returns:
+        the result: model, num_steps, seed; neg_elbo, nll, kl, reconstruction (nats a test row, all costs);
+        seconds_per_epoch (the median time of a training epoch), best_epoch and history (see VAEModule).
+
+    Raises:
+        RunError: where the folder holds another run.
+        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
+    """
+    check_folder(config, folder)
+    if (folder / RESULT).exists():
+        return read_json(folder / RESULT)
+    make_folder(folder)
+    write_json(folder / CONFIG, config.to_json())
+    with _quiet_lightning(), _few_threads(config, dataset):
+        history = fit(config, dataset, folder, report)
+        if report is not None:
+            report("evaluating", history)
+        vae, best_epoch = load_best(config, dataset, folder)
+        scores = evaluate(vae, dataset, config.num_samples, config.seed)
+    result = {
+        **{"model": config.model, "num_steps": config.num_steps, "seed": config.seed},
+        **scores,
+        "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
+        **{"best_epoch": best_epoch, "history": history},
+    }
+    write_json(folder / RESULT, result)
+    return result
+
+
+def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> list[dict]:
+    """Trains from the folder's last checkpoint, or from the start, to the end; returns the history (see VAEModule)."""
+    last = load_last(folder)
+    if last is not None and _is_finished(config, last[1]):
+        return last[1][CHECKPOINT_KEY]["history"]
+    lightning.seed_everything(config.seed, verbose=False)
+    vae = build_vae(config, dataset)
+    module = VAEModule(vae, config.lr, config.epochs, config.warmup_epochs, config.seed, config.to_json(), report)
+    trainer = _make_trainer(config, folder)
+    train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, train, val, ckpt_path=None if last is None else last[0], weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        # Lightning turns Ctrl-C into an exit and ignores the signal from then on.
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from None
+    return module.history
+
+
+def load_best(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[VAE, int]:
+    """The VAE of the epoch with the best validation -ELBO, in evaluation mode on the CPU, and that epoch."""
+    checkpoint = load_checkpoint(folder / BEST)
+    return vae_of_checkpoint(checkpoint, config, dataset), checkpoint["epoch"]
+
+
+def vae_of_checkpoint(checkpoint: dict, config: RunConfig, dataset: Dataset) -> VAE:
+    """The VAE that a checkpoint holds, in evaluation mode on the CPU."""
+    vae = build_vae(config, dataset)
+    prefix = "vae."
+    vae.load_state_dict({key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()})
+    return vae.eval()
+
+
+@torch.no_grad()
+def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[str, float]:
+    """neg_elbo, kl, reconstruction and nll (importance sampling), averaged over the test set, in nats."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    vae.to(device)
+    sums = dict.fromkeys((*ElboTerms._fields, "nll"), 0.0)
+    _, _, test = make_loaders(dataset, EVALUATION_BATCH, seed)
+    for x in test:
+        x = x.to(device)
+        terms = vae.elbo_terms(x, ELBO_SAMPLES, generator)._asdict()
+        terms["nll"] = -vae.log_likelihood(x, num_samples, generator=generator)
+        for name, values in terms.items():
+            sums[name] += values.double().sum().item()
+    vae.cpu()
+    return {name: value / len(dataset.test) for name, value in sums.items()}
+
+
+def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
+    ours = checkpoint[CHECKPOINT_KEY]
+    return ours["stopped"] or len(ours["history"]) >= config.epochs
+
+
+def _make_trainer(config: RunConfig, folder: Path):
+    callbacks = require("lightning.pytorch.callbacks")
+    # Without a patience it stops at the first validation -ELBO that is not finite.
+    patience = config.patience or config.epochs
+    stopping = callbacks.EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)
+    return lightning.Trainer(
+        max_epochs=config.epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=[stopping, *checkpoint_callbacks(folder)],
+        logger=[
+            loggers.CSVLogger(folder, name="csv"),  # a new version for each start: it would delete the old one's rows
+            loggers.TensorBoardLogger(folder, name="tensorboard", version=""),
+        ],
+        plugins=[AtomicCheckpointIO(), environments.LightningEnvironment()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=0,  # the means of epochs are logged, nothing within one
+    )
+
+
+@contextmanager
+def _few_threads(config: RunConfig, dataset: Dataset) -> Iterator[None]:
+    """Inside, torch runs one thread where a training step is too small to share: waiting for a busy core costs more."""
+    threads = torch.get_num_threads()
+    if config.batch_size * dataset.train[0].numel() < THREADS_FROM:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Inside, Lightning's advice and device reports, which it logs at level INFO, are not shown."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Config and logs lie there too, and so do the checkpoints when a run goes on.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
+            yield
+    finally:
+        logger.setLevel(level)
