@@ -37,11 +37,11 @@ class PlanarFlow(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws w at unit scale for any D, sets b = 0 and u so that u_hat = 0."""
+        """Draws w and b so that the hyperplanes w . z + b = 0 spread over the prior, and sets u so that u_hat = 0."""
         with torch.no_grad():
             self.w.normal_(std=self.dim**-0.5)
             self.u.copy_(_identity_u(self.w))
-            self.b.zero_()
+            self.b.normal_()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `planar_flow`'s."""
@@ -82,12 +82,18 @@ class AmortizedPlanarFlow(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Puts the identity flow's u, w and b into the head's bias and zeros into its weight."""
+        """Puts an identity flow's u, w and b into the head's bias; of its weight only b's rows are not zero.
+
+        u_hat = 0 needs a u that fits w, but b is free: the hyperplanes depend on the context from the start.
+        """
         w = torch.empty_like(self.head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
+        bound = self.context_dim**-0.5  # of nn.Linear's own initialisation
         with torch.no_grad():
             w.normal_(std=self.dim**-0.5)
+            b = torch.randn_like(w[:, 0])
+            self.head.bias.copy_(torch.cat([_identity_u(w).flatten(), w.flatten(), b]))
             self.head.weight.zero_()
-            self.head.bias.copy_(torch.cat([_identity_u(w).flatten(), w.flatten(), w.new_zeros(self.num_steps)]))
+            self.head.weight[2 * w.numel() :].uniform_(-bound, bound)
 
     def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F], no copies."""
