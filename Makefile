@@ -17,8 +17,9 @@ lint: .venv/built
 	$(BIN)/ruff format --check .
 
 bench: .venv/built
+	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" \
-		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-quiet --benchmark-json=benchmarks/results/last.json
+		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-quiet --benchmark-json=.benchmarks/last.json
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built

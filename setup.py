@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import runpy
+import site
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,14 +13,19 @@ from setuptools import setup
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
+REMEDY = "Run: pip install 'torch>=2.11'"
+
+
 def find_torch() -> None:
     """Makes the target environment's torch importable inside pip's isolated build, which must not download another."""
-    purelib = sysconfig.get_path("purelib")
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     if importlib.machinery.PathFinder.find_spec("torch") is not None:
         return
-    if importlib.machinery.PathFinder.find_spec("torch", [purelib]) is None:
-        sys.exit("vvae_fast: building needs PyTorch in this environment first. Run: pip install 'torch>=2.11'")
-    sys.path.append(purelib)
+    for folder in folders:
+        if importlib.machinery.PathFinder.find_spec("torch", [folder]) is not None:
+            sys.path.append(folder)
+            return
+    sys.exit(f"vvae_fast: building needs PyTorch in this environment first. {REMEDY}")
 
 
 find_torch()
@@ -27,6 +33,9 @@ find_torch()
 import pybind11  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    sys.exit(f"vvae_fast: building needs torch 2.11 or newer, got {torch.__version__}. {REMEDY}")
 
 version = runpy.run_path(str(Path(__file__).parent / "vvae_fast" / "_version.py"))["__version__"]
 

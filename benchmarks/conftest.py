@@ -60,8 +60,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         base = contestants[bases[group]]
         terminalreporter.write_line(group)
         for name, rounds in contestants.items():
-            ratio = median(rounds[r] / base[r] for r in rounds)
-            note = ", ".join(sorted(notes[group, name]))
-            terminalreporter.write_line(
-                f"  {name:24} {1e6 * median(rounds.values()):10.0f} us {ratio:8.2f} x {bases[group]}  {note}".rstrip()
-            )
+            ratios = [rounds[r] / base[r] for r in rounds]
+            time_and_ratio = f"{1e6 * median(rounds.values()):10.0f} us {median(ratios):8.2f} x {bases[group]}"
+            note = ", ".join([f"{min(ratios):.2f} to {max(ratios):.2f}", *sorted(notes[group, name])])
+            terminalreporter.write_line(f"  {name:24} {time_and_ratio} ({note})")
