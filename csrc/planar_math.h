@@ -1,7 +1,7 @@
 // The scalar formulas of a planar step, once, for every kernel. Equation numbers are those of docs/math.md.
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
-// primitives select, abs, exp_both and log on it. No torch, no memory, no branches on data.
+// primitives splat, select, abs, exp_both and log and the constants tiny and saturated on it. No torch, no memory, no branches on data.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -21,10 +21,10 @@ template <class L>
 struct Constrained {
   typename L::V c;        // w . u_hat                                                    (5)
   typename L::V s;        // 1 + c, taken from the softplus: 1 + c would cancel           (5)
-  typename L::V r;        // u_hat = u + r inv_n w                                        (4)
+  typename L::V rho;      // u_hat = u + rho inv_n w                                      (4)
   typename L::V inv_n;    // 1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
   typename L::V rising;   // dc / dalpha = sigmoid(alpha), 0 where inv_n is               (6)
-  typename L::V falling;  // -dr / dalpha = sigmoid(-alpha), 0 where inv_n is             (6)
+  typename L::V falling;  // -drho / dalpha = sigmoid(-alpha), 0 where inv_n is           (6)
 };
 
 template <class L>
@@ -34,15 +34,14 @@ struct Activated {
 };
 
 template <class L>
-struct ConstraintAdjoint {  // (6): du = v + dalpha w, dw = of_v v + dalpha u + of_w w
-  typename L::V dalpha, of_v, of_w;
+struct ConstraintAdjoint {  // (6): du = v + dalpha w, dw = of_v v + dalpha u + of_w_n (inv_n w)
+  typename L::V dalpha, of_v, of_w_n;
 };
 
-// log(1 + x) for x >= -1/2: the logarithm of the rounded sum, and what the rounding lost.
+// What log(sum) lacks of log(1 + x) where sum is 1 + x rounded, x >= -1/2.
 template <class L>
-PLANAR_FN typename L::V log1p(typename L::V x) {
-  const auto sum = 1 + x;
-  return L::log(sum) + (x - (sum - 1)) / sum;
+PLANAR_FN typename L::V log_correction(typename L::V x, typename L::V sum) {
+  return (x - (sum - 1)) / sum;
 }
 
 // (4), (5) from alpha = w . u and n = |w|^2. Without the constraint u_hat = u and c = alpha.
@@ -51,7 +50,7 @@ PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, bool co
   const auto zero = L::splat(0), one = L::splat(1);
   if (!constrained) return {alpha, 1 + alpha, zero, zero, one, zero};
   const auto e = L::exp_both(-L::abs(alpha)).value;
-  const auto log_term = log1p<L>(e);
+  const auto log_term = L::log(1 + e) + log_correction<L>(e, 1 + e);  // log1p(e)
   const auto nonzero = n >= L::tiny();
   const auto up = alpha >= 0;
   const auto p = 1 / (1 + e);
@@ -68,7 +67,7 @@ PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, bool co
 template <class L>
 PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typename L::V q, typename L::V gamma) {
   const auto q_n = q * p.inv_n;
-  return {gamma * p.rising - q_n * p.falling, p.r * p.inv_n, -2 * p.r * q_n * p.inv_n};
+  return {gamma * p.rising - q_n * p.falling, p.rho * p.inv_n, -2 * p.rho * q_n};
 }
 
 // (2), (7): one exponential serves tanh and its derivative.
@@ -77,7 +76,8 @@ PLANAR_FN Activated<L> activate(typename L::V a) {
   const auto e = L::exp_both(-2 * L::abs(a));
   const auto sum = 2 + e.minus_one;  // 1 + e^(-2|a|)
   const auto magnitude = -e.minus_one / sum;
-  return {L::select(a < 0, -magnitude, magnitude), 4 * e.value / (sum * sum)};
+  const auto h_prime = L::select(L::abs(a) > L::saturated(), L::splat(0), 4 * e.value / (sum * sum));
+  return {L::select(a < 0, -magnitude, magnitude), h_prime};
 }
 
 // h'' at the same point, for (12).
@@ -86,11 +86,11 @@ PLANAR_FN typename L::V h_second(const Activated<L>& act) {
   return -2 * act.h * act.h_prime;
 }
 
-// (7): 1 + c h', and where that would cancel the same number as a sum of non-negative terms.
+// (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens without the constraint only.
 template <class L>
 PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
   const auto x = c * act.h_prime;
-  return L::select(x >= L::splat(-0.5), 1 + x, s - c * (act.h * act.h));
+  return L::select((x >= L::splat(-0.5)) | (c < -2), 1 + x, s - c * (act.h * act.h));
 }
 
 // (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both.
@@ -98,8 +98,7 @@ template <class L>
 PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
   const auto x = c * act.h_prime;
   const auto det = determinant<L>(act, c, s);
-  const auto lost = (x - (det - 1)) / det;
-  return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), lost, L::splat(0));
+  return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), log_correction<L>(x, det), L::splat(0));
 }
 
 }  // namespace PLANAR_NAMESPACE

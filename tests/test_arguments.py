@@ -61,6 +61,8 @@ def test_inverse_without_a_guarantee_is_refused():
 def test_inverse_backend_asked_for_by_name():
     with pytest.raises(RuntimeError, match=r"'cpp' was asked for .* no inverse"):
         vvae_fast.planar_flow_inverse(**good(backend="cpp"))
+    with pytest.raises(RuntimeError, match="no inverse"), vvae_fast.use_backend("cpp"):
+        vvae_fast.planar_flow_inverse(**good())
     vvae_fast.planar_flow_inverse(**good(backend="reference"))
 
 
@@ -90,6 +92,8 @@ def test_context_is_checked():
     with pytest.raises(ValueError, match="context_dim must be at least 1"):
         vvae_fast.AmortizedPlanarFlow(2, 3, 0)
     flow = vvae_fast.AmortizedPlanarFlow(2, 3, 5)
+    with pytest.raises(TypeError, match=r"context must be torch.float32 like the flow, got torch.float64"):
+        flow(torch.zeros(4, 2), torch.zeros(4, 5, dtype=torch.float64))
     for context, got in ((torch.zeros(4, 6), r"\(4, 6\)"), (None, "NoneType"), (torch.zeros(()), r"\(\)")):
         with pytest.raises(ValueError, match=rf"context must be a tensor .* F = 5, got {got}"):
             flow(torch.zeros(4, 2), context)

@@ -223,6 +223,16 @@ def test_raw_operator_refuses_what_would_read_out_of_bounds(change, message):
         ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, True)
 
 
+def test_raw_operator_refuses_two_devices_and_absurd_sizes():
+    p = random_problem((6,), 4, 3)
+    with pytest.raises(RuntimeError, match="must be on one device"):
+        ops.planar_forward(p.z, p.u.to("meta"), p.w, p.b, True, True)
+    steps = 2**62
+    u, b = torch.zeros(1, 1).expand(steps, 1), torch.zeros(1).expand(steps)
+    with pytest.raises(RuntimeError, match="at most 2\\^40 elements"):
+        ops.planar_forward(torch.zeros(0, 1), u, u, b, True, False)
+
+
 def test_raw_backward_refuses_other_pre_activations():
     p = random_problem((6,), 4, 3)
     for a, message in ((torch.zeros(4, 5), "a must have size 6"), (torch.zeros(6, 4).t(), "a must be contiguous")):

@@ -145,9 +145,15 @@ def test_compile_and_autocast(amortized):
 
 @both
 def test_backend_of_a_module(amortized):
-    flow = AmortizedPlanarFlow(3, 5, 4, backend="tpu") if amortized else PlanarFlow(3, 5, backend="tpu")
+    sizes = (3, 5, 4) if amortized else (3, 5)
+    kind = AmortizedPlanarFlow if amortized else PlanarFlow
     with pytest.raises(ValueError, match="backend must be one of"):
-        flow(*flow_and_inputs(amortized)[1])
+        kind(*sizes, backend="tpu")
+    inputs = flow_and_inputs(amortized)[1]
+    flow = kind(*sizes, backend="cpp")
+    flow(*inputs)
+    with pytest.raises(RuntimeError, match="no inverse"):
+        flow.inverse(*inputs)
 
 
 def test_repr_says_the_sizes():

@@ -167,6 +167,43 @@ def test_half_precisions_compute_in_float32(dtype, params):
         assert torch.equal(x, y.to(dtype))
 
 
+@pytest.mark.parametrize("c", [-1.5, -2.0, -2.5, -10.0, -1e3, -1e5])
+@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+def test_log_det_without_the_constraint_far_below_minus_one(isa, c, amortized):
+    a = torch.linspace(-12, 12, 2000)[:, None]
+    w, u, b = torch.ones(1, 1), torch.full((1, 1), c), torch.zeros(1)
+    if amortized:
+        w, u, b = w.expand(2000, 1, 1), u.expand(2000, 1, 1), b.expand(2000, 1)
+    _, log_det = vvae_fast.planar_flow(a, u, w, b, constraint="none", backend="cpp")
+    det = 1 + c / a.double().cosh().square()[:, 0]
+    off_zero = det.abs() > 0.1
+    assert (log_det - det.abs().log())[off_zero].abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("params", [(), (9,)])
+@pytest.mark.parametrize("size", [1e-8, 1e-14, 1e-17])
+def test_gradients_of_small_w_fit_float32(params, size):
+    p = random_problem((9,), 3, 4, params)
+    p = p._replace(w=p.w * size)
+    got, wanted = run(p, backend="cpp"), oracle(p.to(torch.float64))
+    assert wanted[4].abs().max() < 1e38
+    assert max(relative_errors((got[0], *got[2:]), (wanted[0], *wanted[2:]))) < 1e-4
+
+
+@pytest.mark.parametrize("params", [(), (4,)])
+def test_saturated_rows_have_no_derivative(isa, params):
+    """h' is 0 and not the smallest float: huge weights or inputs would make something of it."""
+    z = torch.tensor([[1e38], [-1e38], [2e3], [-1e4]])
+    u, w, b = torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1)
+    if params:
+        u, w, b = u.expand(4, 1, 1), w.expand(4, 1, 1), b.expand(4, 1)
+    p = Problem(z, u, w, b, torch.ones(4, 1), torch.ones(4))
+    got, wanted = run(p, backend="cpp"), oracle(p.to(torch.float64))
+    assert torch.equal(got[2], torch.ones(4, 1))
+    assert (got[5] == 0).all()
+    assert max(relative_errors(got, wanted)) < 1e-6
+
+
 def strided_views(p: Problem) -> dict[str, Problem]:
     """The problem's values behind other strides."""
 

@@ -1,7 +1,9 @@
 """The backends, what each of them cannot do, and how one is chosen. A backend asked for by name works or raises."""
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 
 from vvae_fast import config, ops
 from vvae_fast._version import __version__
-from vvae_fast.shapes import Problem, check_backend_name
+from vvae_fast.shapes import Problem
 
 AUTO = "auto"
 
@@ -27,9 +29,12 @@ def _cpp_unavailable() -> list[str]:
 
 
 def _cpp_unsupported(problem: Problem) -> list[str]:
+    reasons = []
     if problem.device_type != "cpu":
-        return [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
-    return []
+        reasons.append(f"the cpp backend runs on cpu tensors, got {problem.device_type}")
+    if problem.inverse:
+        reasons.append("the cpp backend has no inverse, the reference has")
+    return reasons
 
 
 _BACKENDS = {
@@ -50,15 +55,25 @@ class _Override(threading.local):
 _override = _Override()
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Inside the `with` block every flow of this thread that has no `backend=` of its own runs on the backend `name`.
 
     Raises ValueError for an unknown name and RuntimeError, with the reasons, for a backend that cannot run here.
     """
-    check_backend_name(name, (*NAMES, AUTO), "use_backend's name")
+    check_name(name, "use_backend's name")
     if name != AUTO:
         _require(_BACKENDS[name], _BACKENDS[name].unavailable())
+    return _overriding(name)
+
+
+def check_name(name: str, source: str = "backend") -> None:
+    """Raises ValueError where `name`, which `source` gave, is neither a backend nor "auto"."""
+    if not isinstance(name, str) or name not in (*NAMES, AUTO):
+        raise ValueError(f"{source} must be one of {(*NAMES, AUTO)}, got {name!r}")
+
+
+@contextlib.contextmanager
+def _overriding(name: str) -> Iterator[None]:
     previous, _override.name = _override.name, name
     try:
         yield
@@ -77,8 +92,10 @@ def select(problem: Problem, name: str | None) -> str:
     if name is None:
         name, source = _environment(), "the environment variable VVAE_FAST_BACKEND"
     if name == AUTO:
+        if ops.load_error and not torch.compiler.is_compiling():
+            _warn_once()
         return next(b.name for b in _BACKENDS.values() if not _reasons(b, problem))
-    check_backend_name(name, (*NAMES, AUTO), source)
+    check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
     return name
 
@@ -100,6 +117,11 @@ def info() -> dict[str, object]:
 def _environment() -> str:
     """Read when a graph is compiled, not when it runs."""
     return config.backend()
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(f"planar flows run on the slow reference: {ops.load_error}", RuntimeWarning, stacklevel=4)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:

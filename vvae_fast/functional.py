@@ -1,6 +1,5 @@
 """The functional interface: `planar_flow` and `planar_flow_inverse`."""
 
-import torch
 from torch import Tensor
 
 from vvae_fast import autograd, backends, reference, shapes
@@ -40,6 +39,8 @@ def planar_flow(
     """
     problem = shapes.check(z, u, w, b, activation, constraint)
     chosen = backends.select(problem, backend)
+    if z.dtype == u.dtype == w.dtype == b.dtype == problem.compute_dtype:
+        return autograd.planar_flow(z, u, w, b, constraint, chosen)
     z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), constraint, chosen)
     return z_K.to(z.dtype), log_det
 
@@ -62,15 +63,10 @@ def planar_flow_inverse(
     problem = shapes.check(z, u, w, b, activation, constraint)
     if constraint == "none":
         raise ValueError('constraint must be "softplus" to invert, got "none": w . u <= -1 has no inverse')
-    if backend not in (None, backends.AUTO, "reference"):
-        shapes.check_backend_name(backend, (*backends.NAMES, backends.AUTO), "backend")
-        raise RuntimeError(
-            f"the backend {backend!r} was asked for and cannot run: it has no inverse, the reference has"
-        )
+    backends.select(problem._replace(inverse=True), backend)
     z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b))
     return z_0.to(z.dtype), log_det
 
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype: torch.dtype = problem.compute_dtype
-    return tuple(t if t.dtype == dtype else t.to(dtype) for t in tensors)
+    return tuple(t.to(problem.compute_dtype) for t in tensors)

@@ -7,6 +7,8 @@ z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], r
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ try:
 except ImportError as error:
     _C = None
     load_error = (
-        f"the extension vvae_fast._C did not load ({error}): build it with `pip install .` after `pip install torch`"
+        f"the extension vvae_fast._C did not load from {Path(__file__).parent} ({error}): build it with "
+        "`pip install .` after `pip install torch`, and start Python outside the source folder"
     )
 else:
     load_error = None
@@ -35,8 +38,15 @@ torch.library.define(
 )
 
 
+def _check_fake(**tensors: Tensor) -> None:
+    """The kernels check shapes; tensors of two devices never reach them and would end in a fake."""
+    devices = {name: str(t.device) for name, t in tensors.items()}
+    torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
+
+
 @torch.library.register_fake(f"{_NAMESPACE}::planar_forward")
 def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fake(z=z, u=u, w=w, b=b)
     rows = z.shape[0]
     a = z.new_empty((u.shape[-2], rows) if save else (0,))
     return z.new_empty(z.shape), z.new_empty((rows,)), a
@@ -46,6 +56,7 @@ def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool)
 def _(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
     return z.new_empty(z.shape), u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
 
 
@@ -77,4 +88,7 @@ def set_isa(name: str) -> None:
 
 
 if _C is not None and config.isa() is not None:
-    set_isa(config.isa())
+    try:
+        set_isa(config.isa())
+    except ValueError as error:
+        load_error = f"VVAE_FAST_ISA: {error}"

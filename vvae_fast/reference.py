@@ -21,7 +21,7 @@ class Constrained(NamedTuple):
     c: Tensor  # [*params, K]  w . u_hat
     s: Tensor  # [*params, K]  1 + c, taken from the softplus: 1 + c would cancel
     alpha: Tensor  # [*params, K]  w . u
-    r: Tensor  # [*params, K]  u_hat = u + r w / n
+    rho: Tensor  # [*params, K]  u_hat = u + rho w / n
     inv_n: Tensor  # [*params, K]  1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
 
 
@@ -49,9 +49,9 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
     nonzero = n >= torch.finfo(n.dtype).tiny
     inv_n = torch.where(nonzero, 1 / torch.where(nonzero, n, 1), 0)  # [*params, K]
     s = torch.where(nonzero, softplus(alpha), 1)  # [*params, K]
-    r = softplus(-alpha) - 1  # [*params, K]
-    u_hat = u + (r * inv_n)[..., None] * w  # [*params, K, D]
-    return Constrained(u_hat, s - 1, s, alpha, r, inv_n)
+    rho = softplus(-alpha) - 1  # [*params, K]
+    u_hat = u + (rho * inv_n)[..., None] * w  # [*params, K, D]
+    return Constrained(u_hat, s - 1, s, alpha, rho, inv_n)
 
 
 def constrain_backward(
@@ -64,7 +64,8 @@ def constrain_backward(
     nonzero = at.inv_n > 0
     dalpha = torch.where(nonzero, gamma * torch.sigmoid(at.alpha) - q * torch.sigmoid(-at.alpha), 0)  # [*params, K]
     du = v + dalpha[..., None] * w
-    dw = (at.r * at.inv_n)[..., None] * v + dalpha[..., None] * u - (2 * at.r * q * at.inv_n)[..., None] * w
+    w_n = at.inv_n[..., None] * w  # w / n first: rho q / n^2 alone overflows where |w| is small
+    dw = (at.rho * at.inv_n)[..., None] * v + dalpha[..., None] * u - (2 * at.rho * q)[..., None] * w_n
     return du, dw
 
 
@@ -76,9 +77,9 @@ def activate(a: Tensor) -> Activated:
 
 
 def determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
-    """The determinant of one step [*batch], docs/math.md (7): where 1 + c h' would cancel, a sum of positive terms."""
+    """The determinant of one step [*batch], docs/math.md (7): near the zero of 1 + c h', a sum of positive terms."""
     x = c * act.h_prime
-    return torch.where(x >= -0.5, 1 + x, s - c * (act.h * act.h))
+    return torch.where((x >= -0.5) | (c < -2), 1 + x, s - c * (act.h * act.h))
 
 
 def log_abs_determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Problem(NamedTuple):
     amortized: bool
     compute_dtype: torch.dtype
     device_type: str
+    inverse: bool = False
 
 
 def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constraint: str) -> Problem:
@@ -55,12 +56,6 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constrain
     for size in z.shape[:-1]:
         rows *= size
     return Problem(rows, z.shape[-1], u.shape[-2], num_sets, u.dim() > 2, _compute_dtype(z, u, w, b), z.device.type)
-
-
-def check_backend_name(name: object, known: tuple[str, ...], source: str) -> None:
-    """Raises ValueError where `name`, which `source` gave, is no backend."""
-    if name not in known:
-        raise ValueError(f"{source} must be one of {known}, got {name!r}")
 
 
 def check_size(name: str, value: object, least: int) -> None:

@@ -62,7 +62,7 @@ struct Prepared {
   int64_t chunk;
   T *u_hat, *w;                               // [steps][dim]
   T* gram;                                    // [steps][kChunk]: [j][i] = u_hat_j . w_k, k step i of j's chunk
-  T *b, *alpha, *n, *c, *s, *r, *inv_n;       // [padded steps]
+  T *b, *alpha, *n, *c, *s, *rho, *inv_n;     // [padded steps]
   static int64_t size(int64_t steps, int64_t dim) {
     return 2 * steps * dim + steps * kChunk + 7 * round_up(steps, kMaxLanes);
   }
@@ -71,7 +71,7 @@ struct Prepared {
     chunk = chunk_of(dim);
     u_hat = p, w = u_hat + steps * dim, gram = w + steps * dim;
     b = gram + steps * kChunk, alpha = b + padded, n = alpha + padded, c = n + padded;
-    s = c + padded, r = s + padded, inv_n = r + padded;
+    s = c + padded, rho = s + padded, inv_n = rho + padded;
   }
 };
 
@@ -79,7 +79,7 @@ struct Prepared {
 template <class T>
 struct Partial {
   T *du_hat, *dw;       // [padded steps][padded dim] in blocks
-  T* S;                 // [padded steps][kChunk] in blocks, docs/math.md (14)
+  T* triangle;          // [padded steps][kChunk] in blocks: each chunk's S of docs/math.md (14)
   T *db, *gamma;        // [padded steps][kMaxLanes], a sum a lane
   static int64_t size(int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kChunk);
@@ -87,8 +87,8 @@ struct Partial {
   }
   Partial(T* p, int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kChunk), matrix = padded * round_up(dim, 4);
-    du_hat = p, dw = du_hat + matrix, S = dw + matrix;
-    db = S + padded * kChunk, gamma = db + padded * kMaxLanes;
+    du_hat = p, dw = du_hat + matrix, triangle = dw + matrix;
+    db = triangle + padded * kChunk, gamma = db + padded * kMaxLanes;
   }
 };
 

@@ -8,20 +8,19 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// The rows of a block: row i of the block is row index[i] of z and uses parameter set set[i].
+// The rows of a block: row i of the block is row first + i of z and uses parameter set set[i].
 template <class T>
 struct Block {
   static constexpr int width = Simd<T>::width;
   int64_t dim, padded;  // padded: dim rounded up to whole vectors
+  int64_t first;
   int count;
-  int64_t index[width], set[width];
+  int64_t set[width];
 
-  Block(const Problem<T>& p, int64_t first, int count, int64_t first_set)
-      : dim(p.dim), padded(round_up(p.dim, width)), count(count) {
-    for (int i = 0; i < count; ++i) {
-      index[i] = first + i;
-      set[i] = first_set + i < p.sets ? first_set + i : (first_set + i) % p.sets;
-    }
+  Block(const Problem<T>& p, int64_t first, int count)
+      : dim(p.dim), padded(round_up(p.dim, width)), first(first), count(count) {
+    const int64_t first_set = first % p.sets;
+    for (int i = 0; i < count; ++i) set[i] = first_set + i < p.sets ? first_set + i : (first_set + i) % p.sets;
   }
 };
 
@@ -45,21 +44,18 @@ template <class T>
 PLANAR_FN void load_rows(T* to, Matrix<const T> from, const Block<T>& block) {
   fill(to, T(0), Block<T>::width * block.padded);
   for (int i = 0; i < block.count; ++i)
-    for (int64_t d = 0; d < block.dim; ++d) to[i * block.padded + d] = from.data[block.index[i] * from.row + d * from.col];
+    for (int64_t d = 0; d < block.dim; ++d) to[i * block.padded + d] = from.data[(block.first + i) * from.row + d * from.col];
 }
 
 template <class T>
 PLANAR_FN void store_rows(T* to, const T* from, const Block<T>& block) {
-  for (int i = 0; i < block.count; ++i) copy(to + block.index[i] * block.dim, from + i * block.padded, block.dim);
+  for (int i = 0; i < block.count; ++i) copy(to + (block.first + i) * block.dim, from + i * block.padded, block.dim);
 }
 
-// Lane i of the result is x[block.index[i] * stride], zero behind the last row.
+// The block's part of x, one element for each row of z, a row a lane.
 template <class T>
-PLANAR_FN typename Simd<T>::V load_lanes(const T* x, int64_t stride, const Block<T>& block) {
-  typename Simd<T>::V lanes{};
-  for (int i = 0; i < Simd<T>::width; ++i)
-    if (i < block.count) lanes[i] = x[block.index[i] * stride];
-  return lanes;
+PLANAR_FN typename Simd<T>::V load_lanes(const T* x, const Block<T>& block) {
+  return Simd<T>::load_first(x + block.first, block.count);
 }
 
 // w . x, w . u and w . w of every row at step k, a row a lane; x [width][padded].
@@ -86,7 +82,7 @@ PLANAR_FN Products<T> products_of(const Problem<T>& p, const Block<T>& block, co
   return {sum_lanes<T>(w_x), sum_lanes<T>(alpha), sum_lanes<T>(n)};
 }
 
-// z += sign h u_hat for every row, (1): u_hat = u + of_w w with of_w = r / n.
+// z += h u_hat for every row, (1): h u_hat = h u + h_of_w w with h_of_w = h rho / n.
 template <class T>
 PLANAR_FN void update(const Problem<T>& p, const Block<T>& block, T* z, int64_t k, typename Simd<T>::V h,
                       typename Simd<T>::V h_of_w) {
@@ -111,7 +107,7 @@ void amortized_forward(const Forward<T>& p, int64_t number, T* z) {
   using S = Simd<T>;
   const int64_t first = number * S::width;
   const int count = p.rows - first < S::width ? int(p.rows - first) : S::width;
-  const Block<T> block(p, first, count, first % p.sets);
+  const Block<T> block(p, first, count);
   load_rows(z, p.z, block);
   auto log_det = S::splat(0);
   for (int64_t k = 0; k < p.steps; ++k) {
@@ -123,7 +119,7 @@ void amortized_forward(const Forward<T>& p, int64_t number, T* z) {
     const auto a = dots.w_x + b;
     const auto act = activate<S>(a);
     log_det += log_abs_determinant<S>(act, q.c, q.s);
-    update(p, block, z, k, act.h, act.h * (q.r * q.inv_n));
+    update(p, block, z, k, act.h, act.h * (q.rho * q.inv_n));
     if (p.a) S::store_first(p.a + k * p.rows + first, a, count);
   }
   store_rows(p.z_K, z, block);
@@ -153,7 +149,7 @@ PLANAR_FN void dot_gradient(const Problem<T>& p, const Block<T>& block, const T*
 // What step k's rows multiply by, a row a lane, (16).
 template <class T>
 struct Coefficients {
-  typename Simd<T>::V h, h_of_w, delta;
+  typename Simd<T>::V h, h_of_w, delta, inv_n;
   ConstraintAdjoint<Simd<T>> adjoint;
 };
 
@@ -167,13 +163,13 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T>& block, T* z, T* g
     T *du = p.du + (block.set[i] * p.steps + k) * p.dim, *dw = p.dw + (block.set[i] * p.steps + k) * p.dim;
     T *z_row = z + i * block.padded, *g_row = g + i * block.padded;
     const T h = q.h[i], h_of_w = q.h_of_w[i], delta = q.delta[i];
-    const T dalpha = q.adjoint.dalpha[i], of_v = q.adjoint.of_v[i], of_w = q.adjoint.of_w[i];
+    const T dalpha = q.adjoint.dalpha[i], of_v = q.adjoint.of_v[i], of_w_n = q.adjoint.of_w_n[i], inv_n = q.inv_n[i];
     for (int64_t d = 0; d < block.dim; d += S::width) {
       const int64_t left = block.dim - d;
       const auto u = load_params(u_row, p.u.col, d, block.dim), w = load_params(w_row, p.w.col, d, block.dim);
       const auto v = h * S::load(g_row + d);
       const auto before = S::load(z_row + d) - (h * u + h_of_w * w);
-      auto u_sum = v + dalpha * w, w_sum = delta * before + of_v * v + dalpha * u + of_w * w;
+      auto u_sum = v + dalpha * w, w_sum = delta * before + of_v * v + dalpha * u + of_w_n * (inv_n * w);
       if (add) u_sum += S::load_first(du + d, left), w_sum += S::load_first(dw + d, left);
       S::store_first(du + d, u_sum, left);
       S::store_first(dw + d, w_sum, left);
@@ -190,30 +186,31 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T>& block, T* z, T* g
 template <class T>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
-  const Block<T> block(p, sample * p.sets + first_set, count, first_set);
+  const Block<T> block(p, sample * p.sets + first_set, count);
   T *z = scratch, *g = z + S::width * block.padded;
   T *alpha = g + S::width * block.padded, *n = alpha + S::width * p.steps;
   load_rows(z, p.z, block);
   load_rows(g, p.grad_z, block);
-  const auto lambda = load_lanes(p.grad_log_det, p.grad_log_det_stride, block);
+  typename S::V lambda{};
+  for (int i = 0; i < count; ++i) lambda[i] = p.grad_log_det[(block.first + i) * p.grad_log_det_stride];
   for (int64_t k = 0; k < p.steps; ++k) {
     const auto dots = products_of(p, block, z, k);
     const auto q = constrain<S>(dots.alpha, dots.n, p.constrained);
-    const auto h = activate<S>(load_lanes(p.a + k * p.rows, 1, block)).h;
-    update(p, block, z, k, h, h * (q.r * q.inv_n));
+    const auto h = activate<S>(load_lanes(p.a + k * p.rows, block)).h;
+    update(p, block, z, k, h, h * (q.rho * q.inv_n));
     S::store(alpha + k * S::width, dots.alpha);
     S::store(n + k * S::width, dots.n);
   }
   for (int64_t k = p.steps - 1; k >= 0; --k) {
     const auto q = constrain<S>(S::load(alpha + k * S::width), S::load(n + k * S::width), p.constrained);
-    const auto act = activate<S>(load_lanes(p.a + k * p.rows, 1, block));
+    const auto act = activate<S>(load_lanes(p.a + k * p.rows, block));
     typename S::V g_u, g_w;
     dot_gradient(p, block, g, k, g_u, g_w);
     const auto r = lambda / determinant<S>(act, q.c, q.s);
-    const auto e = g_u + q.r * q.inv_n * g_w;
+    const auto e = g_u + q.rho * q.inv_n * g_w;
     const auto delta = e * act.h_prime + r * q.c * h_second<S>(act);
     const auto adjoint = constrain_backward<S>(q, act.h * g_w, r * act.h_prime);
-    step_back(p, block, z, g, k, Coefficients<T>{act.h, act.h * (q.r * q.inv_n), delta, adjoint}, sample > 0);
+    step_back(p, block, z, g, k, Coefficients<T>{act.h, act.h * (q.rho * q.inv_n), delta, q.inv_n, adjoint}, sample > 0);
   }
   store_rows(p.dz, g, block);
 }

@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <tuple>
@@ -34,6 +36,8 @@ std::atomic<const Isa*>& chosen_isa() {
   return isa;
 }
 
+constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
+
 // Multiply-adds that are worth waking a thread for, and the most slices of tiles whose sums are kept apart.
 constexpr int64_t kGrain = int64_t(1) << 18, kMaxSlices = 32, kPartialBytes = int64_t(1) << 24;
 
@@ -41,7 +45,7 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Cache-aligned memory that each thread keeps from call to call, so that a pass allocates nothing but its outputs.
+// Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates its outputs only.
 enum Slot { kPrepared, kPartials, kTileScratch, kSlots };
 
 template <class T>
@@ -69,10 +73,18 @@ void for_each(int64_t items, int64_t work, const Run& run) {
   const auto range = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run(i);
   };
-  if (items <= grain)
-    range(0, items);
-  else
-    torch::stable::parallel_for(0, items, grain, range);
+  if (items <= grain) return range(0, items);
+  std::mutex guard;
+  std::exception_ptr error;  // an exception that crossed the C boundary would lose its kind and its message
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    try {
+      range(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 void check_rank(const Tensor& t, const char* name, int64_t rank) {
@@ -105,6 +117,9 @@ void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tens
   check_kind(u, "u", type);
   check_kind(w, "w", type);
   check_kind(b, "b", type);
+  const int64_t steps = u.size(u.dim() - 2), dim = z.size(1);
+  STD_TORCH_CHECK(dim <= kMostParameters && steps <= kMostParameters / std::max<int64_t>(1, dim),
+                  "vvae_fast: u must have at most 2^40 elements K x D, got ", steps, " x ", dim);
   const int64_t sets = is_amortized(u) ? u.size(0) : 1;
   STD_TORCH_CHECK(sets == 0 ? z.size(0) == 0 : z.size(0) % sets == 0, "vvae_fast: z must have a multiple of ", sets,
                   " rows, one for each parameter set, got ", z.size(0));

@@ -27,11 +27,11 @@ void prepare(const Problem<T>& p, const Prepared<T>& q) {
     const auto x = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.constrained);
     S::store(q.c + k, x.c);
     S::store(q.s + k, x.s);
-    S::store(q.r + k, x.r);
+    S::store(q.rho + k, x.rho);
     S::store(q.inv_n + k, x.inv_n);
   }
   for (int64_t k = 0; k < p.steps; ++k) {
-    const T scale = q.r[k] * q.inv_n[k];
+    const T scale = q.rho[k] * q.inv_n[k];
     T *u = q.u_hat + k * p.dim, *w = q.w + k * p.dim;
     for (int64_t d = 0; d < p.dim; ++d) u[d] += scale * w[d];
   }
@@ -100,9 +100,9 @@ int64_t shared_backward_scratch(int64_t steps, int64_t dim) {
   return (ceil_div(steps, chunk_of(dim)) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
 }
 
-// Samples behind the last have this pre-activation: there the determinant is 1, whatever c is, so that their zero
+// Samples behind the last have this pre-activation: there h' = 0 and the determinant is 1, so that their zero
 // gradients stay zeros.
-constexpr int kSaturated = 80;
+constexpr int kSaturated = 1000;
 
 // H and h' of every step from the saved pre-activations; steps behind the last hold zeros.
 template <class T>
@@ -181,7 +181,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     const int64_t rows = round_up(steps, 4);
     outer(sums.du_hat + start * dim, h_chunk, g, rows, dim);                              // (14)
     outer(sums.dw + start * dim, delta, z + chunk * dim * kTile, rows, dim);              // (14)
-    outer(sums.S + start * kChunk, h_chunk, delta, rows, q.chunk);                        // (14)
+    outer(sums.triangle + start * kChunk, h_chunk, delta, rows, q.chunk);                 // (14)
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                       // (13)
   }
   store_tile(g, p.dz + row * p.dim, n, p.dim);
@@ -195,22 +195,22 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
   for (int64_t slice = 1; slice < slices; ++slice)
     for (int64_t i = 0; i < size; ++i) partials[i] += partials[slice * size + i];
   const Partial<T> sums(partials, p.steps, p.dim);
-  T *gamma = scratch, *v_dot_w = gamma + padded, *dalpha = v_dot_w + padded, *of_v = dalpha + padded, *of_w = of_v + padded;
+  T *gamma = scratch, *v_dot_w = gamma + padded, *dalpha = v_dot_w + padded, *of_v = dalpha + padded, *of_w_n = of_v + padded;
   fill(scratch, T(0), 5 * padded);
   for (int64_t k = 0; k < p.steps; ++k) {
     const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < p.steps ? start + q.chunk : p.steps;
-    const T* S_chunk = sums.S + start * kChunk;
+    const T* triangle = sums.triangle + start * kChunk;
     T *v = p.du + k * p.dim, *dw = p.dw + k * p.dim;
     for (int64_t d = 0; d < p.dim; ++d) {
       v[d] = sums.du_hat[start * dim + block_index(k - start, d, dim)];
       dw[d] = sums.dw[start * dim + block_index(k - start, d, dim)];
     }
     for (int64_t j = k + 1; j < end; ++j) {
-      const T x = S_chunk[block_index(k - start, j - start, q.chunk)];
+      const T x = triangle[block_index(k - start, j - start, q.chunk)];
       for (int64_t d = 0; d < p.dim; ++d) v[d] += x * q.w[j * p.dim + d];
     }
     for (int64_t j = start; j < k; ++j) {
-      const T x = S_chunk[block_index(j - start, k - start, q.chunk)];
+      const T x = triangle[block_index(j - start, k - start, q.chunk)];
       for (int64_t d = 0; d < p.dim; ++d) dw[d] += x * q.u_hat[j * p.dim + d];
     }
     T db = 0;
@@ -226,7 +226,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
     const auto x = constrain_backward<S>(at, S::load(v_dot_w + k), S::load(gamma + k));
     S::store(dalpha + k, x.dalpha);
     S::store(of_v + k, x.of_v);
-    S::store(of_w + k, x.of_w);
+    S::store(of_w_n + k, x.of_w_n);
   }
   for (int64_t k = 0; k < p.steps; ++k) {
     const T* w = q.w + k * p.dim;
@@ -234,7 +234,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
     for (int64_t d = 0; d < p.dim; ++d) {
       const T v = du[d], u = p.u.data[k * p.u.step + d * p.u.col];
       du[d] = v + dalpha[k] * w[d];
-      dw[d] += of_v[k] * v + dalpha[k] * u + of_w[k] * w[d];
+      dw[d] += of_v[k] * v + dalpha[k] * u + of_w_n[k] * (q.inv_n[k] * w[d]);
     }
   }
 }

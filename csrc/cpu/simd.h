@@ -57,6 +57,7 @@ struct Simd {
   PLANAR_FN V select(I mask, V yes, V no) { return mask ? yes : no; }
   PLANAR_FN V abs(V x) { return as_float(as_bits(x) & ~as_bits(splat(T(-0.0)))); }
   PLANAR_FN V tiny() { return splat(Float::tiny); }
+  PLANAR_FN V saturated() { return splat(-Float::exp_least / 2); }  // from here on e^(-2|a|) is next to denormal
   PLANAR_FN I as_bits(V x) { return reinterpret_cast<I>(x); }
   PLANAR_FN V as_float(I x) { return reinterpret_cast<V>(x); }
   PLANAR_FN I splat_bits(Bits x) { return x - I{}; }

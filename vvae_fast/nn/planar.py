@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vvae_fast.backends import AUTO, check_name
 from vvae_fast.functional import planar_flow, planar_flow_inverse
 from vvae_fast.shapes import check_size
 
@@ -23,13 +24,14 @@ class PlanarFlow(nn.Module):
     Starts as the identity map. `flow(z)` maps z [*batch, D] to (z_K [*batch, D], log_det [*batch] in nats);
     `flow.inverse(z)` maps back, with the log_det of the inverse.
 
-    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size.
+    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size or backend no name.
     """
 
     def __init__(self, dim: int, num_steps: int, *, backend: str | None = None) -> None:
         super().__init__()
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
+        check_name(backend or AUTO)
         self.dim, self.num_steps, self.backend = dim, num_steps, backend
         self.u = nn.Parameter(torch.empty(num_steps, dim))
         self.w = nn.Parameter(torch.empty(num_steps, dim))
@@ -49,7 +51,7 @@ class PlanarFlow(nn.Module):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D]."""
-        return planar_flow_inverse(z, self.u, self.w, self.b)
+        return planar_flow_inverse(z, self.u, self.w, self.b, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_steps={self.num_steps}"
@@ -77,6 +79,7 @@ class AmortizedPlanarFlow(nn.Module):
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
         check_size("context_dim", context_dim, 1)
+        check_name(backend or AUTO)
         self.dim, self.num_steps, self.context_dim, self.backend = dim, num_steps, context_dim, backend
         self.head = _Head(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
         self.reset_parameters()
@@ -100,6 +103,13 @@ class AmortizedPlanarFlow(nn.Module):
         if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
+        weight = self.head.weight
+        if context.device != weight.device:
+            raise ValueError(
+                f"context must be on {weight.device} like the flow, got {context.device}: move one of them"
+            )
+        if context.dtype != weight.dtype and not torch.is_autocast_enabled(context.device.type):
+            raise TypeError(f"context must be {weight.dtype} like the flow, got {context.dtype}: convert one of them")
         packed = self.head(context)  # [*params, K (2 D + 1)]
         size = self.num_steps * self.dim
         u, w, b = packed.split([size, size, self.num_steps], dim=-1)
@@ -112,7 +122,7 @@ class AmortizedPlanarFlow(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
-        return planar_flow_inverse(z, *self.params(context))
+        return planar_flow_inverse(z, *self.params(context), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_steps={self.num_steps}, context_dim={self.context_dim}"
