@@ -113,9 +113,9 @@ class Binomial(Likelihood):
         check_size("total_count", self.total_count, 1)
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        n = self.total_count
-        log_choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n + 1 - x)  # [*batch, P]
-        return log_choose.sum(-1) - n * _cross_entropy(x / n, params)
+        n, counts = self.total_count, x.double()  # in float32 the difference below is off by nats for large counts
+        log_choose = math.lgamma(n + 1) - torch.lgamma(counts + 1) - torch.lgamma(n + 1 - counts)  # [*batch, P]
+        return log_choose.sum(-1).to(params.dtype) - n * _cross_entropy(x / n, params)
 
     def mean(self, params: Tensor) -> Tensor:
         return self.total_count * params.sigmoid()
@@ -141,7 +141,16 @@ class Gaussian(Likelihood):
     log_var: float | None = None
 
     MIN_LOG_VAR = -14.0  # a standard deviation of 9e-4
+    MAX_ABS_LOG_VAR = 80.0  # of a fixed one: beyond, its exponential leaves float32
     name = "gaussian"
+
+    def __post_init__(self):
+        if self.log_var is None:
+            return
+        if isinstance(self.log_var, bool) or not isinstance(self.log_var, (int, float)):
+            raise TypeError(f"log_var must be a number or None, got {type(self.log_var).__name__}")
+        if not abs(self.log_var) <= self.MAX_ABS_LOG_VAR:
+            raise ValueError(f"log_var must be within +-{self.MAX_ABS_LOG_VAR:g}, got {self.log_var}")
 
     @property
     def num_params(self) -> int:

@@ -145,6 +145,8 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's parameters [*batch, *] as the decoder gives them, for z [*batch, D], any leading dims."""
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a Tensor, got {type(z).__name__}")
         if z.ndim == 0 or z.shape[-1] != self.latent_dim:
             raise ValueError(f"z must be [*batch, {self.latent_dim}], got {tuple(z.shape)}")
         rows = z.reshape(-1, self.latent_dim)  # [N, D]
@@ -217,6 +219,11 @@ class VAE(nn.Module):
         if self.flow is None:
             return z_0, z_0, 0.0
         z_K, log_det = self.flow(z_0, posterior.features) if self._flow_takes_features else self.flow(z_0)
+        if z_K.shape != z_0.shape or log_det.shape != z_0.shape[:-1]:
+            raise ValueError(
+                f"flow must give z_K {tuple(z_0.shape)} and log_det {tuple(z_0.shape[:-1])}, "
+                f"got {tuple(z_K.shape)} and {tuple(log_det.shape)}"
+            )
         return z_0, z_K, log_det
 
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
