@@ -163,7 +163,7 @@ def _solve(rhs: Tensor, c: Tensor, s: Tensor) -> Tensor:
         low, high = rhs - c.abs(), rhs + c.abs()
         x = rhs
         for _ in range(_ROOT_ITERATIONS[rhs.dtype]):
-            residual, slope = _residual(x, rhs, s)
+            residual, slope = _residual(x, rhs, c, s)
             low, high = torch.where(residual <= 0, x, low), torch.where(residual >= 0, x, high)
             newton = x - residual / slope
             inside = (newton >= low) & (newton <= high)
@@ -171,11 +171,11 @@ def _solve(rhs: Tensor, c: Tensor, s: Tensor) -> Tensor:
     # A Newton step doubles the order to which derivatives are right: two give the implicit function theorem's first
     # and second derivatives, docs/math.md (18), and leave the value where it is.
     for _ in range(2):
-        residual, slope = _residual(x, rhs, s)
+        residual, slope = _residual(x, rhs, c, s)
         x = x - residual / slope
     return x
 
 
-def _residual(x: Tensor, rhs: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _residual(x: Tensor, rhs: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     act = activate(x)
-    return (x - act.h) + s * act.h - rhs, act.h * act.h + s * act.h_prime
+    return (x - act.h) + s * act.h - rhs, determinant(act, c, s)
