@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import vvae_fast
+from vvae_fast.train import cli
 from vvae_fast.train.cli import main
+from vvae_fast.train.files import RunError
 
 
 def small(*more: str) -> list[str]:
@@ -117,8 +119,14 @@ def test_a_backend_that_cannot_run(monkeypatch, capsys, backend):
         ([], "required: COMMAND"),
         (["compare", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["compare", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
-        (["compare", "--lr", "nan"], "--lr: must be a positive number, got nan"),
+        (["compare", "--lr", "nan"], "--lr: must be a positive number up to 1000, got nan"),
+        (["compare", "--lr", "1e300"], "--lr: must be a positive number up to 1000, got 1e300"),
         (["compare", "--seeds", "-1"], "--seeds"),
+        (["compare", "--seeds", str(2**32)], "--seeds: must be at most 4294967295"),
+        (["train", "--seed", str(2**32)], "--seed: must be at most"),
+        (["train", "--latent-dim", "10000001"], "--latent-dim: must be at most 10000000"),
+        (["train", "--out", ""], "--out: must be neither empty"),
+        (["train", "--data", "a\0.npy"], "--data: must be neither empty nor contain a null character"),
         (["train", "--model", "sylvester"], "--model: invalid choice"),
     ],
 )
@@ -136,6 +144,68 @@ def test_info_names_every_backend(capsys):
     for name, backend in vvae_fast.info()["backends"].items():
         line = next(line for line in printed.splitlines() if line.strip().startswith(f"{name}:"))
         assert all(reason in line for reason in backend["reasons"] or ["available"])
+
+
+def test_info_ends_with_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("VVAE_FAST_BACKEND", "bogus")
+    assert main(["info"]) == 2
+    captured = capsys.readouterr()
+    assert "reference" in captured.out
+    assert captured.err.count("\n") == 1
+    assert "bogus" in captured.err
+
+
+def test_every_data_set_has_its_own_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(small("--data", data)) == 0
+    assert (tmp_path / "runs" / "train-bits" / "result.json").is_file()
+    for command, data_, expected in [
+        ("compare", "digits", "runs/compare"),
+        ("compare", "mnist", "runs/compare-mnist"),
+        ("train", "digits", "runs/train"),
+    ]:
+        assert str(cli._out(cli._parser().parse_args([command, "--data", data_]))) == expected
+
+
+def test_a_second_start_says_that_all_is_done(data, tmp_path, capsys):
+    command = small("--data", data, "--out", str(tmp_path / "run"))
+    assert main(command) == 0
+    assert "already finished" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert "seed 0: already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/result.json"])
+def test_system_errors_are_one_line(data, tmp_path, capsys, name):
+    (tmp_path / "a" / "result.json").mkdir(parents=True)
+    out = tmp_path / name if len(name) > 99 else tmp_path / "a"
+    one_line_and_exit_2(capsys, small("--data", data, "--out", str(out)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left", "some\nfile"),
+        RunError("two\nlines"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+    ],
+)
+def test_whatever_fails_is_one_line(monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(vvae_fast, "info", fail)
+    one_line_and_exit_2(capsys, ["info"])
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fail():
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(vvae_fast, "info", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["info"])
 
 
 def test_torch_alone_is_enough_for_info_and_the_rest_says_what_to_install(tmp_path):

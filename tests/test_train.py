@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from vvae_fast.nn.vae import ElboTerms
-from vvae_fast.train import checkpoints, runs
+from vvae_fast.train import checkpoints, folder, runs
 from vvae_fast.train.data import load_dataset
-from vvae_fast.train.files import RunError, write_json
+from vvae_fast.train.files import RunError, read_json, write_json
 from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
-from vvae_fast.train.runs import RunConfig
+from vvae_fast.train.runconfig import RunConfig, data_digest
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def dataset():
 
 def make_config(dataset, **changes) -> RunConfig:
     settings = {
-        **{"model": "amortized", "num_steps": 2, "seed": 3, "data": "digits", "data_digest": runs.data_digest(dataset)},
+        **{"model": "amortized", "num_steps": 2, "seed": 3, "data": "digits", "data_digest": data_digest(dataset)},
         **{"epochs": 4, "batch_size": 50, "latent_dim": 3, "hidden": (7,), "lr": 1e-2},
         **{"warmup_epochs": 0, "patience": 0, "num_samples": 20},
     }
@@ -33,8 +33,8 @@ def without_times(result: dict) -> dict:
     return {key: value for key, value in result.items() if key != "seconds_per_epoch"} | {"history": history}
 
 
-def weights(folder) -> dict:
-    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+def weights(path) -> dict:
+    return torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
 
 
 class Killed(Exception):
@@ -97,9 +97,12 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(dataset, tmp_path, m
         killed_while_saving(patch, name, occurrence)
         with pytest.raises(Killed):
             runs.run(config, dataset, tmp_path / "killed")
-    epochs = []
-    resumed = runs.run(config, dataset, tmp_path / "killed", lambda stage, history: epochs.append(len(history)))
-    assert epochs[0] == occurrence  # nothing that was finished is repeated
+    stages = []
+    resumed = runs.run(
+        config, dataset, tmp_path / "killed", lambda stage, history: stages.append((stage, len(history)))
+    )
+    done = occurrence - 1  # nothing that was finished is repeated
+    assert stages[: 1 + (done > 0)] == [(f"resuming after epoch {done}", done)] * (done > 0) + [("training", done + 1)]
     assert without_times(resumed) == without_times(whole)
     expected, got = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -115,7 +118,7 @@ def test_ctrl_c_is_passed_on_and_the_run_goes_on(dataset, tmp_path):
         runs.run(config, dataset, tmp_path, interrupt)
     epochs = []
     runs.run(config, dataset, tmp_path, lambda stage, history: epochs.append(len(history)))
-    assert epochs == [3, 4, 4]
+    assert epochs == [2, 3, 4, 4]
 
 
 def test_a_damaged_last_checkpoint_costs_one_epoch(dataset, tmp_path):
@@ -127,13 +130,15 @@ def test_a_damaged_last_checkpoint_costs_one_epoch(dataset, tmp_path):
     for name in ("last.ckpt", "previous.ckpt"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(RunError, match=r"last.ckpt cannot be read as a checkpoint .*--fresh"):
-        runs.check_folder(config, tmp_path)
+        folder.check_folder(config, tmp_path)
 
 
 def test_a_finished_run_is_read_not_repeated(dataset, tmp_path):
     config = make_config(dataset, epochs=1)
     first = runs.run(config, dataset, tmp_path)
-    assert runs.run(config, dataset, tmp_path, lambda *arguments: pytest.fail("trained again")) == first
+    stages = []
+    assert runs.run(config, dataset, tmp_path, lambda stage, history: stages.append(stage)) == first
+    assert stages == ["already finished"]
 
 
 def test_early_stopping_stops_and_stays_stopped(dataset, tmp_path, monkeypatch):
@@ -171,15 +176,166 @@ def test_folders_of_other_runs_are_refused(dataset, tmp_path):
         runs.run(other, dataset, tmp_path)
 
 
-def test_only_runs_are_deleted(tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(RunError, match="will not be deleted"):
-        runs.remove_run(tmp_path / "thesis")
-    write_json(tmp_path / "config.json", {})
-    runs.remove_run(tmp_path)
-    assert not tmp_path.exists()
-    runs.remove_run(tmp_path)
+def test_only_runs_are_deleted(dataset, tmp_path):
+    thesis, run, link = (tmp_path / name for name in ("thesis", "run", "link"))
+    for path in (thesis, run):
+        path.mkdir()
+    (thesis / "chapter.tex").touch()
+    config = make_config(dataset).to_json()
+    for content in (None, {}, {**config, "more": 1}, {**config, "seed": "3"}, {**config, "model": "car"}, [1]):
+        if content is not None:
+            write_json(thesis / "config.json", content)
+        with pytest.raises(RunError, match="not a run of vvae-fast and it will not be deleted"):
+            folder.remove_run(thesis)
+    write_json(thesis / "config.json", config)
+    with pytest.raises(RunError, match=r"more than a run \(chapter.tex\)"):
+        folder.remove_run(thesis)
+    assert (thesis / "chapter.tex").exists()
+    write_json(run / "config.json", config)
+    link.symlink_to(run)
+    folder.remove_run(link)
+    assert not run.exists()
+    folder.remove_run(link)
+
+
+def test_what_cannot_be_deleted_is_told(dataset, tmp_path, monkeypatch):
+    write_json(tmp_path / "config.json", make_config(dataset).to_json())
+
+    def busy(path, **options):
+        if not options.get("ignore_errors"):
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(folder.shutil, "rmtree", busy)
+    with pytest.raises(RunError, match=r"cannot be deleted \(Device or resource busy\)"):
+        folder.remove_run(tmp_path)
+
+
+def test_one_process_works_in_a_folder(dataset, tmp_path):
+    config = make_config(dataset, epochs=1)
+    write_json(tmp_path / "config.json", config.to_json())
+    with folder.locked(tmp_path):
+        for act in (lambda: runs.run(config, dataset, tmp_path), lambda: folder.remove_run(tmp_path)):
+            with pytest.raises(RunError, match="another process is training here"):
+                act()
+    runs.run(config, dataset, tmp_path)
+
+
+def test_the_digest_tells_splits_and_likelihoods_apart(dataset):
+    rows = torch.cat([dataset.train, dataset.val])
+    others = [
+        {"train": rows[:100], "val": rows[100:]},
+        {name: getattr(dataset, name).flatten(1) for name in ("train", "val", "test")},
+        {"likelihood": "gaussian"},
+        {"total_count": 17},
+        {"dynamic": True},
+    ]
+    digests = [data_digest(dataclasses.replace(dataset, **changes)) for changes in ({}, *others)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_best_checkpoint_must_be_the_runs(dataset, tmp_path):
+    config = make_config(dataset, epochs=1)
+    runs.run(config, dataset, tmp_path)
+    best = tmp_path / "best.ckpt"
+    checkpoint = torch.load(best, weights_only=True)
+
+    def rejected(message: str) -> None:
+        with pytest.raises(RunError, match=message):
+            runs.load_best(config, dataset, tmp_path)
+
+    checkpoint["vvae_fast"]["config"]["seed"] = 4
+    torch.save(checkpoint, best)
+    rejected(r"best.ckpt belongs to another run \(seed is 4 there, 3 here\)")
+    checkpoint["vvae_fast"]["config"]["seed"] = 3
+    checkpoint["state_dict"].popitem()
+    torch.save(checkpoint, best)
+    rejected("checkpoint of another model")
+    best.unlink()
+    rejected("best.ckpt is missing.*--fresh")
+
+
+def test_the_result_must_be_the_runs(dataset, tmp_path):
+    config = make_config(dataset, epochs=1)
+    result = runs.run(config, dataset, tmp_path)
+    missing = {key: value for key, value in result.items() if key != "nll"}
+    for content, message in [
+        ({**result, "seed": 4}, r"another run's \(seed is 4 there, 3 here\)"),
+        (missing, "not a result"),
+        ({**result, "nll": "low"}, "not a result"),
+        ({**result, "history": [{}]}, "not a result"),
+    ]:
+        write_json(tmp_path / "result.json", content)
+        with pytest.raises(RunError, match=f"{message}.*--fresh"):
+            runs.run(config, dataset, tmp_path)
+
+
+def test_checkpoints_of_wrong_structure_fall_back(dataset, tmp_path):
+    config = make_config(dataset, epochs=2)
+    runs.run(config, dataset, tmp_path)
+    last = tmp_path / "last.ckpt"
+    good = last.read_bytes()
+    ours = torch.load(last, weights_only=True)["vvae_fast"]
+    for changes in (
+        {"state_dict": [1]},
+        {"epoch": "1"},
+        {"loops": None},
+        {"vvae_fast": {}},
+        {"vvae_fast": {**ours, "history": 5}},
+        {"vvae_fast": {**ours, "stopped": 0}},
+        {"vvae_fast": {**ours, "config": {**ours["config"], "hidden": 7}}},
+    ):
+        checkpoint = {**torch.load(last, weights_only=True), **changes}
+        torch.save({key: value for key, value in checkpoint.items() if value is not None}, last)
+        with pytest.raises(RunError, match="damaged checkpoint"):
+            checkpoints.load_checkpoint(last)
+        path, _ = checkpoints.load_last(tmp_path)
+        assert path.name == "previous.ckpt"
+        last.write_bytes(good)
+
+
+def test_mutated_checkpoints_are_read_or_refused(dataset, tmp_path):
+    runs.run(make_config(dataset, epochs=1), dataset, tmp_path)
+    good = (tmp_path / "last.ckpt").read_bytes()
+    refusals = []
+    for position in range(64, 2500, 8):  # the archive's pickle
+        (tmp_path / "bad.ckpt").write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
+        try:
+            checkpoints.load_checkpoint(tmp_path / "bad.ckpt")
+        except RunError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 100
+    assert not any("\n" in message for message in refusals)
+
+
+def test_divergence_is_an_error(dataset, tmp_path, monkeypatch):
+    config = make_config(dataset, epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.VAEModule, "validation_step", lambda self, x, i: self._val_mean.add(_nans(len(x)), len(x)))
+        with pytest.raises(RunError, match="validation -ELBO is not finite after epoch 1; lower --lr"):
+            runs.run(config, dataset, tmp_path / "training")
+    monkeypatch.setattr(runs, "evaluate", lambda *arguments: {"nll": math.inf})
+    with pytest.raises(RunError, match=r"test set is not finite after epoch \d; lower --lr"):
+        runs.run(config, dataset, tmp_path / "test")
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+def _nans(count: int) -> ElboTerms:
+    return ElboTerms(*[torch.full((count,), math.nan)] * 3)
+
+
+def test_deeply_nested_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(content, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nframe #0")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    with pytest.raises(RunError, match=r"last.ckpt cannot be written \(PytorchStreamWriter .* failed\); make room"):
+        checkpoints.AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
 
 
 def test_configurations_survive_json(dataset):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -11,11 +15,19 @@ import torch
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import RunError, replacing
 from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR
+from vvae_fast.train.runconfig import is_config, is_history
 
 callbacks = require("lightning.pytorch.callbacks")
 io = require("lightning.pytorch.plugins.io")
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# What torch.load lets through from a file that it cannot read.
+DAMAGED = (
+    *(OSError, EOFError, MemoryError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, ImportError, struct.error, pickle.PickleError, zipfile.BadZipFile, zlib.error),
+)
+# What Lightning resumes from, beside the weights.
+LIGHTNING_KEYS = {"global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-lightning_version"}
 
 
 class AtomicCheckpointIO(io.TorchCheckpointIO):
@@ -28,7 +40,10 @@ class AtomicCheckpointIO(io.TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
         with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+                raise RunError(f"{path} cannot be written ({_reason(error)}); make room or repair the disk") from error
             if path.name == LAST and path.exists():
                 os.replace(path, path.with_name(PREVIOUS))
 
@@ -54,13 +69,33 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; check the path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise RunError(f"{path} cannot be read as a checkpoint ({reason}); remove it or use --fresh") from error
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error says enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        raise RunError(f"{path} cannot be read as a checkpoint ({_reason(error)}); remove it or use --fresh") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
         raise RunError(f"{path} is a checkpoint of another program; choose another --out")
+    if not _is_ours(checkpoint):
+        raise RunError(f"{path} is a damaged checkpoint or one of another version; remove it or use --fresh")
     return checkpoint
+
+
+def _is_ours(checkpoint: dict) -> bool:
+    ours, weights = checkpoint[CHECKPOINT_KEY], checkpoint.get("state_dict")
+    return (
+        checkpoint.keys() >= LIGHTNING_KEYS
+        and type(checkpoint.get("epoch")) is int
+        and isinstance(weights, dict)
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items())
+        and is_config(ours.get("config"))
+        and is_history(ours.get("history"))
+        and isinstance(ours.get("stopped"), bool)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0].split(". ")[0]
 
 
 def load_last(folder: Path) -> tuple[Path, dict] | None:

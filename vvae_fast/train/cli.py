@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 import vvae_fast
 from vvae_fast import config as environment
@@ -15,6 +16,8 @@ from vvae_fast.train.idx import DataError
 
 BAD_INPUT = 2  # exit codes
 INTERRUPTED = 130
+MOST = 10**7  # bounds that keep a typing error from filling the memory
+MOST_LR = 1e3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +26,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.handler(arguments)
     except (DataError, RunError, ModuleNotFoundError) as error:
-        print(f"vvae-fast: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error}; check the path and the disk, or choose another --out")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim or --num-samples")
     except KeyboardInterrupt:
         print("vvae-fast: interrupted; the same command goes on after the last finished epoch", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"vvae-fast: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator for the CPU raises a plain RuntimeError
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -39,6 +57,7 @@ def _info(arguments: argparse.Namespace) -> None:
     print("backends:")
     for name, backend in backends.items():
         print(f"  {name + ':':12}{'available' if backend['available'] else '; '.join(backend['reasons'])}")
+    _check_backend()
 
 
 def _one_line(value: object) -> str:
@@ -53,22 +72,24 @@ def _compare(arguments: argparse.Namespace) -> None:
     _check_backend()
     base, dataset = _configuration(arguments, model="vanilla", num_steps=0, seed=arguments.seeds[0])
     models = models_to_compare(_unique(arguments.steps), arguments.shared)
-    compare(base, dataset, models, _unique(arguments.seeds), arguments.out, arguments.fresh)
+    compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from vvae_fast.train.compare import Model, print_table
+    from vvae_fast.train.folder import remove_run
     from vvae_fast.train.progress import Progress
-    from vvae_fast.train.runs import remove_run, run
+    from vvae_fast.train.runs import run
 
     _check_backend()
     model = Model(arguments.model, 0 if arguments.model == "vanilla" else arguments.steps)
     config, dataset = _configuration(arguments, model=model.kind, num_steps=model.num_steps, seed=arguments.seed)
+    out = _out(arguments)
     if arguments.fresh:
-        remove_run(arguments.out)
+        remove_run(out)
     with Progress(1, config.epochs) as progress:
         progress.start(f"{model.label}, seed {config.seed}")
-        result = run(config, dataset, arguments.out, progress.update)
+        result = run(config, dataset, out, progress.update)
         progress.finish(result)
     print_table({model: [result]})
 
@@ -77,7 +98,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from vvae_fast.train.checkpoints import load_checkpoint
     from vvae_fast.train.data import load_dataset
     from vvae_fast.train.module import CHECKPOINT_KEY
-    from vvae_fast.train.runs import RunConfig, data_digest, evaluate, vae_of_checkpoint
+    from vvae_fast.train.runconfig import RunConfig, data_digest
+    from vvae_fast.train.runs import evaluate, vae_of_checkpoint
 
     _check_backend()
     checkpoint = load_checkpoint(arguments.checkpoint)
@@ -87,7 +109,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise RunError(
             f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
         )
-    vae = vae_of_checkpoint(checkpoint, config, dataset)
+    vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
     print(f"{config.name} after epoch {checkpoint['epoch'] + 1}, nats a data point of the test set of {dataset.name}:")
     for name, value in evaluate(vae, dataset, arguments.num_samples, config.seed).items():
         print(f"  {name + ':':16}{value:.3f}")
@@ -96,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int):
     """The RunConfig that the arguments ask for, and its data."""
     from vvae_fast.train.data import load_dataset
-    from vvae_fast.train.runs import RunConfig, data_digest
+    from vvae_fast.train.runconfig import RunConfig, data_digest
 
     dataset = load_dataset(arguments.data, arguments.root)
     names = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
@@ -111,6 +133,14 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
         **settings,
     )
     return config, dataset
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    """--out, or a folder of its own for each command and data set."""
+    if arguments.out is not None:
+        return arguments.out
+    name = "" if arguments.data == "digits" else f"-{Path(arguments.data).stem}"
+    return Path("runs") / f"{arguments.command}{name}"
 
 
 def _check_backend() -> None:
@@ -129,38 +159,43 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = _command(commands, "compare", _compare, "train the vanilla VAE and flow VAEs, print one table")
     compare.add_argument("--steps", type=_positive, nargs="+", default=[4, 16], metavar="K", help="flow lengths")
-    compare.add_argument("--seeds", type=_natural, nargs="+", default=[0, 1, 2], metavar="SEED")
+    compare.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
-    _add_run_options(compare, Path("runs/compare"))
+    _add_run_options(compare)
 
     train = _command(commands, "train", _train, "train and evaluate one model")
     train.add_argument("--model", choices=["vanilla", "amortized", "shared"], default="amortized")
     train.add_argument("--steps", type=_positive, default=16, metavar="K", help="the flow's length")
-    train.add_argument("--seed", type=_natural, default=0)
-    _add_run_options(train, Path("runs/train"))
+    train.add_argument("--seed", type=_seed, default=0)
+    _add_run_options(train)
 
     evaluate = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its test set")
-    evaluate.add_argument("checkpoint", type=Path, help="a best.ckpt or last.ckpt")
-    evaluate.add_argument("--data", help="where the checkpoint was trained on an array file: its path")
-    evaluate.add_argument("--root", type=Path, help="MNIST's folder")
+    evaluate.add_argument("checkpoint", type=_path, help="a best.ckpt or last.ckpt")
+    evaluate.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
+    evaluate.add_argument("--root", type=_path, help="MNIST's folder")
     evaluate.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
 
     _command(commands, "info", _info, "say which backends are available, and why not")
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are: "(default: None)" says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _command(commands, name: str, handler, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.set_defaults(handler=handler)
+    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
+    parser.set_defaults(handler=handler, command=name)
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", default="digits", help="digits, mnist or the path of a .npz or .npy file")
-    add("--root", type=Path, help="MNIST's folder, with the four original .gz files")
+    add("--data", type=_text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
+    add("--root", type=_path, help="MNIST's folder, with the four original .gz files")
     add("--epochs", type=_positive, default=200)
     add("--batch-size", type=_positive, default=100)
     add("--latent-dim", type=_positive, default=8, help="D")
@@ -175,7 +210,7 @@ def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
     add("--warmup-epochs", type=_natural, default=0, help="epochs in which the weight of the KL grows to 1")
     add("--patience", type=_natural, default=0, help="stop after so many epochs without improvement; 0: never")
     add("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
-    add("--out", type=Path, default=out, help="folder of checkpoints, results and plots")
+    add("--out", type=_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)")
     add("--fresh", action="store_true", help="delete earlier runs of this command in --out instead of resuming them")
 
 
@@ -183,25 +218,42 @@ def _unique(values: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _natural(text: str) -> int:
+def _int_within(text: str, least: int, most: int) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
     return value
+
+
+def _natural(text: str) -> int:
+    return _int_within(text, 0, MOST)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    return _int_within(text, 1, MOST)
+
+
+def _seed(text: str) -> int:
+    return _int_within(text, 0, 2**32 - 1)
 
 
 def _positive_float(text: str) -> float:
     value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    if not 0 < value <= MOST_LR:  # false for nan
+        raise argparse.ArgumentTypeError(f"must be a positive number up to {MOST_LR:g}, got {text}")
     return value
+
+
+def _text(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be neither empty nor contain a null character")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from pathlib import Path
 from vvae_fast.train.data import Dataset
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import make_folder, write_json
+from vvae_fast.train.folder import check_folder, remove_run
 from vvae_fast.train.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 from vvae_fast.train.progress import Progress
-from vvae_fast.train.runs import AMORTIZED, SHARED, VANILLA, RunConfig, check_folder, load_best, remove_run, run
+from vvae_fast.train.runconfig import AMORTIZED, RECORD, SHARED, VANILLA, RunConfig
+from vvae_fast.train.runs import load_best, run
 
 RESULTS = "results.json"
-RECORD = ("model", "num_steps", "seed", "neg_elbo", "nll", "kl", "reconstruction", "seconds_per_epoch")
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),

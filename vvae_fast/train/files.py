@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises RunError where the file is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({' '.join(str(error).split())}); remove it or choose another --out"
         ) from error
@@ -43,6 +43,6 @@ def read_json(path: Path) -> dict:
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents. Raises RunError where it cannot."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.resolve().mkdir(parents=True, exist_ok=True)  # mkdir refuses a link whose target is gone
     except OSError as error:
         raise RunError(f"{path} cannot be made a folder ({error.strerror}); choose another --out") from error

@@ -8,6 +8,7 @@ from types import TracebackType
 from vvae_fast.train.extras import require
 
 LINE_SECONDS = 5.0
+ROUTINE = ("training", "evaluating")  # any other stage is news, told at once
 
 
 class Progress:
@@ -53,6 +54,8 @@ class Progress:
     def update(self, stage: str, history: list[dict]) -> None:
         """A run's stage and the records of its finished epochs (see VAEModule)."""
         text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
+        if stage not in ROUTINE:
+            self._print(text)
         if history:
             text += f", epoch {len(history)}/{self.epochs}, validation -ELBO {history[-1]['val_neg_elbo']:.2f}"
         if self.bar is not None:

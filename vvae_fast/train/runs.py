@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import signal
 import statistics
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,58 +20,18 @@ from vvae_fast.nn.vae import VAE, ElboTerms
 from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
 from vvae_fast.train.data import Dataset, make_loaders
 from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, make_folder, read_json, write_json
+from vvae_fast.train.files import RunError, make_folder, write_json
+from vvae_fast.train.folder import CONFIG, CSV, RESULT, TENSORBOARD, check_folder, check_same, load_result, locked
 from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
+from vvae_fast.train.runconfig import SHARED, VANILLA, RunConfig
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
 environments = require("lightning.pytorch.plugins.environments")
 
-VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
-CONFIG, RESULT = "config.json", "result.json"
 EVALUATION_BATCH = 100  # rows
 THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
 ELBO_SAMPLES = 50  # posterior samples a test row for -ELBO, KL and reconstruction
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum."""
-
-    model: str
-    num_steps: int
-    seed: int
-    data: str
-    data_digest: str
-    epochs: int
-    batch_size: int
-    latent_dim: int
-    hidden: tuple[int, ...]
-    lr: float
-    warmup_epochs: int
-    patience: int  # epochs without a better validation -ELBO after which to stop; 0 for never
-    num_samples: int  # importance samples of the NLL
-
-    @property
-    def name(self) -> str:
-        """The run's folder."""
-        model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
-        return f"{model}-seed{self.seed}"
-
-    def to_json(self) -> dict:
-        return {**asdict(self), "hidden": list(self.hidden)}
-
-    @classmethod
-    def from_json(cls, content: dict) -> RunConfig:
-        return cls(**{**content, "hidden": tuple(content["hidden"])})
-
-
-def data_digest(dataset: Dataset) -> str:
-    """A checksum of the three splits."""
-    checksum = 0
-    for split in (dataset.train, dataset.val, dataset.test):
-        checksum = zlib.crc32(split.contiguous().numpy(), checksum)
-    return f"{checksum:08x}"
 
 
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
@@ -113,33 +71,6 @@ class _Rescale(torch.nn.Module):
         return (x - self.shift) / self.scale if (self.shift, self.scale) != (0.0, 1.0) else x
 
 
-def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raise RunError where a folder holds a run, or a checkpoint, of another configuration."""
-    found = {}
-    if (folder / CONFIG).exists():
-        found[CONFIG] = read_json(folder / CONFIG)
-    last = load_last(folder)
-    if last is not None:
-        path, checkpoint = last
-        found[path.name] = checkpoint[CHECKPOINT_KEY]["config"]
-    wanted = config.to_json()
-    for name, content in found.items():
-        differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
-        if differing:
-            key = differing[0]
-            raise RunError(
-                f"{folder / name} belongs to another run ({key} is {content.get(key)} there, {wanted.get(key)} here); "
-                "use --fresh to replace it or choose another --out"
-            )
-
-
-def remove_run(folder: Path) -> None:
-    """Deletes a run's folder. Raises RunError where the folder is not a run's."""
-    if folder.exists() and not (folder / CONFIG).is_file():
-        raise RunError(f"{folder} is not a run of vvae-fast and will not be deleted; choose another --out")
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> dict:
     """Trains, or goes on training, and evaluates the best epoch; a finished run is read from its folder.
 
@@ -148,28 +79,45 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         seconds_per_epoch (the median time of a training epoch), best_epoch and history (see VAEModule).
 
     Raises:
-        RunError: where the folder holds another run.
+        RunError: where the folder holds another run or another process works in it, and where training diverged.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """
     check_folder(config, folder)
     if (folder / RESULT).exists():
-        return read_json(folder / RESULT)
-    make_folder(folder)
-    write_json(folder / CONFIG, config.to_json())
-    with _quiet_lightning(), _few_threads(config, dataset):
-        history = fit(config, dataset, folder, report)
+        result = load_result(config, folder)
         if report is not None:
-            report("evaluating", history)
-        vae, best_epoch = load_best(config, dataset, folder)
-        scores = evaluate(vae, dataset, config.num_samples, config.seed)
-    result = {
+            report("already finished", result["history"])
+        return result
+    make_folder(folder)
+    with locked(folder):
+        check_folder(config, folder)  # again: another process may have come first
+        write_json(folder / CONFIG, config.to_json())
+        with _quiet_lightning(), _few_threads(config, dataset):
+            result = _fit_and_evaluate(config, dataset, folder, report)
+        write_json(folder / RESULT, result)
+    return result
+
+
+def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None) -> dict:
+    history = fit(config, dataset, folder, report)
+    if not any(math.isfinite(record["val_neg_elbo"]) for record in history):
+        raise _diverged(folder, "the validation -ELBO", len(history))
+    if report is not None:
+        report("evaluating", history)
+    vae, best_epoch = load_best(config, dataset, folder)
+    scores = evaluate(vae, dataset, config.num_samples, config.seed)
+    if not all(map(math.isfinite, scores.values())):
+        raise _diverged(folder, "a score on the test set", best_epoch + 1)
+    return {
         **{"model": config.model, "num_steps": config.num_steps, "seed": config.seed},
         **scores,
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
         **{"best_epoch": best_epoch, "history": history},
     }
-    write_json(folder / RESULT, result)
-    return result
+
+
+def _diverged(folder: Path, what: str, epoch: int) -> RunError:
+    return RunError(f"{folder}: training diverged, {what} is not finite after epoch {epoch}; lower --lr, with --fresh")
 
 
 def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> list[dict]:
@@ -179,6 +127,11 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         return last[1][CHECKPOINT_KEY]["history"]
     lightning.seed_everything(config.seed, verbose=False)
     vae = build_vae(config, dataset)
+    if last is not None:
+        _load_weights(vae, last[1], last[0])  # Lightning loads them again; here a misfit has a clear message
+        if report is not None:
+            history = last[1][CHECKPOINT_KEY]["history"]
+            report(f"resuming after epoch {len(history)}", history)
     module = VAEModule(vae, config.lr, config.epochs, config.warmup_epochs, config.seed, config.to_json(), report)
     trainer = _make_trainer(config, folder)
     train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
@@ -196,16 +149,26 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
 
 def load_best(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[VAE, int]:
     """The VAE of the epoch with the best validation -ELBO, in evaluation mode on the CPU, and that epoch."""
-    checkpoint = load_checkpoint(folder / BEST)
-    return vae_of_checkpoint(checkpoint, config, dataset), checkpoint["epoch"]
+    path = folder / BEST
+    if not path.is_file():
+        raise RunError(f"{path} is missing, the finished run cannot be evaluated; use --fresh to repeat it")
+    checkpoint = load_checkpoint(path)
+    check_same(config, checkpoint[CHECKPOINT_KEY]["config"], path)
+    return vae_of_checkpoint(checkpoint, path, config, dataset), checkpoint["epoch"]
 
 
-def vae_of_checkpoint(checkpoint: dict, config: RunConfig, dataset: Dataset) -> VAE:
-    """The VAE that a checkpoint holds, in evaluation mode on the CPU."""
+def vae_of_checkpoint(checkpoint: dict, path: Path, config: RunConfig, dataset: Dataset) -> VAE:
+    """The VAE that the checkpoint read from `path` holds, in evaluation mode on the CPU."""
     vae = build_vae(config, dataset)
-    prefix = "vae."
-    vae.load_state_dict({key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()})
+    _load_weights(vae, checkpoint, path)
     return vae.eval()
+
+
+def _load_weights(vae: VAE, checkpoint: dict, path: Path) -> None:
+    try:
+        vae.load_state_dict({key.removeprefix("vae."): value for key, value in checkpoint["state_dict"].items()})
+    except RuntimeError as error:
+        raise RunError(f"{path} is a checkpoint of another model; remove it or use --fresh") from error
 
 
 @torch.no_grad()
@@ -228,7 +191,7 @@ def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[st
 
 def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     ours = checkpoint[CHECKPOINT_KEY]
-    return ours["stopped"] or len(ours["history"]) >= config.epochs
+    return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
 
 
 def _make_trainer(config: RunConfig, folder: Path):
@@ -242,8 +205,8 @@ def _make_trainer(config: RunConfig, folder: Path):
         devices=1,
         callbacks=[stopping, *checkpoint_callbacks(folder)],
         logger=[
-            loggers.CSVLogger(folder, name="csv"),  # a new version for each start: it would delete the old one's rows
-            loggers.TensorBoardLogger(folder, name="tensorboard", version=""),
+            loggers.CSVLogger(folder, name=CSV),  # a new version for each start: it would delete the old one's rows
+            loggers.TensorBoardLogger(folder, name=TENSORBOARD, version=""),
         ],
         plugins=[AtomicCheckpointIO(), environments.LightningEnvironment()],
         enable_progress_bar=False,

@@ -1,0 +1,85 @@
+"""What decides a run's result, as files record it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, fields
+
+from vvae_fast.train.data import SPLITS, Dataset
+
+VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
+MODELS = (VANILLA, AMORTIZED, SHARED)
+# Keys of a result and of an epoch's record in its history.
+RECORD = ("model", "num_steps", "seed", "neg_elbo", "nll", "kl", "reconstruction", "seconds_per_epoch")
+RESULT_KEYS = {*RECORD, "best_epoch", "history"}
+EPOCH_KEYS = {"epoch", "beta", "seconds", "train_neg_elbo", "val_neg_elbo", "val_reconstruction", "val_kl"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum."""
+
+    model: str
+    num_steps: int
+    seed: int
+    data: str
+    data_digest: str
+    epochs: int
+    batch_size: int
+    latent_dim: int
+    hidden: tuple[int, ...]
+    lr: float
+    warmup_epochs: int
+    patience: int  # epochs without a better validation -ELBO after which to stop; 0 for never
+    num_samples: int  # importance samples of the NLL
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
+        return f"{model}-seed{self.seed}"
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "hidden": list(self.hidden)}
+
+    @classmethod
+    def from_json(cls, content: dict) -> RunConfig:
+        return cls(**{**content, "hidden": tuple(content["hidden"])})
+
+
+def is_config(content: object) -> bool:
+    """Whether this is what RunConfig.to_json returns: exactly its fields, with values of their types."""
+    kinds = {field.name: field.type for field in fields(RunConfig)}
+    if not isinstance(content, dict) or content.keys() != kinds.keys():
+        return False
+    return all(_has_type(content[name], kind) for name, kind in kinds.items()) and content["model"] in MODELS
+
+
+def is_history(content: object) -> bool:
+    """Whether this is a list of epochs' records."""
+    return isinstance(content, list) and all(
+        isinstance(record, dict) and record.keys() == EPOCH_KEYS and all(map(is_number, record.values()))
+        for record in content
+    )
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _has_type(value: object, kind: str) -> bool:
+    if kind == "tuple[int, ...]":
+        return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
+    return {"str": isinstance(value, str), "int": type(value) is int, "float": is_number(value)}[kind]
+
+
+def data_digest(dataset: Dataset) -> str:
+    """A checksum of the three splits, their shapes and what the model knows of them."""
+    splits = {name: getattr(dataset, name) for name in SPLITS}
+    shapes = {name: list(x.shape) for name, x in splits.items()}
+    header = [shapes, dataset.likelihood, dataset.total_count, dataset.dynamic]
+    checksum = zlib.crc32(json.dumps(header).encode())
+    for x in splits.values():
+        checksum = zlib.crc32(x.contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
