@@ -34,5 +34,6 @@ VAE_CASES = [
     Case(128, 40, 80),
     Case(1000, 64, 32),
     Case(100, 8, 16, amortized=True),
+    Case(100, 40, 16, amortized=True),
     Case(1000, 40, 16, amortized=True),
 ]

@@ -180,6 +180,15 @@ def test_log_det_without_the_constraint_far_below_minus_one(isa, c, amortized):
     assert (log_det - det.abs().log())[off_zero].abs().max() < 5e-6
 
 
+@pytest.mark.parametrize("params", [(), (5,)])
+def test_lanes_behind_the_last_row_add_nothing(isa, params):
+    """w.u = -1 without the constraint: at a = 0, where no row is, the determinant is 0."""
+    p = random_problem((5,), 1, 2, params)
+    w = torch.tensor([1.0, 0.0]).expand_as(p.w)
+    p = p._replace(u=-w, w=w, b=torch.ones_like(p.b))
+    assert max(relative_errors(run(p, "none", "cpp"), oracle(p.to(torch.float64), "none"))) < 1e-5
+
+
 @pytest.mark.parametrize("params", [(), (9,)])
 @pytest.mark.parametrize("size", [1e-8, 1e-14, 1e-17])
 def test_gradients_of_small_w_fit_float32(params, size):
