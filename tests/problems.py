@@ -1,5 +1,6 @@
 """Random problems, the oracle's answer to them, and the accuracy rule."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -68,11 +69,12 @@ def oracle(p: Problem, constraint: str = "softplus") -> tuple[Tensor, ...]:
 
 
 def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list[float]:
-    """The relative L2 error of each tensor, in float64; 0 where both are zero or empty."""
+    """The relative L2 error of each tensor, in float64; 0 where both are zero or empty, inf where either has a NaN."""
     errors = []
     for x, y in zip(got, wanted, strict=True):
         difference, size = (x.double() - y).norm().item(), y.norm().item()
-        errors.append(difference / size if size > 0 else difference)
+        error = difference / size if size > 0 else difference
+        errors.append(math.inf if math.isnan(error) else error)  # max() would pass over a NaN
     return errors
 
 
