@@ -1,7 +1,8 @@
 // The scalar formulas of a planar step, once, for every kernel. Equation numbers are those of docs/math.md.
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
-// primitives splat, select, abs, exp_both and log and the constants tiny and saturated on it. No torch, no memory, no branches on data.
+// primitives splat, select, abs, exp_both and log and the constants tiny and saturated on it. No torch, no memory, no
+// branches on data.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -86,7 +87,8 @@ PLANAR_FN typename L::V h_second(const Activated<L>& act) {
   return -2 * act.h * act.h_prime;
 }
 
-// (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens without the constraint only.
+// (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens only without the
+// constraint.
 template <class L>
 PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
   const auto x = c * act.h_prime;

@@ -12,24 +12,8 @@ from vvae_fast.train.files import RunError
 
 
 def small(*more: str) -> list[str]:
-    return [
-        "train",
-        *[
-            "--epochs",
-            "1",
-            "--batch-size",
-            "40",
-            "--latent-dim",
-            "2",
-            "--hidden",
-            "5",
-            "--steps",
-            "1",
-            "--num-samples",
-            "5",
-        ],
-        *more,
-    ]
+    options = "--epochs 1 --batch-size 40 --latent-dim 2 --hidden 5 --steps 1 --num-samples 5"
+    return ["train", *options.split(), *more]
 
 
 @pytest.fixture

@@ -21,25 +21,8 @@ def data(tmp_path):
 
 
 def arguments(data, out, *more: str) -> list[str]:
-    small = [
-        "--epochs",
-        "2",
-        "--batch-size",
-        "40",
-        "--latent-dim",
-        "2",
-        "--hidden",
-        "5",
-        "--num-samples",
-        "10",
-        "--steps",
-        "1",
-        "2",
-        "--seeds",
-        "0",
-        "1",
-    ]
-    return ["compare", "--data", str(data), "--out", str(out), *small, *more]
+    options = "--epochs 2 --batch-size 40 --latent-dim 2 --hidden 5 --num-samples 10 --steps 1 2 --seeds 0 1"
+    return ["compare", "--data", str(data), "--out", str(out), *options.split(), *more]
 
 
 def records(out) -> list[dict]:

@@ -149,6 +149,8 @@ def test_backend_of_a_module(amortized):
     kind = AmortizedPlanarFlow if amortized else PlanarFlow
     with pytest.raises(ValueError, match="backend must be one of"):
         kind(*sizes, backend="tpu")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        kind(*sizes, backend="")
     inputs = flow_and_inputs(amortized)[1]
     flow = kind(*sizes, backend="cpp")
     flow(*inputs)

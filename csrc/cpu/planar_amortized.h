@@ -44,7 +44,8 @@ template <class T>
 PLANAR_FN void load_rows(T* to, Matrix<const T> from, const Block<T>& block) {
   fill(to, T(0), Block<T>::width * block.padded);
   for (int i = 0; i < block.count; ++i)
-    for (int64_t d = 0; d < block.dim; ++d) to[i * block.padded + d] = from.data[(block.first + i) * from.row + d * from.col];
+    for (int64_t d = 0; d < block.dim; ++d)
+      to[i * block.padded + d] = from.data[(block.first + i) * from.row + d * from.col];
 }
 
 template <class T>

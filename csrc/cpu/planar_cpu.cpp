@@ -45,7 +45,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates its outputs only.
+// Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates only its
+// outputs.
 enum Slot { kPrepared, kPartials, kTileScratch, kSlots };
 
 template <class T>

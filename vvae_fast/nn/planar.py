@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.backends import AUTO, check_name
+from vvae_fast.backends import check_name
 from vvae_fast.functional import planar_flow, planar_flow_inverse
 from vvae_fast.shapes import check_size
 
@@ -31,7 +31,8 @@ class PlanarFlow(nn.Module):
         super().__init__()
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
-        check_name(backend or AUTO)
+        if backend is not None:
+            check_name(backend)
         self.dim, self.num_steps, self.backend = dim, num_steps, backend
         self.u = nn.Parameter(torch.empty(num_steps, dim))
         self.w = nn.Parameter(torch.empty(num_steps, dim))
@@ -71,7 +72,8 @@ class AmortizedPlanarFlow(nn.Module):
     *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det [*batch] in nats): z [S, B, D] with
     context [B, F] draws S samples for each data point. `flow.inverse(z, context)` maps back.
 
-    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size.
+    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size or
+    backend no name.
     """
 
     def __init__(self, dim: int, num_steps: int, context_dim: int, *, backend: str | None = None) -> None:
@@ -79,7 +81,8 @@ class AmortizedPlanarFlow(nn.Module):
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
         check_size("context_dim", context_dim, 1)
-        check_name(backend or AUTO)
+        if backend is not None:
+            check_name(backend)
         self.dim, self.num_steps, self.context_dim, self.backend = dim, num_steps, context_dim, backend
         self.head = _Head(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
         self.reset_parameters()

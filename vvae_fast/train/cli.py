@@ -195,7 +195,7 @@ def _command(commands, name: str, handler, summary: str) -> argparse.ArgumentPar
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=_text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
-    add("--root", type=_path, help="MNIST's folder, with the four original .gz files")
+    add("--root", type=_path, help="MNIST's folder, with its original .gz files")
     add("--epochs", type=_positive, default=200)
     add("--batch-size", type=_positive, default=100)
     add("--latent-dim", type=_positive, default=8, help="D")

@@ -109,10 +109,13 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
     if not all(map(math.isfinite, scores.values())):
         raise _diverged(folder, "a score on the test set", best_epoch + 1)
     return {
-        **{"model": config.model, "num_steps": config.num_steps, "seed": config.seed},
+        "model": config.model,
+        "num_steps": config.num_steps,
+        "seed": config.seed,
         **scores,
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
-        **{"best_epoch": best_epoch, "history": history},
+        "best_epoch": best_epoch,
+        "history": history,
     }
 
 
