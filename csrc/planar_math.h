@@ -1,8 +1,8 @@
 // The scalar formulas of a planar step, once, for every kernel. Equation numbers are those of docs/math.md.
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
-// primitives splat, select, abs, exp_both and log and the constants tiny and saturated on it. No torch, no memory, no
-// branches on data.
+// primitives splat, select, abs, copy_sign, exp_both, log, product_error, outside and any and the constants tiny and
+// saturated on it. No torch, no memory; one branch on data, rarely taken.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -71,14 +71,14 @@ PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typen
   return {gamma * p.rising - q_n * p.falling, p.rho * p.inv_n, -2 * p.rho * q_n};
 }
 
-// (2), (7): one exponential serves tanh and its derivative.
+// (2), (7): one exponential and one division serve tanh and its derivative; 1 + |h| = 2 / (1 + e^(-2|a|)).
 template <class L>
 PLANAR_FN Activated<L> activate(typename L::V a) {
   const auto e = L::exp_both(-2 * L::abs(a));
-  const auto sum = 2 + e.minus_one;  // 1 + e^(-2|a|)
-  const auto magnitude = -e.minus_one / sum;
-  const auto h_prime = L::select(L::abs(a) > L::saturated(), L::splat(0), 4 * e.value / (sum * sum));
-  return {L::select(a < 0, -magnitude, magnitude), h_prime};
+  const auto magnitude = -e.minus_one / (2 + e.minus_one);
+  const auto root = 1 + magnitude;
+  const auto h_prime = L::select(L::abs(a) > L::saturated(), L::splat(0), e.value * (root * root));
+  return {L::copy_sign(magnitude, a), h_prime};
 }
 
 // h'' at the same point, for (12).
@@ -101,6 +101,54 @@ PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L:
   const auto x = c * act.h_prime;
   const auto det = determinant<L>(act, c, s);
   return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), log_correction<L>(x, det), L::splat(0));
+}
+
+// (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the last
+// logarithm, low what rounding took from high. One logarithm serves all steps whose product stays ordinary.
+template <class L>
+struct LogDet {
+  typename L::V log, high, low;
+};
+
+template <class L>
+PLANAR_FN LogDet<L> no_steps() {
+  return {L::splat(0), L::splat(1), L::splat(0)};
+}
+
+template <class L>
+PLANAR_FN typename L::V value(const LogDet<L>& sum) {
+  return sum.log + (L::log(sum.high) + sum.low / sum.high);
+}
+
+// sum with one more step, where its product is ordinary.
+template <class L>
+PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, typename L::V c, typename L::V s) {
+  const auto x = c * act.h_prime;
+  const auto det = determinant<L>(act, c, s);
+  const auto factor = L::abs(det);
+  const auto rest = L::select(x >= L::splat(-0.5), x - (det - 1), L::splat(0));
+  const auto high = sum.high * factor;
+  return {sum.log, high, sum.low * factor + (sum.high * rest + L::product_error(sum.high, factor, high))};
+}
+
+// Adds one step to the sums of N variables; a variable whose product leaves the range takes its logarithms at once, and
+// none is touched by its neighbours.
+template <class L, int N>
+PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s) {
+  LogDet<L> next[N];
+  auto outside = L::outside(L::splat(1));
+  for (int i = 0; i < N; ++i) {
+    next[i] = multiplied<L>(sum[i], act[i], c, s);
+    outside = outside | L::outside(next[i].high);
+  }
+  if (L::any(outside))
+    for (int i = 0; i < N; ++i) {
+      const auto ordinary = L::outside(next[i].high) == 0;
+      const auto log = value<L>(sum[i]) + log_abs_determinant<L>(act[i], c, s);
+      next[i] = {L::select(ordinary, sum[i].log, log), L::select(ordinary, next[i].high, L::splat(1)),
+                 L::select(ordinary, next[i].low, L::splat(0))};
+    }
+  for (int i = 0; i < N; ++i) sum[i] = next[i];
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -49,25 +49,30 @@ int64_t shared_forward_scratch(int64_t, int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 
-// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (8).
+// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26).
 template <class T>
 PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps) {
   using S = Simd<T>;
-  for (int64_t k = 0; k < steps; ++k) {
-    const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
-    for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
+  for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
+    LogDet<S> sum[kRegisters];
+    for (int v = 0; v < kRegisters; ++v) sum[v] = no_steps<S>();
+    for (int64_t k = 0; k < steps; ++k) {
       typename S::V acc[kRegisters];
       for (int v = 0; v < kRegisters; ++v) acc[v] = S::load(a + k * kTile + lane + v * S::width);
       for (int64_t j = 0; j < k; ++j)
         for (int v = 0; v < kRegisters; ++v)
           acc[v] += q.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
+      Activated<S> act[kRegisters];
       for (int v = 0; v < kRegisters; ++v) {
-        const int at = lane + v * S::width;
-        const auto act = activate<S>(acc[v]);
-        S::store(a + k * kTile + at, acc[v]);
-        S::store(h + k * kTile + at, act.h);
-        S::store(log_det + at, S::load(log_det + at) + log_abs_determinant<S>(act, c, s));
+        act[v] = activate<S>(acc[v]);
+        S::store(a + k * kTile + lane + v * S::width, acc[v]);
+        S::store(h + k * kTile + lane + v * S::width, act[v].h);
       }
+      add_step<S, kRegisters>(sum, act, S::splat(q.c[start + k]), S::splat(q.s[start + k]));
+    }
+    for (int v = 0; v < kRegisters; ++v) {
+      T* to = log_det + lane + v * S::width;
+      S::store(to, S::load(to) + value<S>(sum[v]));
     }
   }
 }

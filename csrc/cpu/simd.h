@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "../planar_math.h"
+#include "native.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
@@ -38,13 +38,14 @@ constexpr double kInverseFactorial[] = {1,          1,           1. / 2,        
                                         1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 
 template <class T>
-struct Simd {
-  using Scalar = T;
+struct Simd : Native<T> {
   using Float = Ieee<T>;
   using Bits = typename Float::Bits;
+  using V = typename Native<T>::V;
+  using I = typename Native<T>::I;  // also what a comparison gives
+  using Native<T>::load;
+  using Native<T>::store;
   static constexpr int width = PLANAR_VECTOR_BYTES / sizeof(T);
-  typedef T V __attribute__((vector_size(PLANAR_VECTOR_BYTES)));
-  typedef Bits I __attribute__((vector_size(PLANAR_VECTOR_BYTES)));  // also the type of a mask
   typedef T Unaligned __attribute__((vector_size(PLANAR_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 
   struct Exp {
@@ -55,6 +56,9 @@ struct Simd {
   PLANAR_FN V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   PLANAR_FN void store(T* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
   PLANAR_FN V select(I mask, V yes, V no) { return mask ? yes : no; }
+  PLANAR_FN V copy_sign(V magnitude, V x) {
+    return as_float(as_bits(magnitude) | (as_bits(x) & as_bits(splat(T(-0.0)))));
+  }
   PLANAR_FN V abs(V x) { return as_float(as_bits(x) & ~as_bits(splat(T(-0.0)))); }
   PLANAR_FN V tiny() { return splat(Float::tiny); }
   PLANAR_FN V saturated() { return splat(-Float::exp_least / 2); }  // from here on e^(-2|a|) is next to denormal
@@ -64,22 +68,23 @@ struct Simd {
 
   // The first n > 0 elements at p, `rest` behind them.
   PLANAR_FN V load_first(const T* p, int64_t n, T rest = 0) {
-    if (n >= width) return load(p);
-    V x = splat(rest);
-    for (int i = 0; i < width - 1; ++i)
-      if (i < n) x[i] = p[i];
-    return x;
+    return n >= width ? load(p) : load(p, Native<T>::first(n), splat(rest));
   }
 
   PLANAR_FN void store_first(T* p, V x, int64_t n) {
     if (n >= width) return store(p, x);
-    for (int i = 0; i < width - 1; ++i)
-      if (i < n) p[i] = x[i];
+    store(p, x, Native<T>::first(n));
+  }
+
+  // Nonzero where x > 0 has an exponent outside the middle half of its type's, or is NaN.
+  PLANAR_FN I outside(V x) {
+    constexpr Bits eighth = Bits(1) << (8 * sizeof(Bits) - 3);
+    return ((as_bits(x) + eighth) ^ (2 * eighth)) & ~(2 * eighth - 1);
   }
 
   // e^x and e^x - 1 for x <= 0, both at full relative precision; below exp_least the value stays there. NaN stays NaN.
   PLANAR_FN Exp exp_both(V x) {
-    x = select(x < Float::exp_least, splat(Float::exp_least), x);
+    x = Native<T>::max(splat(Float::exp_least), x);
     const V shifted = x * T(1.4426950408889634) + Float::round;
     const V n = shifted - Float::round;
     const V r = (x - n * Float::ln2_high) - n * Float::ln2_low;
