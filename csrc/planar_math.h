@@ -103,8 +103,8 @@ PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L:
   return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), log_correction<L>(x, det), L::splat(0));
 }
 
-// (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the last
-// logarithm, low what rounding took from high. One logarithm serves all steps whose product stays ordinary.
+// (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the
+// last logarithm, low what rounding took from high. One logarithm serves all steps whose product stays ordinary.
 template <class L>
 struct LogDet {
   typename L::V log, high, low;

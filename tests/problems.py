@@ -98,3 +98,8 @@ def error_ratios(problems: list[Problem]) -> dict[str, Tensor]:
             ours = relative_errors(got, wanted)
             rows.setdefault(level, []).append([x / max(y, ERROR_FLOOR) for x, y in zip(ours, eager, strict=True)])
     return {level: torch.tensor(ratios, dtype=torch.float64) for level, ratios in rows.items()}
+
+
+def assert_close_to_oracle(p: Problem, constraint: str, tolerance: float) -> None:
+    errors = relative_errors(run(p, constraint, "cpp"), oracle(p.to(torch.float64), constraint))
+    assert max(errors) < tolerance, dict(zip(NAMES, errors, strict=True))

@@ -8,6 +8,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 import vvae_fast
 from vvae_fast import autograd, ops
+from vvae_fast.functional import packed_planar_flow
 
 CASES = [((5,), ()), ((5,), (5,)), ((2, 3), (3,)), ((), ())]
 
@@ -15,6 +16,11 @@ CASES = [((5,), ()), ((5,), (5,)), ((2, 3), (3,)), ((), ())]
 def float64_inputs(batch, params, num_steps=3, dim=3):
     p = random_problem(batch, num_steps, dim, params, dtype=torch.float64)
     return p, [t.requires_grad_() for t in p.inputs]
+
+
+def pack(u, w, b):
+    """[*params, K (2 D + 1)] as a linear head computes it."""
+    return torch.cat([u.flatten(-2), w.flatten(-2), b], -1)
 
 
 @pytest.mark.parametrize("constraint", ["softplus", "none"])
@@ -198,6 +204,35 @@ def test_opcheck(rows, params, constrained):
     torch.library.opcheck(ops.planar_forward, (*flat, constrained, False))
     a = ops.planar_forward(*flat, constrained, True)[2]
     torch.library.opcheck(ops.planar_backward, (p.grad_z, p.grad_log_det, *flat, a, constrained))
+    if params:
+        packed = pack(*flat[1:])
+        torch.library.opcheck(ops.planar_backward_packed, (p.grad_z, p.grad_log_det, flat[0], packed, a, constrained))
+
+
+@pytest.mark.parametrize("batch", [(6,), (5, 6), (16, 3), (0, 2)])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_packed_parameters(batch, backend):
+    """packed_planar_flow is planar_flow on views of one tensor, first and second order."""
+    p = random_problem(batch, 4, 3, batch[-1:], dtype=torch.float64)
+    inputs = z, packed = p.z.clone().requires_grad_(), pack(p.u, p.w, p.b).requires_grad_()
+
+    def derivatives(z_K, log_det):
+        first = torch.autograd.grad((z_K.sin().sum(), log_det.sin().sum()), inputs, create_graph=True)
+        return [z_K, log_det, *first, *torch.autograd.grad([g.square().sum() for g in first], inputs)]
+
+    got = derivatives(*packed_planar_flow(z, packed, 4, 3, backend=backend))
+    for x, y in zip(got, derivatives(*vvae_fast.planar_flow(z, *autograd.unpack(packed, 4, 3))), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("only", ["z_K", "log_det"])
+def test_packed_parameters_with_one_output_used(only):
+    p = random_problem((6,), 4, 3, (6,), dtype=torch.float64)
+    packed = pack(p.u, p.w, p.b).requires_grad_()
+    got = packed_planar_flow(p.z, packed, 4, 3)[only == "log_det"]
+    wanted = vvae_fast.planar_flow(p.z, *autograd.unpack(packed, 4, 3), backend="reference")[only == "log_det"]
+    for x, y in zip(*(torch.autograd.grad(out.sum(), packed) for out in (got, wanted)), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +266,13 @@ def test_raw_operator_refuses_two_devices_and_absurd_sizes():
     u, b = torch.zeros(1, 1).expand(steps, 1), torch.zeros(1).expand(steps)
     with pytest.raises(RuntimeError, match="at most 2\\^40 elements"):
         ops.planar_forward(torch.zeros(0, 1), u, u, b, True, False)
+
+
+def test_raw_packed_backward_refuses_other_widths():
+    p = random_problem((6,), 4, 3, (6,))
+    a = ops.planar_forward(*p.inputs, True, True)[2]
+    with pytest.raises(RuntimeError, match="packed must have size 28 in dimension 1, got 27"):
+        ops.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, pack(*p.inputs[1:])[:, 1:], a, True)
 
 
 def test_raw_backward_refuses_other_pre_activations():

@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 import torch
-from problems import NAMES, Problem, error_ratios, on_each_isa, oracle, random_problem, relative_errors, run
+from problems import (
+    NAMES,
+    Problem,
+    assert_close_to_oracle,
+    error_ratios,
+    on_each_isa,
+    oracle,
+    random_problem,
+    relative_errors,
+    run,
+)
 
 import vvae_fast
 from vvae_fast import ops
@@ -24,11 +34,6 @@ BATCHES = [
     ((40, 2), (2,)),
 ]
 STEPS_AND_DIMS = [(1, 1), (2, 3), (3, 2), (5, 8), (8, 1), (16, 16), (17, 5), (33, 40), (80, 40), (1, 300), (129, 2)]
-
-
-def assert_close_to_oracle(p: Problem, constraint: str, tolerance: float) -> None:
-    errors = relative_errors(run(p, constraint, "cpp"), oracle(p.to(torch.float64), constraint))
-    assert max(errors) < tolerance, dict(zip(NAMES, errors, strict=True))
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -41,6 +41,54 @@ def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, bac
     return _run_forward(z, u, w, b, constraint, save=False)[:2]
 
 
+class PackedPlanarFlowFunction(torch.autograd.Function):
+    """The same for parameters that a linear head packed, [*params, K (2 D + 1)]: one gradient, in the head's layout."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, packed: Tensor, num_steps: int, constraint: str) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, *unpack(packed, num_steps, z.shape[-1]), constraint, save=True)
+        ctx.save_for_backward(z, packed, a)
+        ctx.num_steps, ctx.constraint = num_steps, constraint
+        ctx.set_materialize_grads(False)
+        return z_K, log_det
+
+    @staticmethod
+    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_z is None and grad_log_det is None:
+            return None, None, None, None
+        z, packed, a = ctx.saved_tensors
+        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
+        grad_log_det = z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
+        if torch.is_grad_enabled():
+            u, w, b = unpack(packed, ctx.num_steps, z.shape[-1])
+            dz, du, dw, db = reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
+            return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None
+        dz, dpacked = ops.planar_backward_packed(
+            grad_z.reshape(-1, z.shape[-1]),
+            grad_log_det.reshape(-1),
+            z.reshape(-1, z.shape[-1]),
+            packed.reshape(-1, packed.shape[-1]),
+            a,
+            ctx.constraint == "softplus",
+        )
+        return dz.view(z.shape), dpacked.view(packed.shape), None, None
+
+
+def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
+    u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], dim=-1)
+    return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
+
+
+def packed_planar_flow(
+    z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`planar_flow` with the parameters that `unpack` finds in packed [*params, K (2 D + 1)]."""
+    if backend == "reference" or _needs_plain_torch() or not torch.is_grad_enabled():
+        return planar_flow(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend)
+    return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint)
+
+
 def _needs_plain_torch() -> bool:
     """Inside torch.func transforms and forward-mode AD only plain torch operations are transformed."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -56,16 +104,19 @@ def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _run_forward(
     z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if z.dim() == 2:
+        return ops.planar_forward(z, u, w, b, constraint == "softplus", save)
     rows = z.reshape(-1, z.shape[-1])
     z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
-    if z.dim() != 2:  # _unsafe_view: a Function's outputs that are views could not be modified in place
-        z_K, log_det = _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1])
-    return z_K, log_det, a
+    # _unsafe_view: a Function's outputs that are views could not be modified in place
+    return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constraint: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if z.dim() == 2:
+        return ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, constraint == "softplus")
     dim = z.shape[-1]
     dz, du, dw, db = ops.planar_backward(
         grad_z.reshape(-1, dim),

@@ -45,6 +45,19 @@ def planar_flow(
     return z_K.to(z.dtype), log_det
 
 
+def packed_planar_flow(
+    z: Tensor, packed: Tensor, num_steps: int, dim: int, *, constraint: str = "softplus", backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
+    [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
+    """
+    problem = shapes.check(z, *autograd.unpack(packed.detach(), num_steps, dim), "tanh", constraint)
+    chosen = backends.select(problem, backend)
+    packed = packed.to(problem.compute_dtype)
+    z_K, log_det = autograd.packed_planar_flow(z.to(problem.compute_dtype), packed, num_steps, constraint, chosen)
+    return z_K.to(z.dtype), log_det
+
+
 def planar_flow_inverse(
     z: Tensor,
     u: Tensor,

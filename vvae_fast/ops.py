@@ -2,8 +2,10 @@
 
     planar_forward(z, u, w, b, constrained, save) -> (z_K, log_det, a)
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained) -> (dz, du, dw, db)
+    planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained) -> (dz, dpacked)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
+packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs.
 """
 
@@ -36,6 +38,10 @@ torch.library.define(
     "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a, bool constrained)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    f"{_NAMESPACE}::planar_backward_packed",
+    "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a, bool constrained) -> (Tensor, Tensor)",
+)
 
 
 def _check_fake(**tensors: Tensor) -> None:
@@ -52,6 +58,14 @@ def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool)
     return z.new_empty(z.shape), z.new_empty((rows,)), a
 
 
+@torch.library.register_fake(f"{_NAMESPACE}::planar_backward_packed")
+def _(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+) -> tuple[Tensor, Tensor]:
+    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
+    return z.new_empty(z.shape), packed.new_empty(packed.shape)
+
+
 @torch.library.register_fake(f"{_NAMESPACE}::planar_backward")
 def _(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
@@ -62,6 +76,7 @@ def _(
 
 planar_forward = torch.ops.vvae_fast.planar_forward.default
 planar_backward = torch.ops.vvae_fast.planar_backward.default
+planar_backward_packed = torch.ops.vvae_fast.planar_backward_packed.default
 
 
 def build_facts() -> dict[str, object]:

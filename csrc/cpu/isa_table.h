@@ -10,14 +10,16 @@ namespace PLANAR_NAMESPACE {
 template <class T>
 constexpr Kernels<T> kernels() {
   return {Simd<T>::width,
+          prepare_scratch<T>,
           prepare<T>,
           shared_forward_scratch<T>,
           shared_forward<T>,
           shared_backward_scratch<T>,
           shared_backward<T>,
           finish<T>,
-          amortized_scratch<T>,
+          amortized_forward_scratch<T>,
           amortized_forward<T>,
+          amortized_backward_scratch<T>,
           amortized_backward<T>};
 }
 

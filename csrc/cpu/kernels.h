@@ -10,6 +10,7 @@ namespace vvae {
 constexpr int kTile = 64;       // samples of a tile: z, the pre-activations and H of one tile stay in L2
 constexpr int kChunk = 16;      // the most steps of a chunk of the compact form, docs/math.md (9)
 constexpr int kMaxLanes = 16;   // the widest vector: 64 bytes of float
+static_assert(kTile % kChunk == 0, "no chunk of steps lies in two tiles of steps");
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -18,16 +19,39 @@ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t chunk_of(int64_t dim) { return dim >= 16 ? kChunk : dim >= 8 ? 8 : 4; }
 
 template <class T>
+struct Column {  // element [i] at data[i * stride]
+  T* data;
+  int64_t stride;
+  Column from(int64_t i) const { return {data + i * stride, stride}; }
+};
+
+template <class T>
 struct Matrix {  // element [i][j] at data[i * row + j * col]
   T* data;
   int64_t row, col;
   Matrix from(int64_t i) const { return {data + i * row, row, col}; }
+  Column<T> lanes(int64_t i, int64_t j) const { return {data + i * row + j * col, col}; }  // row i from column j on
 };
+
+// Every by-th row, element or lane from the first on.
+template <class T>
+Matrix<T> every(const Matrix<T>& x, int64_t first, int64_t by) {
+  return {x.data + first * x.row, by * x.row, x.col};
+}
+template <class T>
+Column<T> every(const Column<T>& x, int64_t first, int64_t by) {
+  return {x.data + first * x.stride, by * x.stride};
+}
+template <class T>
+Matrix<T> every_lane(const Matrix<T>& x, int64_t first, int64_t by) {
+  return {x.data ? x.data + first * x.col : nullptr, x.row, by * x.col};
+}
 
 template <class T>
 struct Params {  // element [set][step][d] at data[set * set_stride + step * step_stride + d * col]
-  const T* data;
+  T* data;
   int64_t set, step, col;
+  Params of_set(int64_t i) const { return {data + i * set, 0, step, col}; }
 };
 
 template <class T>
@@ -35,25 +59,23 @@ struct Problem {  // row r of z uses parameter set r mod sets
   int64_t rows, dim, steps, sets;
   bool constrained;
   Matrix<const T> z;
-  Params<T> u, w, b;
+  Params<const T> u, w, b;
 };
 
 template <class T>
 struct Forward : Problem<T> {
-  T* z_K;      // [rows][dim]
-  T* log_det;  // [rows]
-  T* a;        // [steps][rows], or null where nothing is saved
+  Matrix<T> z_K;  // [rows][dim], columns contiguous
+  Column<T> log_det;
+  Matrix<T> a;  // [steps][rows], data null where nothing is saved
 };
 
 template <class T>
 struct Backward : Problem<T> {
   Matrix<const T> grad_z;
-  const T* grad_log_det;
-  int64_t grad_log_det_stride;
-  const T* a;   // [steps][rows]
-  T* dz;        // [rows][dim]
-  T *du, *dw;   // [sets][steps][dim]
-  T* db;        // [sets][steps]
+  Column<const T> grad_log_det;
+  Matrix<const T> a;     // [steps][rows]
+  Matrix<T> dz;          // [rows][dim], columns contiguous
+  Params<T> du, dw, db;  // columns contiguous
 };
 
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
@@ -95,14 +117,16 @@ struct Partial {
 template <class T>
 struct Kernels {
   int lanes;  // rows of an amortized block
-  void (*prepare)(const Problem<T>&, const Prepared<T>&);
+  int64_t (*prepare_scratch)(int64_t dim);
+  void (*prepare)(const Problem<T>&, const Prepared<T>&, T* scratch);
   int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
   void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
   int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
   void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
   void (*finish)(const Backward<T>&, const Prepared<T>&, T* partials, int64_t slices, T* scratch);
-  int64_t (*amortized_scratch)(int64_t steps, int64_t dim);
+  int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
+  int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
 };
 

@@ -4,7 +4,7 @@
 //   first(n)          the mask of the first n >= 0 lanes
 //   load, store       the lanes of a mask alone touch memory; the others load `rest`
 //   max(a, b)         a > b ? a : b, so that a NaN in b stays
-//   product_error     what rounding took from a * b = product
+//   product_error     what rounding took from a * b = ab
 //   any(x)            whether a bit of x is set
 #pragma once
 
@@ -32,7 +32,7 @@ struct Native<float> {
   PLANAR_FN V load(const float* p, Mask m, V rest) { return (V)_mm512_mask_loadu_ps((__m512)rest, m, p); }
   PLANAR_FN void store(float* p, V x, Mask m) { _mm512_mask_storeu_ps(p, m, (__m512)x); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b); }
-  PLANAR_FN V product_error(V a, V b, V product) { return (V)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)product); }
+  PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }
 };
 
@@ -45,7 +45,7 @@ struct Native<double> {
   PLANAR_FN V load(const double* p, Mask m, V rest) { return (V)_mm512_mask_loadu_pd((__m512d)rest, m, p); }
   PLANAR_FN void store(double* p, V x, Mask m) { _mm512_mask_storeu_pd(p, m, (__m512d)x); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_pd((__m512d)a, 0xff, (__m512d)a, (__m512d)b); }
-  PLANAR_FN V product_error(V a, V b, V product) { return (V)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)product); }
+  PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) != 0; }
 };
 
@@ -60,7 +60,7 @@ struct Native<float> {
   PLANAR_FN V load(const float* p, Mask m, V rest) { return m ? (V)_mm256_maskload_ps(p, (__m256i)m) : rest; }
   PLANAR_FN void store(float* p, V x, Mask m) { _mm256_maskstore_ps(p, (__m256i)m, (__m256)x); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
-  PLANAR_FN V product_error(V a, V b, V product) { return (V)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)product); }
+  PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 };
 
@@ -73,7 +73,7 @@ struct Native<double> {
   PLANAR_FN V load(const double* p, Mask m, V rest) { return m ? (V)_mm256_maskload_pd(p, (__m256i)m) : rest; }
   PLANAR_FN void store(double* p, V x, Mask m) { _mm256_maskstore_pd(p, (__m256i)m, (__m256d)x); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_pd((__m256d)a, (__m256d)b); }
-  PLANAR_FN V product_error(V a, V b, V product) { return (V)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)product); }
+  PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 };
 
@@ -96,10 +96,10 @@ struct Portable {
       if (i < n) p[i] = x[i];
   }
   PLANAR_FN V max(V a, V b) { return a > b ? a : b; }
-  PLANAR_FN V product_error(V a, V b, V product) {  // halves of the mantissas: their products are exact
+  PLANAR_FN V product_error(V a, V b, V ab) {  // halves of the mantissas: their products are exact
     constexpr Bits halves = -(Bits(1) << (sizeof(T) == 4 ? 12 : 27));
     const V a_high = (V)((I)a & halves), b_high = (V)((I)b & halves), a_low = a - a_high, b_low = b - b_high;
-    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+    return ((a_high * b_high - ab) + a_high * b_low + a_low * b_high) + a_low * b_low;
   }
   PLANAR_FN bool any(I x) {
     Bits bits = 0;

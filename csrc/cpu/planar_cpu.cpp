@@ -1,4 +1,4 @@
-// The CPU backend: checks, allocates, cuts the work into tiles or blocks, runs them on PyTorch's threads, registers.
+// The CPU backend's operators: checks, allocates, runs, registers.
 #include "planar_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,15 +9,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <exception>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <stdexcept>
 #include <tuple>
 
-#include "kernels.h"
+#include "passes.h"
 
 namespace vvae {
 namespace {
@@ -38,56 +33,6 @@ std::atomic<const Isa*>& chosen_isa() {
 
 constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
 
-// Multiply-adds that are worth waking a thread for, and the most slices of tiles whose sums are kept apart.
-constexpr int64_t kGrain = int64_t(1) << 18, kMaxSlices = 32, kPartialBytes = int64_t(1) << 24;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates only its
-// outputs.
-enum Slot { kPrepared, kPartials, kTileScratch, kSlots };
-
-template <class T>
-T* scratch(Slot slot, int64_t count) {
-  struct Arena {
-    std::unique_ptr<void, Free> data;
-    size_t size = 0;
-  };
-  thread_local Arena arenas[kSlots];
-  Arena& arena = arenas[slot];
-  const size_t bytes = round_up(count * int64_t(sizeof(T)), 64);
-  if (arena.size < bytes) {
-    arena.data.reset();
-    arena.data.reset(std::aligned_alloc(64, bytes));
-    arena.size = arena.data ? bytes : 0;
-    if (!arena.data) throw std::bad_alloc();
-  }
-  return static_cast<T*>(arena.data.get());
-}
-
-// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth.
-template <class Run>
-void for_each(int64_t items, int64_t work, const Run& run) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i);
-  };
-  if (items <= grain) return range(0, items);
-  std::mutex guard;
-  std::exception_ptr error;  // an exception that crossed the C boundary would lose its kind and its message
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    try {
-      range(begin, end);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(guard);
-      error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
 void check_rank(const Tensor& t, const char* name, int64_t rank) {
   STD_TORCH_CHECK(t.dim() == rank, "vvae_fast: ", name, " must have rank ", rank, ", got ", t.dim());
 }
@@ -101,8 +46,6 @@ void check_kind(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.is_cpu(), "vvae_fast: ", name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == type, "vvae_fast: ", name, " must have z's dtype, float32 or float64");
 }
-
-bool is_amortized(const Tensor& u) { return u.dim() == 3; }
 
 void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b) {
   const ScalarType type = z.scalar_type();
@@ -121,9 +64,35 @@ void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tens
   const int64_t steps = u.size(u.dim() - 2), dim = z.size(1);
   STD_TORCH_CHECK(dim <= kMostParameters && steps <= kMostParameters / std::max<int64_t>(1, dim),
                   "vvae_fast: u must have at most 2^40 elements K x D, got ", steps, " x ", dim);
-  const int64_t sets = is_amortized(u) ? u.size(0) : 1;
+  const int64_t sets = u.dim() == 3 ? u.size(0) : 1;
   STD_TORCH_CHECK(sets == 0 ? z.size(0) == 0 : z.size(0) % sets == 0, "vvae_fast: z must have a multiple of ", sets,
                   " rows, one for each parameter set, got ", z.size(0));
+}
+
+// The parameters of an operator call: u, w [K, D] and b [K], or u, w [P, K, D] and b [P, K].
+struct Parameters {
+  Tensor u, w, b;
+  bool amortized;
+  int64_t sets, steps;
+  Parameters(const Tensor& u, const Tensor& w, const Tensor& b)
+      : u(rows_contiguous(u)), w(rows_contiguous(w)), b(b), amortized(u.dim() == 3), sets(amortized ? u.size(0) : 1),
+        steps(u.size(u.dim() - 2)) {}
+
+ private:
+  static Tensor rows_contiguous(const Tensor& t) {
+    return t.dim() == 2 || t.stride(2) == 1 || t.size(2) == 1 ? t : torch::stable::contiguous(t);
+  }
+};
+
+// An uninitialized contiguous tensor of like's dtype. The C interface itself: the dispatcher would cost a microsecond.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int64_t strides[3] = {}, stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = stride;
+  int32_t dtype, device = aoti_torch_device_type_cpu();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device, 0, &handle));
+  return Tensor(handle);
 }
 
 template <class T>
@@ -131,122 +100,70 @@ Matrix<const T> matrix(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
 }
 
+template <class T>
+Matrix<T> rows_of(Tensor& t) {
+  return {t.mutable_data_ptr<T>(), t.size(1), 1};
+}
+
 // [K, D] and [P, K, D] alike, [K] and [P, K] alike: strides of the sets, the steps and, but for b, the dimensions.
 template <class T>
-Params<T> params(const Tensor& t, bool amortized, bool is_b) {
+Params<const T> params(const Tensor& t, bool amortized, bool is_b) {
   const int64_t step = amortized ? 1 : 0;
   return {t.const_data_ptr<T>(), amortized ? t.stride(0) : 0, t.stride(step), is_b ? 0 : t.stride(step + 1)};
 }
 
 template <class T>
-Problem<T> problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, bool constrained) {
-  const bool amortized = is_amortized(u);
-  return {z.size(0),          z.size(1),   u.size(u.dim() - 2),           amortized ? u.size(0) : 1,
-          constrained,        matrix<T>(z), params<T>(u, amortized, false), params<T>(w, amortized, false),
-          params<T>(b, amortized, true)};
+Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
+  return {z.size(0),    z.size(1),    q.steps, q.sets, constrained, matrix<T>(z), params<T>(q.u, q.amortized, false),
+          params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true)};
 }
 
 template <class T>
-Prepared<T> prepare(const Problem<T>& p, const Kernels<T>& kernels) {
-  const Prepared<T> prepared(scratch<T>(kPrepared, Prepared<T>::size(p.steps, p.dim)), p.steps, p.dim);
-  kernels.prepare(p, prepared);
-  return prepared;
-}
-
-template <class T>
-void run_forward(const Forward<T>& p, bool amortized) {
-  const Kernels<T>& kernels = chosen_isa().load()->of(T());
-  if (amortized) {
-    const int64_t size = kernels.amortized_scratch(p.steps, p.dim);
-    for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
-             [&](int64_t block) { kernels.amortized_forward(p, block, scratch<T>(kTileScratch, size)); });
-    return;
-  }
-  const Prepared<T> prepared = prepare(p, kernels);
-  const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
-  for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
-           [&](int64_t tile) { kernels.shared_forward(p, prepared, tile, scratch<T>(kTileScratch, size)); });
-}
-
-template <class T>
-void zero(T* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
-}
-
-template <class T>
-void run_amortized_backward(const Backward<T>& p, const Kernels<T>& kernels) {
-  if (p.rows == 0) {  // parameter sets that no row uses
-    zero(p.du, p.sets * p.steps * p.dim);
-    zero(p.dw, p.sets * p.steps * p.dim);
-    return zero(p.db, p.sets * p.steps);
-  }
-  const int64_t size = kernels.amortized_scratch(p.steps, p.dim);
-  for_each(ceil_div(p.sets, kernels.lanes), 8 * kernels.lanes * p.rows / p.sets * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_backward(p, block, scratch<T>(kTileScratch, size)); });
-}
-
-template <class T>
-void run_shared_backward(const Backward<T>& p, const Kernels<T>& kernels) {
-  const Prepared<T> prepared = prepare(p, kernels);
-  const int64_t tiles = ceil_div(p.rows, kTile), partial = Partial<T>::size(p.steps, p.dim);
-  const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, partial * sizeof(T)));
-  const int64_t slices = std::max<int64_t>(1, std::min({tiles, kMaxSlices, affordable}));
-  T* partials = scratch<T>(kPartials, slices * partial);
-  const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
-  for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
-    zero(partials + slice * partial, partial);
-    const Partial<T> sums(partials + slice * partial, p.steps, p.dim);
-    for (int64_t tile = slice * tiles / slices; tile < (slice + 1) * tiles / slices; ++tile)
-      kernels.shared_backward(p, prepared, sums, tile, scratch<T>(kTileScratch, size));
-  });
-  kernels.finish(p, prepared, partials, slices, scratch<T>(kTileScratch, 5 * round_up(p.steps, kMaxLanes)));
-}
-
-template <class T>
-void forward_as(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, bool constrained, bool save,
-                Tensor& z_K, Tensor& log_det, Tensor& a) {
-  Forward<T> p{problem<T>(z, u, w, b, constrained), z_K.mutable_data_ptr<T>(), log_det.mutable_data_ptr<T>(),
-               save ? a.mutable_data_ptr<T>() : nullptr};
-  run_forward(p, is_amortized(u));
+void forward_as(const Tensor& z, const Parameters& q, bool constrained, Tensor& z_K, Tensor& log_det, Tensor* a) {
+  const int64_t rows = z.size(0);
+  run(Forward<T>{problem<T>(z, q, constrained),
+                 rows_of<T>(z_K),
+                 {log_det.mutable_data_ptr<T>(), 1},
+                 {a ? a->mutable_data_ptr<T>() : nullptr, rows, 1}},
+      q.amortized, *chosen_isa().load());
 }
 
 std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
                                                   bool constrained, bool save) {
   check_problem(z, u, w, b);
-  const int64_t rows = z.size(0), steps = u.size(u.dim() - 2);
-  Tensor z_K = torch::stable::new_empty(z, {rows, z.size(1)}), log_det = torch::stable::new_empty(z, {rows});
-  Tensor a = save ? torch::stable::new_empty(z, {steps, rows}) : torch::stable::new_empty(z, {0});
+  const Parameters q(u, w, b);
+  const int64_t rows = z.size(0);
+  Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det = new_empty(z, {rows});
+  Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
   if (z.scalar_type() == ScalarType::Float)
-    forward_as<float>(z, u, w, b, constrained, save, z_K, log_det, a);
+    forward_as<float>(z, q, constrained, z_K, log_det, save ? &a : nullptr);
   else
-    forward_as<double>(z, u, w, b, constrained, save, z_K, log_det, a);
+    forward_as<double>(z, q, constrained, z_K, log_det, save ? &a : nullptr);
   return {z_K, log_det, a};
 }
 
+// du, dw and db where they are written, contiguous or behind one another in the rows of one tensor.
 template <class T>
-void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Tensor& u, const Tensor& w,
-                 const Tensor& b, const Tensor& a, bool constrained, Tensor& dz, Tensor& du, Tensor& dw, Tensor& db) {
-  const Backward<T> p{problem<T>(z, u, w, b, constrained),
-                      matrix<T>(grad_z),
-                      grad_log_det.const_data_ptr<T>(),
-                      grad_log_det.stride(0),
-                      a.const_data_ptr<T>(),
-                      dz.mutable_data_ptr<T>(),
-                      du.mutable_data_ptr<T>(),
-                      dw.mutable_data_ptr<T>(),
-                      db.mutable_data_ptr<T>()};
-  const Kernels<T>& kernels = chosen_isa().load()->of(T());
-  if (is_amortized(u))
-    run_amortized_backward(p, kernels);
-  else
-    run_shared_backward(p, kernels);
+struct Gradients {
+  Params<T> du, dw, db;
+};
+
+template <class T>
+void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Parameters& q,
+                 const Tensor& a, bool constrained, Tensor& dz, const Gradients<T>& to) {
+  run(Backward<T>{problem<T>(z, q, constrained),
+                  matrix<T>(grad_z),
+                  {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
+                  {a.const_data_ptr<T>(), z.size(0), 1},
+                  rows_of<T>(dz),
+                  to.du,
+                  to.dw,
+                  to.db},
+      q.amortized, *chosen_isa().load());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
-                                                           const Tensor& z, const Tensor& u, const Tensor& w,
-                                                           const Tensor& b, const Tensor& a, bool constrained) {
-  check_problem(z, u, w, b);
-  const int64_t rows = z.size(0), steps = u.size(u.dim() - 2);
+void check_backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, int64_t steps, const Tensor& a) {
+  const int64_t rows = z.size(0);
   check_rank(grad_z, "grad_z", 2);
   check_rank(grad_log_det, "grad_log_det", 1);
   check_rank(a, "a", 2);
@@ -259,19 +176,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
   check_kind(grad_z, "grad_z", z.scalar_type());
   check_kind(grad_log_det, "grad_log_det", z.scalar_type());
   check_kind(a, "a", z.scalar_type());
-  const bool amortized = is_amortized(u);
-  const auto like_params = [&](bool matrix) {
-    if (!amortized) return matrix ? torch::stable::new_empty(z, {steps, z.size(1)}) : torch::stable::new_empty(z, {steps});
-    return matrix ? torch::stable::new_empty(z, {u.size(0), steps, z.size(1)})
-                  : torch::stable::new_empty(z, {u.size(0), steps});
+}
+
+// A gradient's memory; parameter sets that no row uses have the gradient zero.
+Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64_t rows) {
+  Tensor gradient = new_empty(z, sizes);
+  return rows ? gradient : torch::stable::zero_(gradient);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
+                                                           const Tensor& z, const Tensor& u, const Tensor& w,
+                                                           const Tensor& b, const Tensor& a, bool constrained) {
+  check_problem(z, u, w, b);
+  const Parameters q(u, w, b);
+  const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
+  check_backward(grad_z, grad_log_det, z, steps, a);
+  Tensor dz = new_empty(z, {rows, dim});
+  const bool sets = q.amortized;
+  Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
+  Tensor dw = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
+  Tensor db = sets ? new_gradient(z, {q.sets, steps}, rows) : new_gradient(z, {steps}, rows);
+  const auto as = [&](auto zero) {
+    using T = decltype(zero);
+    const auto to = [&](Tensor& t, int64_t step) { return Params<T>{t.mutable_data_ptr<T>(), steps * step, step, 1}; };
+    backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz, {to(du, dim), to(dw, dim), to(db, 1)});
   };
-  Tensor dz = torch::stable::new_empty(z, {rows, z.size(1)});
-  Tensor du = like_params(true), dw = like_params(true), db = like_params(false);
   if (z.scalar_type() == ScalarType::Float)
-    backward_as<float>(grad_z, grad_log_det, z, u, w, b, a, constrained, dz, du, dw, db);
+    as(float());
   else
-    backward_as<double>(grad_z, grad_log_det, z, u, w, b, a, constrained, dz, du, dw, db);
+    as(double());
   return {dz, du, dw, db};
+}
+
+// The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
+std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
+                                                  const Tensor& packed, const Tensor& a, bool constrained) {
+  check_rank(z, "z", 2);
+  check_rank(packed, "packed", 2);
+  check_rank(a, "a", 2);
+  const int64_t rows = z.size(0), dim = z.size(1), steps = a.size(0), sets = packed.size(0);
+  const int64_t width = steps * (2 * dim + 1);
+  check_size(packed, "packed", 1, width);
+  Tensor all = packed;
+  const auto part = [&](int64_t start, int64_t size) { return torch::stable::narrow(all, 1, start, size); };
+  const Tensor u = torch::stable::view(part(0, steps * dim), {sets, steps, dim});
+  const Tensor w = torch::stable::view(part(steps * dim, steps * dim), {sets, steps, dim});
+  const Tensor b = part(2 * steps * dim, steps);
+  check_problem(z, u, w, b);
+  check_backward(grad_z, grad_log_det, z, steps, a);
+  const Parameters q(u, w, b);
+  Tensor dz = new_empty(z, {rows, dim}), dpacked = new_gradient(z, {sets, width}, rows);
+  const auto as = [&](auto zero) {
+    using T = decltype(zero);
+    T* to = dpacked.mutable_data_ptr<T>();
+    backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz,
+                   {{to, width, dim, 1}, {to + steps * dim, width, dim, 1}, {to + 2 * steps * dim, width, 1, 1}});
+  };
+  if (z.scalar_type() == ScalarType::Float)
+    as(float());
+  else
+    as(double());
+  return {dz, dpacked};
 }
 
 }  // namespace
@@ -296,4 +261,5 @@ void set_isa(const std::string& name) {
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
   m.impl("planar_forward", TORCH_BOX(&vvae::planar_forward));
   m.impl("planar_backward", TORCH_BOX(&vvae::planar_backward));
+  m.impl("planar_backward_packed", TORCH_BOX(&vvae::planar_backward_packed));
 }

@@ -6,41 +6,64 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// Contiguous u_hat and w, the constraint (4), (5) and each chunk's Gram matrix.
+// gram[j][i] = u_hat_j . w_k for step k, the i-th of j's chunk, where it comes behind j, else 0: the rows j < end from
+// `first` on, at most four of one chunk. w [dim][kTile] holds the steps from `start` on, of which there are n.
 template <class T>
-void prepare(const Problem<T>& p, const Prepared<T>& q) {
+PLANAR_FN void gram_rows(const Prepared<T>& q, const T* w, int64_t first, int64_t end, int64_t start, int64_t n,
+                         int64_t dim) {
   using S = Simd<T>;
-  for (int64_t k = 0; k < p.steps; ++k) {
-    T *u = q.u_hat + k * p.dim, *w = q.w + k * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      u[d] = p.u.data[k * p.u.step + d * p.u.col];
-      w[d] = p.w.data[k * p.w.step + d * p.w.col];
+  const int64_t chunk = (first - start) / q.chunk * q.chunk;  // the lane where it starts
+  const T* u[4];
+  for (int j = 0; j < 4; ++j) u[j] = q.u_hat + (first + j < end ? first + j : first) * dim;
+  for (int64_t i = 0; i < q.chunk; i += S::width) {
+    const auto mask = S::first(q.chunk - i);
+    typename S::V sum[4] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+      const auto w_d = S::load(w + d * kTile + chunk + i, mask, S::splat(0));
+      for (int j = 0; j < 4; ++j) sum[j] += u[j][d] * w_d;
     }
-    q.b[k] = p.b.data[k * p.b.step];
-    q.alpha[k] = dot(w, u, p.dim);
-    q.n[k] = dot(w, w, p.dim);
+    for (int j = 0; j < 4; ++j)
+      if (first + j < end) S::store(q.gram + (first + j) * kChunk + i, sum[j], mask);
   }
-  const int64_t padded = round_up(p.steps, kMaxLanes);
-  fill(q.alpha + p.steps, T(0), padded - p.steps);
-  fill(q.n + p.steps, T(0), padded - p.steps);
-  for (int64_t k = 0; k < p.steps; k += S::width) {
-    const auto x = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.constrained);
-    S::store(q.c + k, x.c);
-    S::store(q.s + k, x.s);
-    S::store(q.rho + k, x.rho);
-    S::store(q.inv_n + k, x.inv_n);
-  }
-  for (int64_t k = 0; k < p.steps; ++k) {
-    const T scale = q.rho[k] * q.inv_n[k];
-    T *u = q.u_hat + k * p.dim, *w = q.w + k * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) u[d] += scale * w[d];
-  }
-  for (int64_t j = 0; j < p.steps; ++j) {
-    const int64_t start = j / q.chunk * q.chunk;
-    for (int64_t i = 0; i < q.chunk; ++i) {
-      const int64_t k = start + i;
-      q.gram[j * kChunk + i] = k > j && k < p.steps ? dot(q.u_hat + j * p.dim, q.w + k * p.dim, p.dim) : T(0);
+  for (int64_t j = first; j < end; ++j)
+    for (int64_t i = 0; i < q.chunk; ++i)
+      if (start + chunk + i <= j || chunk + i >= n) q.gram[j * kChunk + i] = 0;
+}
+
+template <class T>
+int64_t prepare_scratch(int64_t dim) {
+  return 2 * dim * kTile;
+}
+
+// Contiguous u_hat and w, the constraint (4), (5) and each chunk's Gram matrix, a tile of steps at a time.
+template <class T>
+void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
+  using S = Simd<T>;
+  T *u = scratch, *w = u + p.dim * kTile;  // [dim][kTile], a step a lane
+  for (int64_t start = 0; start < p.steps; start += kTile) {
+    const int64_t n = p.steps - start < kTile ? p.steps - start : kTile;
+    load_tile(u, Matrix<const T>{p.u.data + start * p.u.step, p.u.step, p.u.col}, n, p.dim);
+    load_tile(w, Matrix<const T>{p.w.data + start * p.w.step, p.w.step, p.w.col}, n, p.dim);
+    for (int64_t lane = 0; lane < n; lane += S::width) {
+      typename S::V alpha{}, norm{};
+      for (int64_t d = 0; d < p.dim; ++d) {
+        const auto w_d = S::load(w + d * kTile + lane);
+        alpha += w_d * S::load(u + d * kTile + lane);
+        norm += w_d * w_d;
+      }
+      const auto x = constrain<S>(alpha, norm, p.constrained);
+      const int64_t k = start + lane;
+      S::store(q.alpha + k, alpha), S::store(q.n + k, norm), S::store(q.inv_n + k, x.inv_n);
+      S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.rho + k, x.rho);
+      for (int64_t d = 0; d < p.dim; ++d) {
+        T* u_d = u + d * kTile + lane;
+        S::store(u_d, S::load(u_d) + x.rho * x.inv_n * S::load(w + d * kTile + lane));
+      }
     }
+    store_tile(u, Matrix<T>{q.u_hat + start * p.dim, p.dim, 1}, n, p.dim);
+    store_tile(w, Matrix<T>{q.w + start * p.dim, p.dim, 1}, n, p.dim);
+    for (int64_t k = start; k < start + n; ++k) q.b[k] = p.b.data[k * p.b.step];
+    for (int64_t j = 0; j < n; j += 4) gram_rows(q, w, start + j, start + (j + 4 < n ? j + 4 : n), start, n, p.dim);
   }
 }
 
@@ -92,11 +115,11 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
     product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
     scan(a, h, log_det, q, start, steps);
     product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
-    if (p.a)
-      for (int64_t k = 0; k < steps; ++k) copy(p.a + (start + k) * p.rows + row, a + k * kTile, n);
+    if (p.a.data)
+      for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n);
   }
-  store_tile(z, p.z_K + row * p.dim, n, p.dim);
-  copy(p.log_det + row, log_det, n);
+  store_tile(z, p.z_K.from(row), n, p.dim);
+  store_lanes(log_det, p.log_det.from(row), n);
 }
 
 template <class T>
@@ -115,13 +138,14 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
   using S = Simd<T>;
   const int64_t padded = round_up(p.steps, kChunk);
   fill(h + p.steps * kTile, T(0), (padded - p.steps) * kTile);
-  for (int64_t k = 0; k < p.steps; ++k)
+  for (int64_t k = 0; k < p.steps; ++k) {
+    load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(kSaturated));
     for (int64_t lane = 0; lane < kTile; lane += S::width) {
-      const auto a = lane < n ? S::load_first(p.a + k * p.rows + row + lane, n - lane, kSaturated) : S::splat(kSaturated);
-      const auto act = activate<S>(a);
+      const auto act = activate<S>(S::load(h + k * kTile + lane));
       S::store(h + k * kTile + lane, act.h);
       S::store(h_prime + k * kTile + lane, act.h_prime);
     }
+  }
 }
 
 // delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12); db and gamma by lane.
@@ -165,7 +189,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   T* lambda = delta + kChunk * kTile;
   load_tile(g, p.grad_z.from(row), n, p.dim);
   fill(g + p.dim * kTile, T(0), (dim - p.dim) * kTile);
-  for (int64_t i = 0; i < kTile; ++i) lambda[i] = i < n ? p.grad_log_det[(row + i) * p.grad_log_det_stride] : T(0);
+  load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
   activate_tile(p, row, n, h, h_prime);
   if (chunks) {
     load_tile(z, p.z.from(row), n, p.dim);
@@ -189,57 +213,78 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     outer(sums.triangle + start * kChunk, h_chunk, delta, rows, q.chunk);                 // (14)
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                       // (13)
   }
-  store_tile(g, p.dz + row * p.dim, n, p.dim);
+  store_tile(g, p.dz.from(row), n, p.dim);
+}
+
+// Row m of a matrix of sums in blocks, columns [0, dim).
+template <class T>
+PLANAR_FN void unblock_row(T* row, const T* sums, int64_t m, int64_t dim) {
+  const T* from = sums + block_index(m, 0, round_up(dim, 4));
+  int64_t n = 0;
+  for (; n + kBlockN <= dim; n += kBlockN) __builtin_memcpy(row + n, from + n * kBlockM, kBlockN * sizeof(T));
+  for (int64_t i = n; i < dim; ++i) row[i] = from[n * kBlockM + i - n];
+}
+
+// The sums over samples of step k: v = dL/du_hat and dL/dw without the constraint's part, with the triangle of (14).
+template <class T>
+PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& q, const Partial<T>& sums, int64_t k, int64_t steps,
+                             int64_t dim) {
+  using S = Simd<T>;
+  const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < steps ? start + q.chunk : steps;
+  const int64_t matrix = start * round_up(dim, 4);
+  const T* triangle = sums.triangle + start * kChunk;
+  unblock_row(v, sums.du_hat + matrix, k - start, dim);
+  unblock_row(dw, sums.dw + matrix, k - start, dim);
+  T of_w[kChunk], of_u[kChunk];
+  for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - start, j - start, q.chunk)];
+  for (int64_t j = start; j < k; ++j) of_u[j - start] = triangle[block_index(j - start, k - start, q.chunk)];
+  for (int64_t d = 0; d < dim; d += S::width) {
+    const auto mask = S::first(dim - d);
+    const auto zero = S::splat(0);
+    auto v_d = S::load(v + d, mask, zero), dw_d = S::load(dw + d, mask, zero);
+    for (int64_t j = k + 1; j < end; ++j) v_d += of_w[j - start] * S::load(q.w + j * dim + d, mask, zero);
+    for (int64_t j = start; j < k; ++j) dw_d += of_u[j - start] * S::load(q.u_hat + j * dim + d, mask, zero);
+    S::store(v + d, v_d, mask);
+    S::store(dw + d, dw_d, mask);
+  }
 }
 
 // Adds the slices in order, then the triangle's part of (14) and the constraint's adjoint (6).
 template <class T>
 void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t slices, T* scratch) {
   using S = Simd<T>;
-  const int64_t size = Partial<T>::size(p.steps, p.dim), dim = round_up(p.dim, 4), padded = round_up(p.steps, kMaxLanes);
+  const int64_t size = Partial<T>::size(p.steps, p.dim), padded = round_up(p.steps, kMaxLanes);
   for (int64_t slice = 1; slice < slices; ++slice)
     for (int64_t i = 0; i < size; ++i) partials[i] += partials[slice * size + i];
   const Partial<T> sums(partials, p.steps, p.dim);
-  T *gamma = scratch, *v_dot_w = gamma + padded, *dalpha = v_dot_w + padded, *of_v = dalpha + padded, *of_w_n = of_v + padded;
-  fill(scratch, T(0), 5 * padded);
-  for (int64_t k = 0; k < p.steps; ++k) {
-    const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < p.steps ? start + q.chunk : p.steps;
-    const T* triangle = sums.triangle + start * kChunk;
-    T *v = p.du + k * p.dim, *dw = p.dw + k * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      v[d] = sums.du_hat[start * dim + block_index(k - start, d, dim)];
-      dw[d] = sums.dw[start * dim + block_index(k - start, d, dim)];
-    }
-    for (int64_t j = k + 1; j < end; ++j) {
-      const T x = triangle[block_index(k - start, j - start, q.chunk)];
-      for (int64_t d = 0; d < p.dim; ++d) v[d] += x * q.w[j * p.dim + d];
-    }
-    for (int64_t j = start; j < k; ++j) {
-      const T x = triangle[block_index(j - start, k - start, q.chunk)];
-      for (int64_t d = 0; d < p.dim; ++d) dw[d] += x * q.u_hat[j * p.dim + d];
-    }
-    T db = 0;
-    for (int i = 0; i < S::width; ++i) {
-      db += sums.db[k * kMaxLanes + i];
-      gamma[k] += sums.gamma[k * kMaxLanes + i];
-    }
-    p.db[k] = db;
-    v_dot_w[k] = dot(v, q.w + k * p.dim, p.dim);
-  }
+  T *dalpha = scratch, *of_v = dalpha + padded, *of_w_n = of_v + padded;
+  for (int64_t k = 0; k < p.steps; ++k)
+    triangle_sums(step_of(p.du, 0, k), step_of(p.dw, 0, k), q, sums, k, p.steps, p.dim);
   for (int64_t k = 0; k < p.steps; k += S::width) {
+    typename S::V of_b[S::width], of_c[S::width], of_w[S::width] = {};
+    for (int64_t i = 0; i < S::width; ++i) {
+      of_b[i] = S::load(sums.db + (k + i) * kMaxLanes);
+      of_c[i] = S::load(sums.gamma + (k + i) * kMaxLanes);
+      if (k + i < p.steps) of_w[i] = dot<T>(step_of(p.du, 0, k + i), q.w + (k + i) * p.dim, p.dim);
+    }
+    const auto db = sum_lanes<T>(of_b), gamma = sum_lanes<T>(of_c), v_dot_w = sum_lanes<T>(of_w);
+    for (int64_t i = 0; i < S::width && k + i < p.steps; ++i) *step_of(p.db, 0, k + i) = db[i];
     const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.constrained);
-    const auto x = constrain_backward<S>(at, S::load(v_dot_w + k), S::load(gamma + k));
+    const auto x = constrain_backward<S>(at, v_dot_w, gamma);
     S::store(dalpha + k, x.dalpha);
     S::store(of_v + k, x.of_v);
     S::store(of_w_n + k, x.of_w_n);
   }
   for (int64_t k = 0; k < p.steps; ++k) {
-    const T* w = q.w + k * p.dim;
-    T *du = p.du + k * p.dim, *dw = p.dw + k * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      const T v = du[d], u = p.u.data[k * p.u.step + d * p.u.col];
-      du[d] = v + dalpha[k] * w[d];
-      dw[d] += of_v[k] * v + dalpha[k] * u + of_w_n[k] * (q.inv_n[k] * w[d]);
+    T *du = step_of(p.du, 0, k), *dw = step_of(p.dw, 0, k);
+    const T *w_row = q.w + k * p.dim, *u_row = step_of(p.u, 0, k);
+    for (int64_t d = 0; d < p.dim; d += S::width) {
+      const int64_t left = p.dim - d;
+      const auto v = S::load_first(du + d, left), w = S::load_first(w_row + d, left);
+      const auto u = load_strided(u_row + d * p.u.col, p.u.col, left);
+      S::store_first(du + d, v + dalpha[k] * w, left);
+      S::store_first(dw + d, S::load_first(dw + d, left) + (of_v[k] * v + dalpha[k] * u + of_w_n[k] * (q.inv_n[k] * w)),
+                     left);
     }
   }
 }

@@ -73,38 +73,59 @@ template <class T>
 PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  const T* p = x.data;
-  for (int64_t lane = 0; lane < kTile; lane += W) {
-    int64_t d = 0;
-    if (x.col == 1 && lane + W <= n)
-      for (; d + W <= dim; d += W) {
-        typename S::V block[W];
-        for (int i = 0; i < W; ++i) block[i] = S::load(p + (lane + i) * x.row + d);
-        transpose<T>(block);
-        for (int i = 0; i < W; ++i) S::store(tile + (d + i) * kTile + lane, block[i]);
-      }
-    for (; d < dim; ++d)
-      for (int64_t i = lane; i < lane + W; ++i) tile[d * kTile + i] = i < n ? p[i * x.row + d * x.col] : T(0);
+  if (x.col != 1) {
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t i = 0; i < kTile; ++i) tile[d * kTile + i] = i < n ? x.data[i * x.row + d * x.col] : T(0);
+    return;
   }
+  for (int64_t lane = 0; lane < kTile; lane += W)
+    for (int64_t d = 0; d < dim; d += W) {
+      typename S::V block[W];
+      for (int i = 0; i < W; ++i) {
+        block[i] = S::splat(0);
+        if (lane + i < n) block[i] = S::load_first(x.data + (lane + i) * x.row + d, dim - d);
+      }
+      transpose<T>(block);
+      for (int i = 0; i < W; ++i)
+        if (d + i < dim) S::store(tile + (d + i) * kTile + lane, block[i]);
+    }
 }
 
-// Rows 0..n of the contiguous x [.][dim] = the transpose of tile [dim][kTile].
+// Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
 template <class T>
-PLANAR_FN void store_tile(const T* tile, T* x, int64_t n, int64_t dim) {
+PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim) {
   using S = Simd<T>;
   constexpr int W = S::width;
-  for (int64_t lane = 0; lane < n; lane += W) {
-    const int64_t end = lane + W <= n ? lane + W : n;
-    int64_t d = 0;
-    if (lane + W <= n)
-      for (; d + W <= dim; d += W) {
-        typename S::V block[W];
-        for (int i = 0; i < W; ++i) block[i] = S::load(tile + (d + i) * kTile + lane);
-        transpose<T>(block);
-        for (int i = 0; i < W; ++i) S::store(x + (lane + i) * dim + d, block[i]);
+  for (int64_t lane = 0; lane < n; lane += W)
+    for (int64_t d = 0; d < dim; d += W) {
+      typename S::V block[W];
+      for (int i = 0; i < W; ++i) {
+        block[i] = S::splat(0);
+        if (d + i < dim) block[i] = S::load(tile + (d + i) * kTile + lane);
       }
-    for (; d < dim; ++d)
-      for (int64_t i = lane; i < end; ++i) x[i * dim + d] = tile[d * kTile + i];
+      transpose<T>(block);
+      for (int i = 0; i < W; ++i)
+        if (lane + i < n) S::store_first(x.data + (lane + i) * x.row + d, block[i], dim - d);
+    }
+}
+
+// The first n elements of x to and from a row of a tile.
+template <class T>
+PLANAR_FN void load_lanes(T* to, Column<const T> x, int64_t n, T rest) {
+  if (x.stride == 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = x.data[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = x.data[i * x.stride];
+  }
+  for (int64_t i = n; i < kTile; ++i) to[i] = rest;
+}
+
+template <class T>
+PLANAR_FN void store_lanes(const T* from, Column<T> x, int64_t n) {
+  if (x.stride == 1) {
+    for (int64_t i = 0; i < n; ++i) x.data[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) x.data[i * x.stride] = from[i];
   }
 }
 
@@ -118,15 +139,29 @@ PLANAR_FN void copy(T* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// The sum over d of x[d] y[d], always in the same order.
+// x . y in parts, one a lane.
 template <class T>
-PLANAR_FN T dot(const T* x, const T* y, int64_t n) {
+PLANAR_FN typename Simd<T>::V dot(const T* x, const T* y, int64_t n) {
   using S = Simd<T>;
-  typename S::V acc{};
-  for (int64_t d = 0; d < n; d += S::width) acc += S::load_first(x + d, n - d) * S::load_first(y + d, n - d);
-  T sum = 0;
-  for (int i = 0; i < S::width; ++i) sum += acc[i];
+  typename S::V sum{};
+  for (int64_t d = 0; d < n; d += S::width) sum += S::load_first(x + d, n - d) * S::load_first(y + d, n - d);
   return sum;
+}
+
+// The first n elements at p, `stride` apart, zeros behind them.
+template <class T>
+PLANAR_FN typename Simd<T>::V load_strided(const T* p, int64_t stride, int64_t n) {
+  using S = Simd<T>;
+  if (stride == 1) return S::load_first(p, n);
+  typename S::V x{};
+  for (int i = 0; i < S::width; ++i)
+    if (i < n) x[i] = p[i * stride];
+  return x;
+}
+
+template <class T>
+PLANAR_FN T* step_of(const Params<T>& p, int64_t set, int64_t k) {
+  return p.data + set * p.set + k * p.step;
 }
 
 }  // namespace PLANAR_NAMESPACE

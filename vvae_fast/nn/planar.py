@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vvae_fast.autograd import unpack
 from vvae_fast.backends import check_name
-from vvae_fast.functional import planar_flow, planar_flow_inverse
+from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
+from vvae_fast.nn.linear import Linear
 from vvae_fast.shapes import check_size
 
 # softplus(w . u) = 1 at w . u = log(e - 1), and there u_hat = 0: the flow starts as the identity, docs/math.md (4).
@@ -58,7 +60,7 @@ class PlanarFlow(nn.Module):
         return f"dim={self.dim}, num_steps={self.num_steps}"
 
 
-class _Head(nn.Linear):
+class _Head(Linear):
     """A linear layer that its flow initialises."""
 
     def reset_parameters(self) -> None:
@@ -103,6 +105,10 @@ class AmortizedPlanarFlow(nn.Module):
 
     def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F], no copies."""
+        return unpack(self._packed(context), self.num_steps, self.dim)
+
+    def _packed(self, context: Tensor) -> Tensor:
+        """The head's output [*params, K (2 D + 1)] for context [*params, F]."""
         if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
@@ -113,15 +119,11 @@ class AmortizedPlanarFlow(nn.Module):
             )
         if context.dtype != weight.dtype and not torch.is_autocast_enabled(context.device.type):
             raise TypeError(f"context must be {weight.dtype} like the flow, got {context.dtype}: convert one of them")
-        packed = self.head(context)  # [*params, K (2 D + 1)]
-        size = self.num_steps * self.dim
-        u, w, b = packed.split([size, size, self.num_steps], dim=-1)
-        steps = (self.num_steps, self.dim)
-        return u.unflatten(-1, steps), w.unflatten(-1, steps), b
+        return self.head(context)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
-        return planar_flow(z, *self.params(context), backend=self.backend)
+        return packed_planar_flow(z, self._packed(context), self.num_steps, self.dim, backend=self.backend)
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""

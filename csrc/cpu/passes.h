@@ -1,0 +1,153 @@
+// One pass over a problem: cut into tiles of samples or blocks of rows, run on PyTorch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace vvae {
+
+// Multiply-adds that are worth waking a thread for, and the most slices of tiles whose sums are kept apart.
+constexpr int64_t kGrain = int64_t(1) << 18, kMaxSlices = 32, kPartialBytes = int64_t(1) << 24;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+constexpr int64_t kCompactRows = 16;  // rows of one parameter set from which on the compact form is the faster one
+
+// Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates only its
+// outputs.
+enum Slot { kPrepared, kPartials, kTileScratch, kSlots };
+
+template <class T>
+T* scratch(Slot slot, int64_t count) {
+  struct Arena {
+    std::unique_ptr<void, Free> data;
+    size_t size = 0;
+  };
+  thread_local Arena arenas[kSlots];
+  Arena& arena = arenas[slot];
+  const size_t bytes = round_up(count * int64_t(sizeof(T)), 64);
+  if (arena.size < bytes) {
+    arena.data.reset();
+    arena.data.reset(std::aligned_alloc(64, bytes));
+    arena.size = arena.data ? bytes : 0;
+    if (!arena.data) throw std::bad_alloc();
+  }
+  return static_cast<T*>(arena.data.get());
+}
+
+// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth.
+template <class Run>
+void for_each(int64_t items, int64_t work, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  };
+  if (items <= grain) return range(0, items);
+  std::mutex guard;
+  std::exception_ptr error;  // an exception that crossed the C boundary would lose its kind and its message
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    try {
+      range(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+// The rows of one parameter set as a problem of their own, whose parameters they share.
+template <class T>
+Problem<T> of_set(const Problem<T>& p, int64_t set) {
+  return {p.rows / p.sets,  p.dim, p.steps, 1, p.constrained, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
+          p.b.of_set(set)};
+}
+
+template <class T>
+Forward<T> of_set(const Forward<T>& p, int64_t set) {
+  const Problem<T>& problem = p;
+  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets), every_lane(p.a, set, p.sets)};
+}
+
+template <class T>
+Backward<T> of_set(const Backward<T>& p, int64_t set) {
+  const Problem<T>& problem = p;
+  return {of_set(problem, set),       every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
+          every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     p.du.of_set(set),
+          p.dw.of_set(set),           p.db.of_set(set)};
+}
+
+template <class T>
+Prepared<T> prepare(const Problem<T>& p, const Kernels<T>& kernels) {
+  const Prepared<T> prepared(scratch<T>(kPrepared, Prepared<T>::size(p.steps, p.dim)), p.steps, p.dim);
+  kernels.prepare(p, prepared, scratch<T>(kTileScratch, kernels.prepare_scratch(p.dim)));
+  return prepared;
+}
+
+template <class T>
+void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
+  const Prepared<T> prepared = prepare(p, kernels);
+  const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
+  for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
+           [&](int64_t tile) { kernels.shared_forward(p, prepared, tile, scratch<T>(kTileScratch, size)); });
+}
+
+template <class T>
+void zero(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+template <class T>
+void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
+  const Prepared<T> prepared = prepare(p, kernels);
+  const int64_t tiles = ceil_div(p.rows, kTile), partial = Partial<T>::size(p.steps, p.dim);
+  const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, partial * sizeof(T)));
+  const int64_t slices = std::max<int64_t>(1, std::min({tiles, kMaxSlices, affordable}));
+  T* partials = scratch<T>(kPartials, slices * partial);
+  const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
+  for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
+    zero(partials + slice * partial, partial);
+    const Partial<T> sums(partials + slice * partial, p.steps, p.dim);
+    for (int64_t tile = slice * tiles / slices; tile < (slice + 1) * tiles / slices; ++tile)
+      kernels.shared_backward(p, prepared, sums, tile, scratch<T>(kTileScratch, size));
+  });
+  kernels.finish(p, prepared, partials, slices, scratch<T>(kTileScratch, 3 * round_up(p.steps, kMaxLanes)));
+}
+
+template <class T>
+void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
+  const int64_t size = kernels.amortized_forward_scratch(p.steps, p.dim);
+  for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
+           [&](int64_t block) { kernels.amortized_forward(p, block, scratch<T>(kTileScratch, size)); });
+}
+
+template <class T>
+void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
+  const int64_t size = kernels.amortized_backward_scratch(p.steps, p.dim);
+  for_each(ceil_div(p.sets, kernels.lanes), 8 * kernels.lanes * p.rows / p.sets * p.steps * p.dim,
+           [&](int64_t block) { kernels.amortized_backward(p, block, scratch<T>(kTileScratch, size)); });
+}
+
+// Forward or Backward: the compact form for sets that many rows share, one after another where threads are few, the
+// direct recursion where every row, or few rows, have a set of their own.
+template <class Pass>
+void run(const Pass& p, bool amortized, const Isa& isa) {
+  const auto& kernels = isa.of(std::remove_const_t<std::remove_pointer_t<decltype(p.z.data)>>());
+  if (!amortized) return run_shared(p, kernels);
+  if (p.rows == 0) return;
+  if (p.rows / p.sets < kCompactRows) return run_direct(p, kernels);
+  for_each(p.sets, 2 * p.rows / p.sets * p.steps * p.dim, [&](int64_t set) { run_shared(of_set(p, set), kernels); });
+}
+
+}  // namespace vvae

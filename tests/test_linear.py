@@ -1,0 +1,64 @@
+"""The head's linear layer: the same values and gradients as nn.Linear's, whichever library computes them."""
+
+import pytest
+import torch
+from torch import nn
+
+from vvae_fast.nn import linear
+
+SIZES = ((100, 400), (7, 300, 90))  # x; each is above and below the least work with the two widths below
+WIDTHS = (3, 1296)
+
+
+def both(shape, width, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    layer = linear.Linear(shape[-1], width, dtype=dtype)
+    plain = nn.Linear(shape[-1], width, dtype=dtype)
+    plain.load_state_dict(layer.state_dict())
+    return layer, plain, torch.randn(shape, generator=g, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("shape", SIZES)
+def test_is_nn_linear(shape, width):
+    layer, plain, x = both(shape, width)
+    results = []
+    for module in (layer, plain):
+        inputs = (x.clone().requires_grad_(), module.weight, module.bias)
+        y = module(inputs[0])
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        results.append([y, *first, *torch.autograd.grad(first[0].square().sum(), inputs[:2])])
+    for got, wanted in zip(*results, strict=True):
+        assert got.stride() == wanted.stride()
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this PyTorch has no entry to oneDNN")
+def test_large_products_go_to_onednn(monkeypatch):
+    layer, _, x = both((100, 400), 1296)
+    assert "OneDnnLinear" in type(layer(x).grad_fn).__name__
+    assert "Addmm" in type(layer(x[:1]).grad_fn).__name__
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert "Addmm" in type(layer(x).grad_fn).__name__
+
+
+def test_what_onednn_does_not_serve_is_nn_linear():
+    layer, plain, x = both((100, 400), 1296)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), plain(x))
+    params = dict(layer.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(layer, p, x).sum())(params)
+    torch.testing.assert_close(jacobian["bias"], torch.full((1296,), 100.0))
+    tangent = torch.func.jvp(layer, (x,), (x,))[1]
+    torch.testing.assert_close(tangent, x @ layer.weight.t(), rtol=1e-4, atol=1e-4)
+    layer, plain, x = both((100, 400), 1296, torch.float64)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_only_what_is_needed_is_computed():
+    layer, _, x = both((100, 400), 1296)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.bias.grad, torch.full((1296,), 100.0))
