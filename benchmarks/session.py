@@ -17,20 +17,13 @@ class Bench:
     def __init__(self, device: str, quick: bool) -> None:
         settle_allocator()
         self.run, self.quick = Run(torch.device(device)), quick
-        self.contestants: dict[str, Contestant] = {c.name: c for c in [*ours(), *baselines(), *peers()]}
-        self.backends = [name.removeprefix("vvae_fast ") for name in self._ours() if self._runs(name)]
+        self.contestants: dict[str, Contestant] = {c.name: c for c in [*ours(device), *baselines(), *peers()]}
+        self.backends = [n.removeprefix("vvae_fast ") for n in self._ours() if self.contestants[n].runs]  # of VAE steps
         self.started = time.time()
         self._stage: Stage | None = None
 
     def _ours(self) -> list[str]:
         return [c.name for c in self.contestants.values() if c.role == "ours"]
-
-    def _runs(self, name: str) -> bool:
-        """Whether this backend runs on this device at all: the training groups take no others."""
-        with contextlib.suppress(Refused), failures_refused():
-            Stage(Case(2, 2, 2), self.run.device).prepared(self.contestants[name])
-            return True
-        return False
 
     def chosen(self, cases: list[Case]) -> list[Case]:
         return [case for case in cases if case.quick or not self.quick]
