@@ -14,8 +14,8 @@ from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder
 
 LATENT, HIDDEN, BATCH = 40, 400, 100
-ROUNDS, QUICK_ROUNDS = 21, 5  # the ratios are near 1 and machines are noisy: many short rounds
-BLOCK_SECONDS = 0.1
+ROUNDS, QUICK_ROUNDS = 31, 5  # the ratios are near 1 and machines are noisy: many short rounds
+BLOCK_SECONDS = 0.08
 PASS = "step"
 NO_OP = partial(no_op, like=torch.zeros_like)
 

@@ -66,7 +66,8 @@ class Run:
         timing = self.timings[key]
         call, device_times = self._on_device(call)
         if key not in self.calls:
-            self.calls[key] = int(min(200, max(3, seconds / _seconds_of(call, setup))))
+            call_seconds = min(_seconds_of(call, setup) for _ in range(2))  # the first may initialise
+            self.calls[key] = int(min(200, max(3, seconds / call_seconds)))
         count = self.calls[key]
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         benchmark.pedantic(call, setup=setup, rounds=count, warmup_rounds=2)
