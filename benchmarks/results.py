@@ -241,10 +241,17 @@ def read(path: Path) -> Results:
     return Results(found["header"], [Row(**{"num_steps": None, "amortized": None, **row}) for row in found["rows"]])
 
 
-def newest(folder: Path = FOLDER) -> dict[str, Path]:
-    """The newest full run of each machine, by machine folder."""
+def committed(folder: Path = FOLDER) -> list[Path]:
+    """The full runs that git tracks; all that are there where there is no git."""
+    listed = _git("ls-files", "--full-name", "results")
+    found = sorted(folder.glob("*/torch-*.json"))
+    return found if listed is None else [path for path in found if path.as_posix().endswith(tuple(listed.split()))]
+
+
+def newest(paths: list[Path] | None = None, folder: Path = FOLDER) -> dict[str, Path]:
+    """The newest run of each machine, by machine folder, among `paths`: by default all full runs."""
     found: dict[str, tuple[str, Path]] = {}
-    for path in sorted(folder.glob("*/torch-*.json")):
+    for path in sorted(folder.glob("*/torch-*.json")) if paths is None else paths:
         candidate = (read(path).header["date"], path)
         found[path.parent.name] = max(candidate, found.get(path.parent.name, candidate))
     return {machine: path for machine, (_, path) in sorted(found.items())}

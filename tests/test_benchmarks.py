@@ -26,7 +26,7 @@ from vvae_fast import PlanarFlow
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(6, 3, 2)
-RUNS_HERE = [trial for trial in ours() if trial.name == "vvae_fast cpp"]  # the tests run on a CPU
+RUNS_HERE = [trial for trial in ours("cpu") if trial.runs]
 
 
 def contestant(flow, role="peer", **fields) -> Contestant:
@@ -194,6 +194,12 @@ def test_a_refused_contestant_is_a_row():
     assert all(row.median is None for row in rows.values())
 
 
+def test_a_backend_for_another_device_says_so():
+    names = {trial.name: trial for trial in ours("meta")}
+    assert not names["vvae_fast cpp"].runs
+    assert "runs on cpu tensors" in refusal(SMALL, names["vvae_fast cpp"])
+
+
 def test_saved_bytes_are_z_and_the_pre_activations():
     case = Case(4096, 64, 32)
     stage = Stage(case, torch.device("cpu"))
@@ -247,11 +253,11 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + len(run.rows)
     quick = results.Results({**run.header, "kind": "quick", "date": "2999"}, run.rows)
     assert results.write(quick, tmp_path).name.startswith("quick-")
-    assert results.newest(tmp_path) == {path.parent.name: path}
+    assert results.newest(folder=tmp_path) == {path.parent.name: path}
 
 
 def test_readme_is_what_the_report_writes_from_the_committed_results():
-    newest = results.newest()
+    newest = results.newest(results.committed())
     if not newest:
         pytest.skip("no results of a full run are committed yet")
     readme = (ROOT / "README.md").read_text()
