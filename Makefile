@@ -1,10 +1,10 @@
-# make demo | test | lint | bench: each makes .venv when it is missing and rebuilds what changed, nothing else.
+# make demo | test | lint | bench | bench-quick | report: each makes .venv when missing and rebuilds what changed only.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-quick report clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -16,10 +16,18 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On an idle machine. DEVICE=cpu or cuda; by default a GPU where there is one.
+BENCH := $(BIN)/python -m pytest benchmarks -q -p no:cacheprovider -o python_files="bench_*.py" -o python_functions="bench_*" \
+	--benchmark-disable-gc --benchmark-quiet $(if $(DEVICE),--device=$(DEVICE))
+
 bench: .venv/built
-	@mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" \
-		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-quiet --benchmark-json=.benchmarks/last.json
+	$(BENCH)
+
+bench-quick: .venv/built
+	$(BENCH) --quick
+
+report: .venv/built
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built

@@ -1,27 +1,30 @@
-"""planar_flow, forward and backward, against what a user could run instead. Run with `make bench`."""
+"""planar_flow, forward, backward and both, against what a user could run instead. Run with `make bench`."""
 
-from functools import cache
+from cases import PLANAR_CASES
+from measure import COPY, Block
 
-import pytest
-from cases import VAE_CASES, Case
-from contestants import CHECKED, CONTESTANTS, Flow, check, first_call_seconds, forward_backward
-
-
-@cache
-def contestant(case: Case, name: str) -> tuple[Flow, float]:
-    """The contestant, checked against the oracle, and the seconds of its first call."""
-    flow = CONTESTANTS[name]()
-    seconds = first_call_seconds(flow, case.inputs())
-    if name in CHECKED:
-        check(flow, case.inputs())
-    return flow, seconds
+ROUNDS, QUICK_ROUNDS = 5, 3
+BLOCK_SECONDS = 0.06
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
-@pytest.mark.parametrize("case", VAE_CASES, ids=str)
-def bench_forward_backward(case, name, timed, benchmark):
-    flow, first_call = contestant(case, name)
-    if name == "torch.compile":
-        benchmark.extra_info["compile_seconds"] = first_call
-    inputs = case.inputs()
-    timed(f"forward+backward {case}", name, lambda: forward_backward(flow, inputs), base="vvae_fast")
+def pytest_generate_tests(metafunc):
+    bench = metafunc.config.bench
+    rounds = QUICK_ROUNDS if bench.quick else ROUNDS
+    blocks = [
+        Block(case, pass_, name, r)
+        for case in bench.chosen(PLANAR_CASES)
+        for pass_ in case.passes
+        for r in range(rounds)
+        for name in (COPY, *bench.names(case))
+    ]
+    metafunc.parametrize("block", blocks, ids=str)
+
+
+def bench_planar(block, bench, benchmark):
+    with bench.recording(block):
+        stage = bench.stage(block.group)
+        if block.contestant == COPY:
+            call, setup = stage.copy_calls()
+        else:
+            call, setup = stage.calls(bench.prepared(block), block.pass_)
+        bench.run.time_block(block, call, benchmark, setup, BLOCK_SECONDS)

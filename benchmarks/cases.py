@@ -1,39 +1,99 @@
-"""The problems that the benchmarks run."""
+"""The problems that the benchmarks run, with their bytes, flops and floor, docs/math.md (19). Imports no torch."""
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+PASSES = ("forward", "backward", "forward+backward")
+BYTES_OF = {"float32": 4, "float64": 8}
+
+# Contestants by name; "vvae_fast" stands for every backend of the package that the machine has.
+FAST = ("vvae_fast", "no-op")
+LOOPS = (*FAST, "eager loop", "normflows")
+UNCOMPILED = (*LOOPS, "Pyro", "pythae")
+EVERYONE = (*UNCOMPILED, "torch.compile")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One flow: z [rows, dim], K = num_steps, parameters shared or a set for each row."""
+    """K = num_steps planar steps of z [rows, dim], parameters shared by the rows or a set for each of them."""
 
     rows: int
     dim: int
     num_steps: int
     amortized: bool = False
+    dtype: str = "float32"
+    contestants: tuple[str, ...] = UNCOMPILED
+    passes: tuple[str, ...] = PASSES
+    quick: bool = False  # part of the quick run
 
     def __str__(self) -> str:
         kind = "amortized" if self.amortized else "shared"
-        return f"{kind}-B{self.rows}-D{self.dim}-K{self.num_steps}"
+        suffix = "" if self.dtype == "float32" else f"-{self.dtype}"
+        return f"{kind}-B{self.rows}-D{self.dim}-K{self.num_steps}{suffix}"
 
-    def inputs(self) -> list[Tensor]:
-        """z [B, D], u, w [*B, K, D], b [*B, K], float32 leaves that require gradients."""
-        g = torch.Generator().manual_seed(0)
-        sets = (self.rows,) if self.amortized else ()
-        shapes = [(self.rows, self.dim), *2 * [(*sets, self.num_steps, self.dim)], (*sets, self.num_steps)]
-        scales = [1.0, 0.5, self.dim**-0.5, 0.5]
-        return [(s * torch.randn(n, generator=g)).requires_grad_() for s, n in zip(scales, shapes, strict=True)]
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return BYTES_OF[self.dtype]
+
+    def traffic(self, pass_: str) -> int:
+        """Bytes that a pass has to read and write at least; the forward saves its pre-activations."""
+        B, D, K = self.rows, self.dim, self.num_steps
+        if pass_ == "forward+backward":
+            return self.traffic("forward") + self.traffic("backward")
+        backward = pass_ == "backward"
+        per_row = (3 if backward else 2) * D + 1 + K
+        if self.amortized:  # u, w, b read; in the backward their gradients written as well
+            return self.itemsize * B * (per_row + (2 if backward else 1) * K * (2 * D + 1))
+        return self.itemsize * (B * per_row + (4 if backward else 2) * K * D)
+
+    def flops(self, pass_: str) -> int:
+        """Floating-point operations that a pass has to do."""
+        B, D, K = self.rows, self.dim, self.num_steps
+        if pass_ == "forward+backward":
+            return self.flops("forward") + self.flops("backward")
+        backward = pass_ == "backward"
+        if self.amortized:
+            return (24 if backward else 10) * B * K * D
+        return (8 if backward else 4) * B * K * D + 20 * B * K
+
+    def floor(self, pass_: str, bandwidth: float, rate: float) -> float:
+        """Seconds that a pass takes at least, for a copy bandwidth in bytes/s and a matrix-product rate in flops/s."""
+        if pass_ == "forward+backward":
+            return self.floor("forward", bandwidth, rate) + self.floor("backward", bandwidth, rate)
+        return max(self.traffic(pass_) / bandwidth, self.flops(pass_) / rate)
 
 
-VAE_CASES = [
-    Case(100, 2, 8),
-    Case(100, 40, 16),
-    Case(128, 40, 80),
-    Case(1000, 64, 32),
-    Case(100, 8, 16, amortized=True),
+FB = ("forward+backward",)
+
+# torch.compile takes up to two minutes a shape, so it runs only in the README's table. The loops are left out where one
+# of their calls would take more than about a fifth of a second.
+PLANAR_CASES = [
+    # The README's table.
+    Case(100, 2, 8, contestants=EVERYONE, quick=True),
+    Case(100, 40, 16, contestants=EVERYONE),
+    Case(128, 40, 80, contestants=EVERYONE, quick=True),
+    Case(1000, 64, 32, contestants=EVERYONE, quick=True),
+    Case(4096, 64, 32, contestants=EVERYONE),
+    Case(1000, 40, 16, amortized=True, contestants=EVERYONE, quick=True),
     Case(100, 40, 16, amortized=True),
-    Case(1000, 40, 16, amortized=True),
+    Case(100, 8, 16, amortized=True),
+    Case(128, 40, 80, dtype="float64", contestants=LOOPS, quick=True),
+    # Against K at 128 x 40, with the 80 above.
+    *(Case(128, 40, K, contestants=LOOPS, passes=FB) for K in (1, 8, 32, 128)),
+    # Against B at D = 64, K = 32, with the 1,000 and 4,096 above.
+    *(Case(B, 64, 32, contestants=LOOPS, passes=FB) for B in (1, 10, 100)),
+    Case(16384, 64, 32, contestants=(*FAST, "eager loop")),
+    Case(65536, 64, 32, contestants=FAST, quick=True),
+    Case(262144, 64, 32, contestants=FAST),
+    # Wide and long.
+    Case(4096, 1024, 32, contestants=FAST),
+    Case(4096, 64, 256, contestants=FAST),
+]
+
+MEMORY_CASES = [
+    *(Case(4096, 64, K, contestants=LOOPS, passes=()) for K in (1, 4, 16)),
+    Case(4096, 64, 32, passes=(), quick=True),
+    *(Case(4096, 64, K, contestants=LOOPS, passes=()) for K in (64, 128, 256)),
+    Case(65536, 64, 32, contestants=FAST, passes=(), quick=True),
+    Case(1000, 40, 16, amortized=True, passes=()),
 ]

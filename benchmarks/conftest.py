@@ -1,66 +1,83 @@
-"""Interleaves the contestants in rounds and prints their ratios: the machine may drift, a round is short."""
+"""The benchmark session's options and hooks.
 
+pytest runs the blocks in the order in which bench_*.py list them: for each case and pass, in rounds, all contestants.
+"""
+
+import os
+import shutil
+import tempfile
 import time
-from collections import defaultdict
-from statistics import median
+from pathlib import Path
 
 import pytest
+import report
+import results
 import torch
+from session import Bench, Progress
 
-ROUNDS = 5
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # The round is the slowest index: all contestants of a case, then all of them again.
-    if "round_number" in metafunc.fixturenames:
-        metafunc.parametrize("round_number", range(ROUNDS))
+MODULES = ("bench_planar", "bench_training", "bench_memory")
 
 
-@pytest.fixture
-def timed(benchmark, round_number):
-    """timed(group, contestant, call, base): two unrecorded calls, then a block of recorded ones."""
-
-    def run(group: str, contestant: str, call, base: str) -> None:
-        benchmark.group = group
-        benchmark.extra_info.update(
-            contestant=contestant,
-            base=base,
-            round=round_number,
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-        )
-        benchmark.pedantic(call, rounds=block_size(call), warmup_rounds=2)
-
-    return run
+def pytest_addoption(parser):
+    group = parser.getgroup("vvae_fast")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--quick", action="store_true", help="few cases and rounds, nothing compiled")
+    group.addoption("--results", type=Path, default=results.FOLDER, help="folder for the results of all machines")
 
 
-def block_size(call) -> int:
-    """Calls that take about 0.3 s together, from 5 to 200."""
-    start = time.perf_counter()
-    call()
-    return int(min(200, max(5, 0.3 / (time.perf_counter() - start))))
+def pytest_configure(config):
+    # Compile times are those of a cold cache, and inductor reads this when it first compiles.
+    config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
+    config.bench = Bench(config.getoption("device"), config.getoption("quick"))
+    config.complete = not config.bench.quick
 
 
-def pytest_terminal_summary(terminalreporter, config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    if session is None or not session.benchmarks:
-        return
-    medians = defaultdict(lambda: defaultdict(dict))  # group -> contestant -> round -> seconds
-    bases, notes = {}, defaultdict(set)
-    for bench in session.benchmarks:
-        info = bench.extra_info
-        medians[bench.group][info["contestant"]][info["round"]] = bench.stats.median
-        bases[bench.group] = info["base"]
-        if "compile_seconds" in info:
-            notes[bench.group, info["contestant"]].add(f"compiled in {info['compile_seconds']:.0f} s")
-    terminalreporter.section(
-        f"medians of {ROUNDS} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    for group, contestants in medians.items():
-        base = contestants[bases[group]]
-        terminalreporter.write_line(group)
-        for name, rounds in contestants.items():
-            ratios = [rounds[r] / base[r] for r in rounds]
-            time_and_ratio = f"{1e6 * median(rounds.values()):10.0f} us {median(ratios):8.2f} x {bases[group]}"
-            note = ", ".join([f"{min(ratios):.2f} to {max(ratios):.2f}", *sorted(notes[group, name])])
-            terminalreporter.write_line(f"  {name:24} {time_and_ratio} ({note})")
+def pytest_unconfigure(config):
+    shutil.rmtree(config.compile_cache, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: MODULES.index(item.path.stem))
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.complete = False
+
+
+def pytest_collection_finish(session):
+    config = session.config
+    if {item.path.stem for item in session.items} != set(MODULES):
+        config.complete = False
+    progress = Progress(config.bench, config.pluginmanager.get_plugin("terminalreporter"))
+    progress.plan(session.items)
+    config.pluginmanager.register(progress)
+
+
+def pytest_report_teststatus(report):
+    if report.passed or report.skipped:
+        return ("skipped" if report.skipped else "passed" if report.when == "call" else ""), "", report.outcome.upper()
+    return None
+
+
+@pytest.fixture(scope="session")
+def bench(request):
+    return request.config.bench
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    config.written = None
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and config.bench.run.timings:
+        kind = "full" if config.complete else "quick" if config.bench.quick else "partial"
+        rows = results.rows(config.bench.run, config.bench.contestants)
+        header = results.header(config.bench.run, kind, time.time() - config.bench.started)
+        config.written = results.write(results.Results(header, rows), config.getoption("results"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.written is not None:
+        terminalreporter.ensure_newline()
+        terminalreporter.write_line(report.summary(results.read(config.written)))
+        terminalreporter.write_line(f"written: {config.written} and .csv beside it")

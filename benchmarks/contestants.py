@@ -1,7 +1,11 @@
-"""What a user could run instead: every contestant maps (z, u, w, b) to (z_K, log_det), constraint included."""
+"""What computes a case: this package's backends, the loops that a user would write, and the no-op. Peers: peers.py.
 
-import time
+A contestant is prepared for one case: it gets its own copies of the inputs and gives a call without arguments.
+"""
+
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,68 +13,105 @@ from torch import Tensor
 import vvae_fast
 from vvae_fast import reference
 
-Flow = Callable[..., tuple[Tensor, Tensor]]
+
+class Unavailable(Exception):
+    """The contestant cannot run here, or not this case; the message, "missing: ..." or "not run: ...", is its row."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One contestant, ready for one case: forward() -> (z_K [B, D], log_det [B]) as a function of the leaves."""
+
+    forward: Callable[[], tuple[Tensor, Tensor]]
+    leaves: list[Tensor]
+    # (dz, du, dw, db) in the shapes of the case, from the gradients of the leaves
+    gradients: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`build` takes z, u, w, b (leaves) and raises Unavailable; `role` is "ours", "peer" or "no-op"."""
+
+    name: str
+    role: str
+    build: Callable[[list[Tensor]], Prepared]
+    constraint: str = "softplus"
+    tolerance: float | None = None  # relative L2 error of each output and gradient; None: measure.TOLERANCES
+    log_det_slack: float = 0.0  # nats a step and row that log_det may be off, beyond the tolerance
+    compiled: bool = False
+    runs: bool = True  # on this device, as far as is known before it is built
 
 
 class _NoOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z, u, w, b)
-        return z.clone(), z.new_empty(z.shape[:-1])
+        ctx.like = like
+        return z.clone(), like(z[..., 0])
 
     @staticmethod
-    def backward(ctx, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         _, u, w, b = ctx.saved_tensors
-        return grad_z, torch.empty_like(u), torch.empty_like(w), torch.empty_like(b)
+        return grad_z, ctx.like(u), ctx.like(w), ctx.like(b), None
 
 
-def fused(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """This package."""
-    return vvae_fast.planar_flow(z, u, w, b)
+def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.empty_like) -> tuple[Tensor, Tensor]:
+    """Clones z, with planar_flow's signature: what the autograd machinery costs by itself.
+
+    `like` makes log_det and the gradients; an optimizer needs numbers in them: torch.zeros_like.
+    """
+    return _NoOp.apply(z, u, w, b, like)
 
 
 def eager_loop(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop over steps that everyone writes, with the stable constraint and determinant."""
+    """The loop over steps that everyone writes, with the stable constraint and determinant: the reference backend."""
     return reference.planar_forward(z, u, w, b)[:2]
 
 
-def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Clones z: what the autograd machinery costs by itself."""
-    return _NoOp.apply(z, u, w, b)
+def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:
+    return Prepared(partial(flow, *inputs), inputs)
 
 
-def compiled_loop() -> Flow:
-    """torch.compile's version of the eager loop, compiled at its first call."""
+def _compiled(inputs: list[Tensor]) -> Prepared:
     torch._dynamo.reset()
-    return torch.compile(eager_loop, dynamic=False)
+    return _function(torch.compile(eager_loop, dynamic=False), inputs)
 
 
-CONTESTANTS: dict[str, Callable[[], Flow]] = {
-    "vvae_fast": lambda: fused,
-    "no-op": lambda: no_op,
-    "torch.compile": compiled_loop,
-    "eager loop": lambda: eager_loop,
-}
-CHECKED = ("vvae_fast", "torch.compile", "eager loop")  # the no-op has no answer to check
+def _unavailable(status: str, inputs: list[Tensor]) -> Prepared:
+    raise Unavailable(status)
 
 
-def forward_backward(flow: Flow, inputs: list[Tensor]) -> list[Tensor]:
-    """z_K, log_det and the four gradients of z_K.sum() + log_det.sum()."""
-    z_K, log_det = flow(*inputs)
-    grads = torch.autograd.grad((z_K, log_det), inputs, (torch.ones_like(z_K), torch.ones_like(log_det)))
-    return [z_K, log_det, *grads]
+def _why_not(name: str, state: dict[str, object], device: torch.device) -> str | None:
+    """The status of a backend that is not on this machine, or not for this device."""
+    if not state["available"]:
+        return f"missing: {'; '.join(state['reasons'])}"
+    z, b = torch.zeros(1, 1, device=device), torch.zeros(1, device=device)
+    try:
+        vvae_fast.planar_flow(z, z, z, b, backend=name)
+    except RuntimeError as error:
+        if "was asked for and cannot run" in str(
+            error
+        ):  # the package's own refusal; a broken kernel is timed, and fails
+            return f"not run: {error}"
+    return None
 
 
-def first_call_seconds(flow: Flow, inputs: list[Tensor]) -> float:
-    """How long the first forward and backward take: the compile time, where there is one."""
-    start = time.perf_counter()
-    forward_backward(flow, inputs)
-    return time.perf_counter() - start
+def ours(device: torch.device | str = "cpu") -> list[Contestant]:
+    """A contestant for each backend of the package, but for the reference, which is the eager loop."""
+    found = []
+    for name, state in vvae_fast.info()["backends"].items():
+        if name != "reference":
+            status = _why_not(name, state, torch.device(device))
+            flow = partial(_function, partial(vvae_fast.planar_flow, backend=name))
+            build = partial(_unavailable, status) if status else flow
+            found.append(Contestant(f"vvae_fast {name}", "ours", build, runs=status is None))
+    return found
 
 
-def check(flow: Flow, inputs: list[Tensor]) -> None:
-    """AssertionError where outputs or gradients differ from the float64 oracle's: a wrong answer is not timed."""
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    for got, wanted in zip(forward_backward(flow, inputs), forward_backward(eager_loop, exact), strict=True):
-        error = ((got.double() - wanted).norm() / wanted.norm()).item()
-        assert error < 1e-4, f"relative error {error:.1e}"
+def baselines() -> list[Contestant]:
+    """The no-op, the eager loop and torch.compile's version of it."""
+    return [
+        Contestant("no-op", "no-op", partial(_function, no_op)),
+        Contestant("eager loop", "peer", partial(_function, eager_loop)),
+        Contestant("torch.compile", "peer", _compiled, compiled=True),
+    ]

@@ -1,0 +1,23 @@
+"""Bytes saved for the backward and needed at the peak, against K and B. Run with `make bench`."""
+
+from cases import MEMORY_CASES
+from measure import Block
+from memory import peak_bytes, saved_bytes
+
+
+def pytest_generate_tests(metafunc):
+    bench = metafunc.config.bench
+    blocks = [Block(case, "memory", name, 0) for case in bench.chosen(MEMORY_CASES) for name in bench.names(case)]
+    metafunc.parametrize("block", blocks, ids=str)
+
+
+def bench_memory(block, bench):
+    with bench.recording(block):
+        stage = bench.stage(block.group)
+        saved, own = saved_bytes(bench.prepared(block))
+        peak = peak_bytes(stage, bench.contestants[block.contestant])
+        bench.run.memory[block.group, block.contestant] = {
+            "saved_bytes": saved,
+            "saved_beside_inputs_bytes": own,
+            "peak_bytes": peak,
+        }

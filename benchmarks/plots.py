@@ -1,0 +1,116 @@
+"""The plots of a run as SVG: time against K and B, distance to the floor, memory against K."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from results import Results, Row
+
+FB = "forward+backward"
+COLORS = {
+    "vvae_fast": "#c0392b",
+    "no-op": "#7f8c8d",
+    "torch.compile": "#2471a3",
+    "eager loop": "#1e8449",
+    "normflows": "#b9770e",
+    "Pyro": "#7d3c98",
+    "pythae": "#d16ba5",
+    "floor": "#000000",
+}
+MARKERS = dict(zip(COLORS, "o.s^Dvx", strict=False))
+
+
+def lines(run: Results, chosen: Callable[[Row], bool], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+    """The points (x, y) of each contestant among the rows chosen, in order."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in run.rows:
+        if row.role != "copy" and chosen(row) and getattr(row, y) is not None:
+            found.setdefault(row.contestant, []).append((getattr(row, x), getattr(row, y)))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def draw(ax: Axes, found: dict[str, list[tuple[float, float]]], scale: float) -> None:
+    """One line a contestant on logarithmic axes."""
+    for name, points in found.items():
+        ours = name.startswith("vvae_fast")
+        style = {"color": COLORS.get("vvae_fast" if ours else name), "linewidth": 2.4 if ours else 1.3}
+        style |= {"marker": MARKERS.get("vvae_fast" if ours else name), "markersize": 4.5}
+        if name == "floor":
+            style |= {"linestyle": "--", "marker": ""}
+        ax.plot([x for x, _ in points], [scale * y for _, y in points], label=name, zorder=3 if ours else 2, **style)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ticks = sorted({x for points in found.values() for x, _ in points})
+    ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    ax.minorticks_off()
+    ax.tick_params(axis="x", labelrotation=45 if len(ticks) > 7 else 0)
+    ax.grid(True, color="#e5e7e9", linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def time_against_steps(ax: Axes, run: Results) -> None:
+    def chosen(row: Row) -> bool:
+        return (row.pass_, row.rows, row.dim, row.dtype, row.amortized) == (FB, 128, 40, "float32", False)
+
+    draw(ax, lines(run, chosen, "num_steps", "median") | _floor(run, chosen, "num_steps"), 1e6)
+    ax.set(xlabel="steps K", ylabel="forward + backward, us", title="Time against K at B = 128, D = 40")
+
+
+def time_against_rows(ax: Axes, run: Results) -> None:
+    def chosen(row: Row) -> bool:
+        return row.pass_ == FB and _of_the_batch_series(row)
+
+    draw(ax, lines(run, chosen, "rows", "median") | _floor(run, chosen, "rows"), 1e6)
+    ax.set(xlabel="rows B", ylabel="forward + backward, us", title="Time against B at D = 64, K = 32")
+
+
+def distance_to_floor(ax: Axes, run: Results) -> None:
+    for pass_, style in (("forward", "-"), ("backward", "--")):
+
+        def chosen(row: Row, pass_: str = pass_) -> bool:
+            return row.pass_ == pass_ and row.role != "no-op" and _of_the_batch_series(row)
+
+        before = len(ax.lines)
+        draw(ax, lines(run, chosen, "rows", "to_floor"), 1.0)
+        for line in ax.lines[before:]:
+            line.set_linestyle(style)
+    ax.axhline(1, color="black", linestyle="--", label="floor")
+    ax.set(xlabel="rows B", ylabel="time / floor: forward solid, backward dashed")
+    ax.set_title("Distance to the floor at D = 64, K = 32")
+
+
+def memory_against_steps(ax: Axes, run: Results) -> None:
+    def chosen(row: Row) -> bool:
+        return row.pass_ == "memory" and (row.rows, row.dim, row.amortized) == (4096, 64, False)
+
+    draw(ax, lines(run, chosen, "num_steps", "peak_bytes"), 1e-6)
+    ax.set(xlabel="steps K", ylabel="peak of forward + backward, MB", title="Memory against K at B = 4,096, D = 64")
+
+
+def _of_the_batch_series(row: Row) -> bool:
+    return (row.dim, row.num_steps, row.dtype, row.amortized) == (64, 32, "float32", False)
+
+
+def _floor(run: Results, chosen: Callable[[Row], bool], x: str) -> dict[str, list[tuple[float, float]]]:
+    points = {(getattr(row, x), row.floor) for row in run.rows if chosen(row) and row.floor}
+    return {"floor": sorted(points)} if points else {}
+
+
+def write(run: Results, folder: Path) -> None:
+    """time.svg and floor-and-memory.svg; the same results give the same bytes."""
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "vvae_fast"
+    pages = {
+        "time.svg": (time_against_steps, time_against_rows),
+        "floor-and-memory.svg": (distance_to_floor, memory_against_steps),
+    }
+    for name, panels in pages.items():
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.8), layout="constrained")
+        for ax, panel in zip(axes, panels, strict=True):
+            panel(ax, run)
+        legend = {line.get_label(): line for ax in axes for line in reversed(ax.lines)}  # first ones win
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+        figure.savefig(folder / name, metadata={"Date": None})
+        plt.close(figure)

@@ -1,0 +1,286 @@
+"""Results into tables and plots: benchmarks/results/<machine>/README.md, and the README's section. Run `make report`.
+
+Everything here is a function of the committed results: the same files give the same text.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import results
+from cases import PASSES
+from results import Results, Row
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- bench -->\n", "<!-- /bench -->"
+OURS = "vvae_fast"  # the column of the fastest backend
+PEERS = ("torch.compile", "eager loop", "normflows", "Pyro", "pythae")
+HEADLINE = (
+    *("shared-B100-D2-K8", "shared-B100-D40-K16", "shared-B128-D40-K80", "shared-B1000-D64-K32"),
+    *("shared-B4096-D64-K32", "amortized-B1000-D40-K16"),
+)
+FLOOR_CASES = (
+    *(f"shared-B{B}-D64-K32" for B in (4096, 16384, 65536, 262144)),
+    "amortized-B1000-D40-K16",
+)
+
+
+def table(columns: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, text left and numbers right."""
+    rule = "|".join(["---", *["---:"] * (len(columns) - 1)])
+    return "\n".join(["| " + " | ".join(columns) + " |", f"|{rule}|", *("| " + " | ".join(x) + " |" for x in lines)])
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits in us or ms."""
+    if seconds is None:
+        return "-"
+    value, unit = (1e6 * seconds, "us") if seconds < 1e-3 else (1e3 * seconds, "ms")
+    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+
+
+def size(count: int | None) -> str:
+    """Bytes in kB or MB."""
+    if count is None:
+        return "-"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def ratio(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}x" if x < 9.95 else f"{x:.0f}x"
+
+
+def pick(run: Results, pass_: str, case: str) -> dict[str, Row]:
+    """The rows of one pass of one case, by contestant; the fastest backend also under "vvae_fast"."""
+    found = {row.contestant: row for row in run.rows if row.pass_ == pass_ and row.case == case}
+    backends = [row for row in found.values() if row.role == "ours"]
+    if backends:
+        found[OURS] = min(backends, key=lambda row: row.median or float("inf"))
+    return found
+
+
+def cases(run: Results, pass_: str) -> list[str]:
+    return list(dict.fromkeys(row.case for row in run.rows if row.pass_ == pass_))
+
+
+def title(row: Row) -> str:
+    """1,000 x 40, K = 16, amortized."""
+    kinds = ["amortized"] * bool(row.amortized) + [row.dtype] * (row.dtype != "float32")
+    return ", ".join([f"{row.rows:,} x {row.dim}", f"K = {row.num_steps}", *kinds])
+
+
+def cell(row: Row | None) -> str:
+    """Time, and the ratio to ours in the same rounds."""
+    if row is None:
+        return ""
+    if row.median is None:
+        return row.status.split(":")[0]
+    return duration(row.median) if row.role == "ours" else f"{duration(row.median)} ({ratio(row.to_base)})"
+
+
+def where_from(run: Results) -> str:
+    """The machine, versions and commit that printed the numbers."""
+    h = run.header
+    threads = "" if h["device"] == "cuda" else f", {h['threads']} threads, {h['isa']}"
+    dirty = " with uncommitted changes" if h["dirty"] else ""
+    return f"{h['machine']}{threads}, torch {h['torch']}, commit {h['commit']}{dirty}, {h['date'][:10]}"
+
+
+def time_table(run: Results, pass_: str, names: tuple[str, ...] | list[str]) -> str:
+    """A line for each case: ours, the no-op, the peers, and how far ours is from the floor and the fastest peer."""
+    others = ["no-op", *PEERS]
+    others = [name for name in others if any(name in pick(run, pass_, case) for case in names)]
+    lines = []
+    for case in names:
+        found = pick(run, pass_, case)
+        if OURS in found:
+            mine = found[OURS]
+            start = [title(mine), cell(mine), *(cell(found.get(name)) for name in others)]
+            lines.append([*start, duration(mine.floor), ratio(mine.to_floor)])
+    return table(["B x D, K", OURS, *others, "floor", "vvae_fast / floor"], lines)
+
+
+def training_table(run: Results) -> str:
+    """A line for each flow, a column for each optimizer."""
+    groups = cases(run, "step")
+    if not groups:
+        return ""
+    lines = []
+    for name in dict.fromkeys(row.contestant for row in run.rows if row.pass_ == "step"):
+        found = [pick(run, "step", group).get(name) for group in groups]
+        lines.append([name, *(_step_cell(row) for row in found)])
+    return table(["flow", *(group.removeprefix("VAE-step-") for group in groups)], lines)
+
+
+def _step_cell(row: Row | None) -> str:
+    if row is None or row.median is None:
+        return row.status if row else ""
+    if row.role == "base":
+        return duration(row.median)
+    return f"{row.to_base:.2f}x ({min(row.base_ratios):.2f} to {max(row.base_ratios):.2f})"
+
+
+def memory_table(run: Results) -> str:
+    """Bytes saved for the backward beside the inputs, and the peak of a forward and backward."""
+    names = [OURS, "eager loop", "normflows", "Pyro", "pythae"]
+    lines = []
+    for case in cases(run, "memory"):
+        found = pick(run, "memory", case)
+        if OURS in found:
+            mine = [size(found[OURS].saved_bytes)]
+            rest = [found.get(name) for name in names]
+            saved = [size(row.saved_beside_inputs_bytes) if row else "" for row in rest]
+            lines.append([title(found[OURS]), *mine, *saved, *(size(row.peak_bytes) if row else "" for row in rest)])
+    columns = [f"{what}, {name}" for what in ("saved", "peak") for name in names]
+    return table(["B x D, K", f"saved with inputs, {OURS}", *columns], lines)
+
+
+def where_not_fastest(run: Results) -> str:
+    """One sentence on the comparisons in which some peer is faster than the fastest backend."""
+    compared, lost = 0, []
+    for pass_ in PASSES:
+        for case in cases(run, pass_):
+            mine = pick(run, pass_, case).get(OURS)
+            if mine is None or mine.to_fastest_peer is None:
+                continue
+            compared += 1
+            if mine.to_fastest_peer > 1:
+                lost.append(
+                    f"{title(mine)}, {pass_} ({mine.fastest_peer} takes {1 / mine.to_fastest_peer:.2f} of its time)"
+                )
+    if not lost:
+        return f"vvae_fast is the fastest in all {compared} comparisons of that run (passes of cases with a peer)."
+    return f"vvae_fast is not the fastest in {len(lost)} of {compared} comparisons of that run: {'; '.join(lost)}."
+
+
+def floor_table(run: Results) -> str:
+    """A line for each large case: how far forward and backward are from their floors, and the bytes saved."""
+    lines = []
+    for case in FLOOR_CASES:
+        passes = [pick(run, pass_, case).get(OURS) for pass_ in PASSES[:2]]
+        if all(passes):
+            lines.append([title(passes[0]), *(f"{ratio(row.to_floor)} ({duration(row.median)})" for row in passes)])
+    return table(["B x D, K", "forward", "backward"], lines) if lines else ""
+
+
+def memory_sentence(run: Results) -> str:
+    """What the forward saves, in the largest case and where the eager loop was measured too."""
+    found = [pick(run, "memory", case) for case in cases(run, "memory")]
+    found = [rows for rows in found if OURS in rows and rows[OURS].saved_bytes and not rows[OURS].amortized]
+    if not found:
+        return ""
+    largest = max((rows[OURS] for rows in found), key=lambda row: row.saved_bytes)
+    text = f"The forward saves {size(largest.saved_bytes)} for the backward at {title(largest)}, inputs included."
+    for rows in found:
+        eager = rows.get("eager loop")
+        if eager and eager.saved_bytes and eager.num_steps == largest.num_steps:
+            mine, other = (size(row.saved_beside_inputs_bytes) for row in (rows[OURS], eager))
+            return f"{text} Beside its inputs it saves {mine} at {title(eager)}, the eager loop {other}."
+    return text
+
+
+def refusals(run: Results) -> str:
+    """Which contestants were not timed, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in run.rows:
+        if row.status != "ok":
+            reasons.setdefault((row.contestant, row.status), []).append(row.case)
+    lines = [f"- {name}, {status}: {', '.join(dict.fromkeys(at))}" for (name, status), at in reasons.items()]
+    return "Not timed:\n\n" + "\n".join(lines) if lines else ""
+
+
+def compile_times(run: Results) -> str:
+    seconds = [row.compile_seconds for row in run.rows if row.compile_seconds]
+    if not seconds:
+        return ""
+    return f"torch.compile took {min(seconds):.0f} to {max(seconds):.0f} s to compile a shape, not counted above."
+
+
+def summary(run: Results) -> str:
+    """What the session prints at its end."""
+    parts = [where_from(run)]
+    parts += [f"{pass_}\n{time_table(run, pass_, cases(run, pass_))}" for pass_ in PASSES if cases(run, pass_)]
+    parts += [training_table(run), memory_table(run) if cases(run, "memory") else "", compile_times(run)]
+    return "\n\n".join(filter(None, [*parts, where_not_fastest(run), refusals(run), f"{run.header['seconds']} s"]))
+
+
+def machine_page(run: Results) -> str:
+    """benchmarks/results/<machine>/README.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.header["versions"].items())
+    rates = run.header["matrix_product_flops_per_second"]
+    rate = ", ".join(f"{x / 1e9:,.0f} Gflop/s ({dtype})" for dtype, x in rates.items())
+    parts = [
+        f"# {run.header['machine']}",
+        f"Written by `make report`. {where_from(run)}; {versions}. Medians of the rounds' medians, in parentheses the "
+        "median of the per-round ratios to vvae_fast. The floor is that of docs/math.md (19), from the copy of z timed "
+        f"in the same rounds and the best matrix product: {rate}.",
+    ]
+    for pass_ in PASSES:
+        parts += [f"## {pass_.capitalize()}", time_table(run, pass_, cases(run, pass_))]
+    parts += [compile_times(run), where_not_fastest(run), refusals(run)]
+    parts += ["![Time against K and against B](time.svg)", "![Distance to the floor, memory](floor-and-memory.svg)"]
+    parts += ["## VAE step", STEP_CAPTION, training_table(run), "## Memory", memory_caption(run), memory_table(run)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+FLOOR_CAPTION = (
+    "Time over the floor, and the time. The floor is what the memory traffic or the arithmetic alone takes at the copy "
+    "bandwidth and the matrix-product rate of that run, docs/math.md (19):"
+)
+STEP_CAPTION = (
+    "784-400-40, B = 100, as a ratio to the vanilla step of the same round: median of the rounds, smallest to largest."
+)
+
+
+def memory_caption(run: Results) -> str:
+    return (
+        "Saved: bytes that the forward saves for the backward, beside the inputs, which the caller holds anyway. "
+        f"Peak: of a forward and backward, above the inputs ({run.header['peak_bytes_method']})."
+    )
+
+
+def readme_section(run: Results, machine: str) -> str:
+    """What stands between the README's markers, for one machine."""
+    folder = f"benchmarks/results/{machine}"
+    parts = [
+        f"{where_from(run)}. Forward + backward, float32, constraint included:",
+        time_table(run, "forward+backward", HEADLINE),
+        " ".join(filter(None, [where_not_fastest(run), compile_times(run)])),
+        f"![Time against K and against B]({folder}/time.svg)",
+        FLOOR_CAPTION,
+        floor_table(run),
+        memory_sentence(run),
+        f"A VAE step, {STEP_CAPTION}",
+        training_table(run),
+        f"All cases, memory and plots: [{folder}]({folder}/README.md).",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def with_section(readme: str, runs: dict[str, Results]) -> str:
+    """The README with its section written from the newest run of each machine."""
+    section = "\n".join(readme_section(run, machine) for machine, run in runs.items())
+    return re.sub(f"{START}.*?{END}", lambda _: f"{START}{section}{END}", readme, flags=re.S)
+
+
+def main() -> int:
+    """Rewrites the machines' pages and plots and the README's section from the newest full results."""
+    import plots  # matplotlib is no need of the tables
+
+    runs = {machine: results.read(path) for machine, path in results.newest().items()}
+    if not runs:
+        print(f"no full results under {results.FOLDER}: run `make bench` first", file=sys.stderr)
+        return 1
+    for machine, run in runs.items():
+        folder = results.FOLDER / machine
+        (folder / "README.md").write_text(machine_page(run))
+        plots.write(run, folder)
+        print(f"written: {folder.relative_to(ROOT)}/README.md, time.svg, floor-and-memory.svg")
+    readme = ROOT / "README.md"
+    readme.write_text(with_section(readme.read_text(), runs))
+    print("written: README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The benchmark suite itself: its floor, its refusals, its records and its report."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
+
+import bench_training
+import report
+import results
+from cases import MEMORY_CASES, PLANAR_CASES, Case
+from contestants import Contestant, Prepared, Unavailable, eager_loop, no_op, ours
+from measure import COPY, Block, Refused, Run, Stage, make_inputs
+from memory import peak_bytes, saved_bytes
+from peers import peers
+from session import Bench
+
+from vvae_fast import PlanarFlow
+
+ROOT = Path(__file__).parent.parent
+SMALL = Case(6, 3, 2)
+RUNS_HERE = [trial for trial in ours("cpu") if trial.runs]
+
+
+def contestant(flow, role="peer", **fields) -> Contestant:
+    return Contestant("trial", role, lambda inputs: Prepared(partial(flow, *inputs), inputs), **fields)
+
+
+def refusal(case: Case, trial: Contestant) -> str:
+    with pytest.raises(Refused) as caught:
+        Stage(case, torch.device("cpu")).prepared(trial)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "pass_", "traffic", "flops"),
+    [
+        (Case(100, 2, 8), "forward", 4 * (100 * (4 + 1 + 8) + 32), 6_400 + 16_000),
+        (Case(100, 2, 8), "backward", 4 * (100 * (6 + 1 + 8) + 64), 12_800 + 16_000),
+        (Case(10, 3, 2, amortized=True, dtype="float64"), "forward", 8 * 10 * (6 + 1 + 2 + 14), 600),
+        (Case(10, 3, 2, amortized=True, dtype="float64"), "backward", 8 * 10 * (9 + 1 + 2 + 28), 1_440),
+    ],
+)
+def test_traffic_and_flops(case, pass_, traffic, flops):
+    assert (case.traffic(pass_), case.flops(pass_)) == (traffic, flops)
+
+
+def test_floor_is_the_slower_of_memory_and_arithmetic():
+    case = Case(100, 2, 8)
+    assert case.floor("forward", bandwidth=1_000, rate=1e5) == 5.328
+    assert case.floor("forward", bandwidth=1e5, rate=1_000) == 22.4
+    assert case.floor("forward+backward", bandwidth=1e5, rate=1_000) == pytest.approx(22.4 + 28.8)
+    assert case.traffic("forward+backward") == 5_328 + 6_256
+
+
+def test_names_are_unique_and_the_report_knows_them():
+    for cases in (PLANAR_CASES, MEMORY_CASES):
+        assert len({str(case) for case in cases}) == len(cases)
+    assert {*report.HEADLINE, *report.FLOOR_CASES} <= {str(case) for case in PLANAR_CASES}
+
+
+def test_registry_covers_the_sizes():
+    for field, smallest, largest in (("rows", 1, 262_144), ("dim", 2, 1024), ("num_steps", 1, 256)):
+        sizes = [getattr(case, field) for case in PLANAR_CASES]
+        assert (min(sizes), max(sizes)) == (smallest, largest)
+
+
+def test_inputs_suit_a_contestant_without_a_constraint():
+    """pythae's tolerance rests on |det| > 0.5: det = 1 + c h' with c = w . u and 0 < h' <= 1."""
+    for case in (
+        case for case in [*PLANAR_CASES, *MEMORY_CASES] if "pythae" in case.contestants and not case.amortized
+    ):
+        _, u, w, _ = make_inputs(case)
+        assert (u * w).sum(-1).min() > -0.5, case
+
+
+@pytest.mark.parametrize("case", [SMALL, Case(5, 3, 4, amortized=True), Case(1, 1, 1, dtype="float64")], ids=str)
+@pytest.mark.parametrize("trial", [*RUNS_HERE, *peers()], ids=lambda trial: trial.name)
+def test_contestants_agree_with_the_oracle(case, trial):
+    amortized_peer = case.amortized and trial.name in ("normflows", "pythae")
+    if amortized_peer:
+        assert refusal(case, trial) == f"not run: {trial.name} has no amortized parameters"
+    else:
+        Stage(case, torch.device("cpu")).prepared(trial)
+
+
+def spoiled(index, spoil):
+    """The eager loop with one output changed."""
+
+    def flow(*inputs):
+        outputs = list(eager_loop(*inputs))
+        outputs[index] = spoil(outputs[index])
+        return outputs
+
+    return flow
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.001 * grad
+
+
+def test_a_wrong_contestant_is_refused_before_timing():
+    assert refusal(SMALL, contestant(spoiled(0, lambda z: 1.001 * z))).startswith("wrong: z_K is off by 1.0e-03")
+    assert refusal(SMALL, contestant(spoiled(1, lambda x: x + 1e-3))).startswith("wrong: log_det")
+    assert refusal(SMALL, contestant(spoiled(1, lambda x: x * float("nan")))).startswith("wrong: log_det")
+    assert refusal(SMALL, contestant(spoiled(1, lambda x: x[:, None]))).startswith("failed: RuntimeError")
+    wrong_du = contestant(lambda z, u, w, b: eager_loop(z, WrongGradient.apply(u), w, b))
+    assert refusal(SMALL, wrong_du).startswith("wrong: du is off by 1.0e-03")
+    assert refusal(Case(6, 3, 2, dtype="float64"), contestant(spoiled(0, lambda z: (1 + 1e-9) * z))).startswith("wrong")
+    Stage(SMALL, torch.device("cpu")).prepared(contestant(eager_loop))
+    Stage(SMALL, torch.device("cpu")).prepared(contestant(no_op, role="no-op"))
+
+
+def test_slack_is_for_log_det_alone():
+    slack = {"log_det_slack": 2e-4}
+    Stage(SMALL, torch.device("cpu")).prepared(contestant(spoiled(1, lambda x: x + 1e-4), **slack))
+    assert refusal(SMALL, contestant(spoiled(1, lambda x: x + 1e-3), **slack)).startswith("wrong: log_det")
+    assert refusal(SMALL, contestant(spoiled(0, lambda z: z + 1e-3), **slack)).startswith("wrong: z_K")
+
+
+class DoubledLogDet(PlanarFlow):
+    """Wrong on every backend but the reference."""
+
+    def forward(self, z):
+        z_K, log_det = super().forward(z)
+        return z_K, log_det if self.backend == "reference" else 2 * log_det
+
+
+def test_wrong_flow_of_the_vae_step_is_refused():
+    cpu = torch.device("cpu")
+    x = bench_training.make_data(cpu)
+    bench_training.check(bench_training.make_model(lambda: PlanarFlow(40, 4), cpu), x)
+    with pytest.raises(Refused, match="wrong: loss or gradient"):
+        bench_training.check(bench_training.make_model(lambda: DoubledLogDet(40, 4), cpu), x)
+
+
+def timed_run(seconds: dict[str, list[float]]) -> Run:
+    """A run in which each contestant's rounds gave these medians."""
+    run = Run(torch.device("cpu"))
+    run.rates["float32"], run.copy_bytes[SMALL] = 1e12, 1_000
+    for name, rounds in seconds.items():
+        timing = run.timings[SMALL, "forward", name]
+        timing.rounds = timing.host_rounds = [[x, x, x] for x in rounds]
+        timing.page_faults = [0.0] * len(rounds)
+    return run
+
+
+def test_rows_have_their_ratios():
+    run = timed_run({COPY: [1e-6, 2e-6, 1e-6], "vvae_fast cpp": [4e-6, 5e-6, 4e-6], "eager loop": [8e-6, 20e-6, 12e-6]})
+    bench = Bench("cpu", quick=True)
+    rows = {row.contestant: row for row in results.rows(run, bench.contestants)}
+    mine, eager = rows["vvae_fast cpp"], rows["eager loop"]
+    assert mine.floor == pytest.approx(SMALL.traffic("forward") / (1_000 / 1e-6), rel=1e-4)
+    assert mine.to_floor == pytest.approx(4e-6 / mine.floor, rel=1e-4)
+    assert (mine.fastest_peer, mine.to_fastest_peer) == ("eager loop", pytest.approx(4 / 12, rel=1e-4))
+    assert (eager.base, eager.base_ratios, eager.to_base) == ("vvae_fast cpp", [2.0, 4.0, 3.0], 3.0)
+    assert (eager.role, rows[COPY].role, rows[COPY].to_floor) == ("peer", "copy", None)
+
+
+def test_a_refused_contestant_is_a_row():
+    bench = Bench("cpu", quick=True)
+
+    def missing(inputs):
+        raise Unavailable("missing: no such package")
+
+    def failing(inputs):
+        raise ZeroDivisionError("two\nlines")
+
+    for name, role, build, outcome in (
+        ("a", "peer", missing, pytest.skip.Exception),
+        ("b", "peer", failing, pytest.skip.Exception),
+        ("c", "ours", missing, pytest.skip.Exception),
+        ("d", "ours", failing, pytest.fail.Exception),  # a package that fails its own benchmark says so loudly
+    ):
+        bench.contestants[name] = Contestant(name, role, build)
+        block = Block(SMALL, "forward", name, 0)
+        with pytest.raises(outcome), bench.recording(block):
+            bench.prepared(block)
+    rows = {row.contestant: row for row in results.rows(bench.run, bench.contestants)}
+    assert [rows[name].status for name in "abcd"] == 2 * ["missing: no such package", "failed: ZeroDivisionError: two"]
+    assert all(row.median is None for row in rows.values())
+
+
+def test_a_backend_for_another_device_says_so():
+    names = {trial.name: trial for trial in ours("meta")}
+    assert not names["vvae_fast cpp"].runs
+    assert "runs on cpu tensors" in refusal(SMALL, names["vvae_fast cpp"])
+
+
+def test_saved_bytes_are_z_and_the_pre_activations():
+    case = Case(4096, 64, 32)
+    stage = Stage(case, torch.device("cpu"))
+    saved, beside_inputs = saved_bytes(stage.prepared(RUNS_HERE[0]))
+    assert 0 <= saved - 4 * 4096 * (64 + 32) < 32_768
+    assert 0 <= beside_inputs - 4 * 4096 * 32 < 32_768
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak bytes on a CPU are measured on Linux")
+def test_peak_bytes_counts_what_a_call_touches():
+    case = Case(8192, 64, 4)
+    z_K_and_gradient = 2 * 4 * 8192 * 64
+    peak = peak_bytes(Stage(case, torch.device("cpu")), Contestant("no-op", "no-op", build_no_op))
+    assert abs(peak - z_K_and_gradient / 2) < 1.5e6  # the no-op's dz is the incoming gradient
+
+
+def build_no_op(inputs):
+    return Prepared(partial(no_op, *inputs), inputs)
+
+
+def stored_run() -> results.Results:
+    """Three cases: one in which ours is faster than the peer, one in which it is not, one without a peer."""
+    fields = {"role": "ours", "status": "ok", "dim": 64, "num_steps": 32, "amortized": False, "dtype": "float32"}
+    rows = []
+    for B, peer in ((1, 0.5), (10, 2.0), (100, None)):
+        shared = {**fields, "case": f"shared-B{B}-D64-K32", "pass_": "forward", "rows": B}
+        peers_ratio = {"fastest_peer": "pythae", "to_fastest_peer": 1 / peer} if peer else {}
+        rows.append(
+            results.Row(**shared, contestant="vvae_fast cpp", median=1e-4, floor=5e-5, to_floor=2.0, **peers_ratio)
+        )
+        if peer:
+            shared |= {"role": "peer", "contestant": "pythae"}
+            rows.append(results.Row(**shared, median=peer * 1e-4, to_base=peer, base_ratios=[peer]))
+    header = results.header(Run(torch.device("cpu")), "full", 1.0)
+    return results.Results(header, rows)
+
+
+def test_report_says_where_a_peer_is_faster():
+    run = stored_run()
+    sentence = report.where_not_fastest(run)
+    assert "not the fastest in 1 of 2 comparisons" in sentence
+    assert "1 x 64, K = 32, forward (pythae takes 0.50 of its time)" in sentence
+    faster = results.Results(run.header, [row for row in run.rows if row.rows != 1])
+    assert "is the fastest in all 1 comparisons" in report.where_not_fastest(faster)
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    run = stored_run()
+    path = results.write(run, tmp_path)
+    assert results.read(path) == run
+    assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + len(run.rows)
+    quick = results.Results({**run.header, "kind": "quick", "date": "2999"}, run.rows)
+    assert results.write(quick, tmp_path).name.startswith("quick-")
+    assert results.newest(folder=tmp_path) == {path.parent.name: path}
+
+
+def test_readme_is_what_the_report_writes_from_the_committed_results():
+    newest = results.newest(results.committed())
+    if not newest:
+        pytest.skip("no results of a full run are committed yet")
+    readme = (ROOT / "README.md").read_text()
+    runs = {machine: results.read(path) for machine, path in newest.items()}
+    assert report.with_section(readme, runs) == readme
+    for machine, run in runs.items():
+        assert (results.FOLDER / machine / "README.md").read_text() == report.machine_page(run)
+
+
+def test_report_replaces_the_section_alone():
+    page = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
+    written = report.with_section(page, {"machine": stored_run()})
+    assert written.startswith("before\n<!-- bench -->\n")
+    assert written.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in written
+
+
+def test_session_with_missing_and_broken_peers(tmp_path):
+    """The command of `make bench-quick` on one pass of one case; two peers are stubs that fail to import."""
+    (tmp_path / "normflows.py").write_text("raise ImportError('No module named normflows')")
+    (tmp_path / "pythae.py").write_text("raise RuntimeError('broken')")
+    names = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    options = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
+    only = "bench_planar and B100-D2-K8-forward- and not Pyro"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        *options,
+        "--quick",
+        "--results",
+        str(tmp_path),
+        "-k",
+        only,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | names, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/quick-*.json")
+    rows = {row["contestant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["normflows"]["status"] == "missing: No module named normflows (pip install normflows)"
+    assert rows["pythae"]["status"] == "failed: RuntimeError: broken"
+    assert rows["torch.compile"]["status"].startswith("not run")
+    assert rows["eager loop"]["status"] == "ok"
+    assert rows["eager loop"]["median"] > rows["no-op"]["median"] > 0
