@@ -60,6 +60,7 @@ struct Problem {  // row r of z uses parameter set r mod sets
   bool constrained;
   Matrix<const T> z;
   Params<const T> u, w, b;
+  bool stream;  // outputs so large that they leave the caches before anyone reads them
 };
 
 template <class T>

@@ -3,6 +3,7 @@
 //
 //   first(n)          the mask of the first n >= 0 lanes
 //   load, store       the lanes of a mask alone touch memory; the others load `rest`
+//   stream, fence     a store past the caches to a whole, aligned vector; what other threads need before they read it
 //   max(a, b)         a > b ? a : b, so that a NaN in b stays
 //   product_error     what rounding took from a * b = ab
 //   any(x)            whether a bit of x is set
@@ -31,6 +32,8 @@ struct Native<float> {
   PLANAR_FN Mask first(int64_t n) { return Mask(n >= 16 ? 0xffff : (1u << n) - 1); }
   PLANAR_FN V load(const float* p, Mask m, V rest) { return (V)_mm512_mask_loadu_ps((__m512)rest, m, p); }
   PLANAR_FN void store(float* p, V x, Mask m) { _mm512_mask_storeu_ps(p, m, (__m512)x); }
+  PLANAR_FN void stream(float* p, V x) { _mm512_stream_ps(p, (__m512)x); }
+  PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }
@@ -44,6 +47,8 @@ struct Native<double> {
   PLANAR_FN Mask first(int64_t n) { return Mask(n >= 8 ? 0xff : (1u << n) - 1); }
   PLANAR_FN V load(const double* p, Mask m, V rest) { return (V)_mm512_mask_loadu_pd((__m512d)rest, m, p); }
   PLANAR_FN void store(double* p, V x, Mask m) { _mm512_mask_storeu_pd(p, m, (__m512d)x); }
+  PLANAR_FN void stream(double* p, V x) { _mm512_stream_pd(p, (__m512d)x); }
+  PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_pd((__m512d)a, 0xff, (__m512d)a, (__m512d)b); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) != 0; }
@@ -59,6 +64,8 @@ struct Native<float> {
   PLANAR_FN Mask first(int64_t n) { return I{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)(n < 8 ? n : 8); }
   PLANAR_FN V load(const float* p, Mask m, V rest) { return m ? (V)_mm256_maskload_ps(p, (__m256i)m) : rest; }
   PLANAR_FN void store(float* p, V x, Mask m) { _mm256_maskstore_ps(p, (__m256i)m, (__m256)x); }
+  PLANAR_FN void stream(float* p, V x) { _mm256_stream_ps(p, (__m256)x); }
+  PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
@@ -72,6 +79,8 @@ struct Native<double> {
   PLANAR_FN Mask first(int64_t n) { return I{0, 1, 2, 3} < (n < 4 ? n : 4); }
   PLANAR_FN V load(const double* p, Mask m, V rest) { return m ? (V)_mm256_maskload_pd(p, (__m256i)m) : rest; }
   PLANAR_FN void store(double* p, V x, Mask m) { _mm256_maskstore_pd(p, (__m256i)m, (__m256d)x); }
+  PLANAR_FN void stream(double* p, V x) { _mm256_stream_pd(p, (__m256d)x); }
+  PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_pd((__m256d)a, (__m256d)b); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
@@ -95,6 +104,8 @@ struct Portable {
     for (int i = 0; i < width; ++i)
       if (i < n) p[i] = x[i];
   }
+  PLANAR_FN void stream(T* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
+  PLANAR_FN void fence() {}
   PLANAR_FN V max(V a, V b) { return a > b ? a : b; }
   PLANAR_FN V product_error(V a, V b, V ab) {  // halves of the mantissas: their products are exact
     constexpr Bits halves = -(Bits(1) << (sizeof(T) == 4 ? 12 : 27));

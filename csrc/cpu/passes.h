@@ -70,8 +70,8 @@ void for_each(int64_t items, int64_t work, const Run& run) {
 // The rows of one parameter set as a problem of their own, whose parameters they share.
 template <class T>
 Problem<T> of_set(const Problem<T>& p, int64_t set) {
-  return {p.rows / p.sets,  p.dim, p.steps, 1, p.constrained, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
-          p.b.of_set(set)};
+  return {p.rows / p.sets, p.dim, p.steps, 1, p.constrained, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
+          p.b.of_set(set), p.stream};
 }
 
 template <class T>

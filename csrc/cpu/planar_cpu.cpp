@@ -31,6 +31,7 @@ std::atomic<const Isa*>& chosen_isa() {
   return isa;
 }
 
+constexpr int64_t kStreamBytes = int64_t(1) << 23;     // of z_K or dz, from which on they are written past the caches
 constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
 
 void check_rank(const Tensor& t, const char* name, int64_t rank) {
@@ -115,7 +116,8 @@ Params<const T> params(const Tensor& t, bool amortized, bool is_b) {
 template <class T>
 Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
   return {z.size(0),    z.size(1),    q.steps, q.sets, constrained, matrix<T>(z), params<T>(q.u, q.amortized, false),
-          params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true)};
+          params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true),
+          z.size(0) * z.size(1) * int64_t(sizeof(T)) >= kStreamBytes};
 }
 
 template <class T>

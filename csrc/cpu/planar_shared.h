@@ -108,6 +108,7 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
   T* h = a + kChunk * kTile;   // [kChunk][kTile]
   T* log_det = h + kChunk * kTile;
   load_tile(z, p.z.from(row), n, p.dim);
+  prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   fill(log_det, T(0), kTile);
   for (int64_t start = 0; start < p.steps; start += q.chunk) {
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
@@ -116,10 +117,11 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
     scan(a, h, log_det, q, start, steps);
     product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a.data)
-      for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n);
+      for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n, p.stream);
   }
-  store_tile(z, p.z_K.from(row), n, p.dim);
+  store_tile(z, p.z_K.from(row), n, p.dim, p.stream);
   store_lanes(log_det, p.log_det.from(row), n);
+  if (p.stream) Simd<T>::fence();
 }
 
 template <class T>
@@ -191,6 +193,8 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   fill(g + p.dim * kTile, T(0), (dim - p.dim) * kTile);
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
   activate_tile(p, row, n, h, h_prime);
+  prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
+  prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   if (chunks) {
     load_tile(z, p.z.from(row), n, p.dim);
     fill(z + p.dim * kTile, T(0), (dim - p.dim) * kTile);
@@ -213,7 +217,8 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     outer(sums.triangle + start * kChunk, h_chunk, delta, rows, q.chunk);                 // (14)
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                       // (13)
   }
-  store_tile(g, p.dz.from(row), n, p.dim);
+  store_tile(g, p.dz.from(row), n, p.dim, p.stream);
+  if (p.stream) Simd<T>::fence();
 }
 
 // Row m of a matrix of sums in blocks, columns [0, dim).

@@ -91,9 +91,17 @@ PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
     }
 }
 
+// A whole vector, past the caches where `stream` says so and its address allows it.
+template <class T>
+PLANAR_FN void store_whole(T* p, typename Simd<T>::V x, bool stream) {
+  using S = Simd<T>;
+  if (stream && reinterpret_cast<uintptr_t>(p) % sizeof(x) == 0) return S::stream(p, x);
+  S::store(p, x);
+}
+
 // Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
 template <class T>
-PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim) {
+PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim, bool stream = false) {
   using S = Simd<T>;
   constexpr int W = S::width;
   for (int64_t lane = 0; lane < n; lane += W)
@@ -104,9 +112,22 @@ PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim) {
         if (d + i < dim) block[i] = S::load(tile + (d + i) * kTile + lane);
       }
       transpose<T>(block);
-      for (int i = 0; i < W; ++i)
-        if (lane + i < n) S::store_first(x.data + (lane + i) * x.row + d, block[i], dim - d);
+      for (int i = 0; i < W && lane + i < n; ++i) {
+        T* to = x.data + (lane + i) * x.row + d;
+        if (d + W <= dim)
+          store_whole(to, block[i], stream);
+        else
+          S::store_first(to, block[i], dim - d);
+      }
     }
+}
+
+// Asks for the rows of x that the tile from `row` on will load: more streams than the hardware follows by itself.
+template <class T>
+PLANAR_FN void prefetch_tile(Matrix<const T> x, int64_t row, int64_t rows, int64_t dim) {
+  if (x.col != 1) return;
+  for (int64_t i = row; i < rows && i < row + kTile; ++i)
+    for (int64_t d = 0; d < dim; d += int64_t(64 / sizeof(T))) __builtin_prefetch(x.data + i * x.row + d);
 }
 
 // The first n elements of x to and from a row of a tile.
@@ -121,8 +142,11 @@ PLANAR_FN void load_lanes(T* to, Column<const T> x, int64_t n, T rest) {
 }
 
 template <class T>
-PLANAR_FN void store_lanes(const T* from, Column<T> x, int64_t n) {
-  if (x.stride == 1) {
+PLANAR_FN void store_lanes(const T* from, Column<T> x, int64_t n, bool stream = false) {
+  using S = Simd<T>;
+  if (x.stride == 1 && n == kTile) {
+    for (int64_t i = 0; i < n; i += S::width) store_whole(x.data + i, S::load(from + i), stream);
+  } else if (x.stride == 1) {
     for (int64_t i = 0; i < n; ++i) x.data[i] = from[i];
   } else {
     for (int64_t i = 0; i < n; ++i) x.data[i * x.stride] = from[i];
