@@ -18,6 +18,14 @@ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Steps of a chunk: many more than dim would sum more vectors than the space has dimensions, and cancel.
 constexpr int64_t chunk_of(int64_t dim) { return dim >= 16 ? kChunk : dim >= 8 ? 8 : 4; }
 
+// Steps of a span of chunks: the backward keeps z where a span starts, and reaches the rest through the triangle of (14).
+// As long as a chunk may be, for the same reason, and no longer than what the triangle then costs is worth.
+constexpr int kMaxSpan = 64;
+constexpr int64_t span_of(int64_t dim) {
+  const int64_t chunk = chunk_of(dim), most = dim < kMaxSpan ? dim : kMaxSpan;
+  return most < chunk ? chunk : most / chunk * chunk;
+}
+
 template <class T>
 struct Column {  // element [i] at data[i * stride]
   T* data;
@@ -82,7 +90,7 @@ struct Backward : Problem<T> {
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
 template <class T>
 struct Prepared {
-  int64_t chunk;
+  int64_t chunk, span;
   T *u_hat, *w;                               // [steps][dim]
   T* gram;                                    // [steps][kChunk]: [j][i] = u_hat_j . w_k, k step i of j's chunk
   T *b, *alpha, *n, *c, *s, *rho, *inv_n;     // [padded steps]
@@ -91,7 +99,7 @@ struct Prepared {
   }
   Prepared(T* p, int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kMaxLanes);
-    chunk = chunk_of(dim);
+    chunk = chunk_of(dim), span = span_of(dim);
     u_hat = p, w = u_hat + steps * dim, gram = w + steps * dim;
     b = gram + steps * kChunk, alpha = b + padded, n = alpha + padded, c = n + padded;
     s = c + padded, rho = s + padded, inv_n = rho + padded;
@@ -102,16 +110,16 @@ struct Prepared {
 template <class T>
 struct Partial {
   T *du_hat, *dw;       // [padded steps][padded dim] in blocks
-  T* triangle;          // [padded steps][kChunk] in blocks: each chunk's S of docs/math.md (14)
+  T* triangle;          // [padded steps / chunk][span][chunk] in blocks: S of docs/math.md (14)
   T *db, *gamma;        // [padded steps][kMaxLanes], a sum a lane
   static int64_t size(int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kChunk);
-    return padded * (2 * round_up(dim, 4) + kChunk + 2 * kMaxLanes);
+    return padded * (2 * round_up(dim, 4) + span_of(dim) + 2 * kMaxLanes);
   }
   Partial(T* p, int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kChunk), matrix = padded * round_up(dim, 4);
     du_hat = p, dw = du_hat + matrix, triangle = dw + matrix;
-    db = triangle + padded * kChunk, gamma = db + padded * kMaxLanes;
+    db = triangle + padded * span_of(dim), gamma = db + padded * kMaxLanes;
   }
 };
 

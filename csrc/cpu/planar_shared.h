@@ -127,7 +127,7 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
 template <class T>
 int64_t shared_backward_scratch(int64_t steps, int64_t dim) {
   const int64_t padded = round_up(dim, 4);
-  return (ceil_div(steps, chunk_of(dim)) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
+  return (ceil_div(steps, span_of(dim)) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
 }
 
 // Samples behind the last have this pre-activation: there h' = 0 and the determinant is 1, so that their zero
@@ -182,9 +182,9 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
 template <class T>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
-  const int64_t dim = round_up(p.dim, 4), chunks = ceil_div(p.steps, q.chunk), padded = round_up(p.steps, kChunk);
-  T* z = scratch;                         // [chunks][dim][kTile]: z where each chunk starts
-  T* g = z + chunks * dim * kTile;        // [dim][kTile]
+  const int64_t dim = round_up(p.dim, 4), spans = ceil_div(p.steps, q.span), padded = round_up(p.steps, kChunk);
+  T* z = scratch;                         // [spans][dim][kTile]: z where each span starts
+  T* g = z + spans * dim * kTile;         // [dim][kTile]
   T* h = g + dim * kTile;                 // [padded steps][kTile]
   T* h_prime = h + padded * kTile;        // [padded steps][kTile]
   T* delta = h_prime + padded * kTile;    // [kChunk][kTile]
@@ -195,27 +195,28 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   activate_tile(p, row, n, h, h_prime);
   prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
-  if (chunks) {
+  if (spans) {
     load_tile(z, p.z.from(row), n, p.dim);
     fill(z + p.dim * kTile, T(0), (dim - p.dim) * kTile);
   }
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {  // the chunk starts, as the forward pass had them
-    T* next = z + chunk * dim * kTile;
-    const int64_t start = (chunk - 1) * q.chunk;
+  for (int64_t span = 1; span < spans; ++span) {  // (10), once more
+    T* next = z + span * dim * kTile;
+    const int64_t start = (span - 1) * q.span;
     copy(next, next - dim * kTile, dim * kTile);
-    product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, q.chunk);
+    product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, q.span);
   }
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const int64_t start = chunk * q.chunk, steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
+  for (int64_t start = (p.steps - 1) / q.chunk * q.chunk; start >= 0 && p.steps; start -= q.chunk) {
+    const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
+    const int64_t span = start / q.span, before = start - span * q.span;  // the span's steps before the chunk
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
     scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps);
     const int64_t rows = round_up(steps, 4);
-    outer(sums.du_hat + start * dim, h_chunk, g, rows, dim);                              // (14)
-    outer(sums.dw + start * dim, delta, z + chunk * dim * kTile, rows, dim);              // (14)
-    outer(sums.triangle + start * kChunk, h_chunk, delta, rows, q.chunk);                 // (14)
-    product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                       // (13)
+    outer(sums.du_hat + start * dim, h_chunk, g, rows, dim);                                         // (14)
+    outer(sums.dw + start * dim, delta, z + span * dim * kTile, rows, dim);                          // (14)
+    outer(sums.triangle + start * q.span, h_chunk - before * kTile, delta, before + rows, q.chunk);  // (14)
+    product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                                  // (13)
   }
   store_tile(g, p.dz.from(row), n, p.dim, p.stream);
   if (p.stream) Simd<T>::fence();
@@ -236,19 +237,19 @@ PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& q, const Partial<T>
                              int64_t dim) {
   using S = Simd<T>;
   const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < steps ? start + q.chunk : steps;
-  const int64_t matrix = start * round_up(dim, 4);
-  const T* triangle = sums.triangle + start * kChunk;
+  const int64_t span = k / q.span * q.span, matrix = start * round_up(dim, 4);
+  const T* triangle = sums.triangle + start * q.span;  // [steps of the span][steps of the chunk]
   unblock_row(v, sums.du_hat + matrix, k - start, dim);
   unblock_row(dw, sums.dw + matrix, k - start, dim);
-  T of_w[kChunk], of_u[kChunk];
-  for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - start, j - start, q.chunk)];
-  for (int64_t j = start; j < k; ++j) of_u[j - start] = triangle[block_index(j - start, k - start, q.chunk)];
+  T of_w[kChunk], of_u[kMaxSpan];
+  for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - span, j - start, q.chunk)];
+  for (int64_t j = span; j < k; ++j) of_u[j - span] = triangle[block_index(j - span, k - start, q.chunk)];
   for (int64_t d = 0; d < dim; d += S::width) {
     const auto mask = S::first(dim - d);
     const auto zero = S::splat(0);
     auto v_d = S::load(v + d, mask, zero), dw_d = S::load(dw + d, mask, zero);
     for (int64_t j = k + 1; j < end; ++j) v_d += of_w[j - start] * S::load(q.w + j * dim + d, mask, zero);
-    for (int64_t j = start; j < k; ++j) dw_d += of_u[j - start] * S::load(q.u_hat + j * dim + d, mask, zero);
+    for (int64_t j = span; j < k; ++j) dw_d += of_u[j - span] * S::load(q.u_hat + j * dim + d, mask, zero);
     S::store(v + d, v_d, mask);
     S::store(dw + d, dw_d, mask);
   }
