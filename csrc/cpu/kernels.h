@@ -18,8 +18,8 @@ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Steps of a chunk: many more than dim would sum more vectors than the space has dimensions, and cancel.
 constexpr int64_t chunk_of(int64_t dim) { return dim >= 16 ? kChunk : dim >= 8 ? 8 : 4; }
 
-// Steps of a span of chunks: the backward keeps z where a span starts, and reaches the rest through the triangle of (14).
-// As long as a chunk may be, for the same reason, and no longer than what the triangle then costs is worth.
+// Steps of a span of chunks: the backward keeps z where a span starts, and reaches the rest through the triangle of
+// (14). No more steps than dimensions, for the same reason, and no more than the triangle is worth.
 constexpr int kMaxSpan = 64;
 constexpr int64_t span_of(int64_t dim) {
   const int64_t chunk = chunk_of(dim), most = dim < kMaxSpan ? dim : kMaxSpan;

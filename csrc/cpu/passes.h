@@ -15,8 +15,10 @@
 
 namespace vvae {
 
-// Multiply-adds that are worth waking a thread for, and the most slices of tiles whose sums are kept apart.
-constexpr int64_t kGrain = int64_t(1) << 18, kMaxSlices = 32, kPartialBytes = int64_t(1) << 24;
+constexpr int64_t kGrain = int64_t(1) << 18;  // multiply-adds that are worth waking a thread for
+
+// Slices of tiles, whose sums are kept apart: the least tiles of one, and the most of them in number and in memory.
+constexpr int64_t kTilesOfSlice = 2, kMaxSlices = 32, kPartialBytes = int64_t(1) << 24;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -113,7 +115,7 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t tiles = ceil_div(p.rows, kTile), partial = Partial<T>::size(p.steps, p.dim);
   const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, partial * sizeof(T)));
-  const int64_t slices = std::max<int64_t>(1, std::min({tiles, kMaxSlices, affordable}));
+  const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(tiles, kTilesOfSlice), kMaxSlices, affordable}));
   T* partials = scratch<T>(kPartials, slices * partial);
   const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
   for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {

@@ -1,6 +1,6 @@
 // Amortized parameters: the direct recursion of docs/math.md (1) to (8) and its adjoint (16). No two rows share
-// weights, so there is no product to gain: one pass reads u and w once. Vectors run along the latent dimension for the dot
-// products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's activation is
+// weights, so there is no product to gain: one pass reads u and w once. Vectors run along the latent dimension for the
+// dot products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's activation is
 // under way, the next step's parameters are read and constrained: nothing waits for memory alone.
 #pragma once
 
@@ -9,83 +9,95 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// The rows of a block: row i of the block is row first + i of z and uses parameter set set[i].
-template <class T>
+// The rows of a block: row i of the block is row first + i of z and uses parameter set set[i]. A row is N vectors long;
+// N = 0 stands for any number.
+template <class T, int N>
 struct Block {
   using S = Simd<T>;
-  int64_t dim, padded;    // padded: dim rounded up to whole vectors
+  int64_t dim, vectors;   // vectors of a row
   typename S::Mask last;  // the lanes of a row's last vector
   int64_t first;
   int count;
+  const T *u[S::width], *w[S::width];  // the first step of each row's set
   int64_t set[S::width];
 
   Block(const Problem<T>& p, int64_t first, int count)
-      : dim(p.dim), padded(round_up(p.dim, S::width)), first(first), count(count) {
-    last = S::first(dim - padded + S::width);
-    for (int i = 0; i < count; ++i) set[i] = (first + i) % p.sets;
+      : dim(p.dim), vectors(ceil_div(p.dim, S::width)), first(first), count(count) {
+    last = S::first(dim - (vectors - 1) * S::width);
+    for (int i = 0; i < count; ++i) {
+      set[i] = (first + i) % p.sets;
+      u[i] = p.u.data + set[i] * p.u.set, w[i] = p.w.data + set[i] * p.w.set;
+    }
   }
-  bool whole(int64_t d) const { return d + S::width <= dim; }
+  int64_t length() const { return N ? N : vectors; }
+  int64_t padded() const { return length() * S::width; }
 };
 
-// Vector d .. d + width of a row in the caller's memory, zeros behind dim.
-template <class T>
-PLANAR_FN typename Simd<T>::V load_row(const T* row, int64_t d, const Block<T>& block) {
+// Vector v of a row in the caller's memory, zeros behind dim.
+template <class T, int N>
+PLANAR_FN typename Simd<T>::V load_row(const T* row, int64_t v, const Block<T, N>& block) {
   using S = Simd<T>;
-  return block.whole(d) ? S::load(row + d) : S::load(row + d, block.last, S::splat(0));
+  const T* p = row + v * S::width;
+  return v + 1 < block.length() ? S::load(p) : S::load(p, block.last, S::splat(0));
 }
 
-template <class T>
-PLANAR_FN void store_row(T* row, int64_t d, typename Simd<T>::V x, const Block<T>& block) {
+template <class T, int N>
+PLANAR_FN void store_row(T* row, int64_t v, typename Simd<T>::V x, const Block<T, N>& block) {
   using S = Simd<T>;
-  if (block.whole(d)) return S::store(row + d, x);
-  S::store(row + d, x, block.last);
+  T* p = row + v * S::width;
+  if ((v + 1) * S::width <= block.dim) return S::store(p, x);
+  S::store(p, x, block.last);
 }
 
 // to [width][padded] = the block's rows of x, zeros behind dim.
-template <class T>
-PLANAR_FN void load_rows(T* to, Matrix<const T> x, const Block<T>& block) {
+template <class T, int N>
+PLANAR_FN void load_rows(T* to, Matrix<const T> x, const Block<T, N>& block) {
   using S = Simd<T>;
   for (int i = 0; i < block.count; ++i) {
     const T* row = x.data + (block.first + i) * x.row;
-    T* copy = to + i * block.padded;
+    T* copy = to + i * block.padded();
     if (x.col == 1) {
-      for (int64_t d = 0; d < block.dim; d += S::width) S::store(copy + d, load_row(row, d, block));
+      for (int64_t v = 0; v < block.length(); ++v) S::store(copy + v * S::width, load_row(row, v, block));
     } else {
-      for (int64_t d = 0; d < block.padded; ++d) copy[d] = d < block.dim ? row[d * x.col] : T(0);
+      for (int64_t d = 0; d < block.padded(); ++d) copy[d] = d < block.dim ? row[d * x.col] : T(0);
     }
   }
 }
 
-template <class T>
-PLANAR_FN void store_rows(Matrix<T> to, const T* from, const Block<T>& block) {
+template <class T, int N>
+PLANAR_FN void store_rows(Matrix<T> to, const T* from, const Block<T, N>& block) {
   using S = Simd<T>;
   for (int i = 0; i < block.count; ++i) {
     T* row = to.data + (block.first + i) * to.row;
-    for (int64_t d = 0; d < block.dim; d += S::width) store_row(row, d, S::load(from + i * block.padded + d), block);
+    for (int64_t v = 0; v < block.length(); ++v)
+      store_row(row, v, S::load(from + i * block.padded() + v * S::width), block);
   }
 }
 
 // Step k's a [width] of the block.
-template <class T>
-PLANAR_FN typename Simd<T>::V load_a(Matrix<const T> a, int64_t k, const Block<T>& block) {
+template <class T, int N>
+PLANAR_FN typename Simd<T>::V load_a(Matrix<const T> a, int64_t k, const Block<T, N>& block) {
   return Simd<T>::load_first(a.data + k * a.row + block.first, block.count);
 }
 
 // The constraint of step k for every row, a row a lane, from w . u and w . w.
-template <class T>
-PLANAR_FN Constrained<Simd<T>> constrain_step(const Problem<T>& p, const Block<T>& block, int64_t k) {
+template <class T, int N>
+PLANAR_FN Constrained<Simd<T>> constrain_step(const Problem<T>& p, const Block<T, N>& block, int64_t k) {
   using S = Simd<T>;
-  typename S::V alpha[S::width] = {}, n[S::width] = {};
-  for (int i = 0; i < block.count; ++i) {
-    const T *u_row = step_of(p.u, block.set[i], k), *w_row = step_of(p.w, block.set[i], k);
+  typename S::V alpha[S::width], n[S::width];
+  const int64_t u_k = k * p.u.step, w_k = k * p.w.step;
+  const int count = block.count;
+  for (int i = 0; i < count; ++i) {
+    const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k;
     typename S::V of_u{}, of_w{};
-    for (int64_t d = 0; d < block.dim; d += S::width) {
-      const auto u = load_row(u_row, d, block), w = load_row(w_row, d, block);
+    for (int64_t v = 0; v < block.length(); ++v) {
+      const auto u = load_row(u_row, v, block), w = load_row(w_row, v, block);
       of_u += w * u;
       of_w += w * w;
     }
     alpha[i] = of_u, n[i] = of_w;
   }
+  for (int i = count; i < S::width; ++i) alpha[i] = n[i] = S::splat(0);
   return constrain<S>(sum_lanes<T>(alpha), sum_lanes<T>(n), p.constrained);
 }
 
@@ -99,41 +111,39 @@ struct Update {
   }
 };
 
-template <class T>
-PLANAR_FN void update(const Problem<T>& p, const Block<T>& block, T* z, int64_t k, const Update<T>& by) {
+// z over step k for every row; then, where there is a step k + 1, its w . z, a row a lane.
+template <class T, int N>
+PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& block, T* z, int64_t k,
+                                     const Update<T>& by) {
   using S = Simd<T>;
-  for (int i = 0; i < block.count; ++i) {
-    const T *u_row = step_of(p.u, block.set[i], k), *w_row = step_of(p.w, block.set[i], k);
+  const int64_t next = k + 1 < p.steps ? k + 1 : k;
+  typename S::V dots[S::width];
+  const int64_t u_k = k * p.u.step, w_k = k * p.w.step, w_next_k = next * p.w.step;
+  const int count = block.count;
+  for (int i = 0; i < count; ++i) {
+    const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k, *w_next = block.w[i] + w_next_k;
     const auto h = S::splat(by.h[i]), h_of_w = S::splat(by.h_of_w[i]);
-    T* row = z + i * block.padded;
-    for (int64_t d = 0; d < block.dim; d += S::width)
-      S::store(row + d, S::load(row + d) + (h * load_row(u_row, d, block) + h_of_w * load_row(w_row, d, block)));
-  }
-}
-
-// w . z of step k for every row, a row a lane, where `by`, if any, first takes z over step k - 1.
-template <class T>
-PLANAR_FN typename Simd<T>::V dot_step(const Problem<T>& p, const Block<T>& block, T* z, int64_t k,
-                                       const Update<T>* by) {
-  using S = Simd<T>;
-  typename S::V dots[S::width] = {};
-  for (int i = 0; i < block.count; ++i) {
-    const T* w_row = step_of(p.w, block.set[i], k);
-    T* row = z + i * block.padded;
+    T* row = z + i * block.padded();
     typename S::V sum{};
-    if (by) {
-      const T *u_last = step_of(p.u, block.set[i], k - 1), *w_last = step_of(p.w, block.set[i], k - 1);
-      const auto h = S::splat(by->h[i]), h_of_w = S::splat(by->h_of_w[i]);
-      for (int64_t d = 0; d < block.dim; d += S::width) {
-        const auto x = S::load(row + d) + (h * load_row(u_last, d, block) + h_of_w * load_row(w_last, d, block));
-        S::store(row + d, x);
-        sum += load_row(w_row, d, block) * x;
-      }
-    } else {
-      for (int64_t d = 0; d < block.dim; d += S::width) sum += load_row(w_row, d, block) * S::load(row + d);
+    for (int64_t v = 0; v < block.length(); ++v) {
+      const auto x = S::load(row + v * S::width) + (h * load_row(u_row, v, block) + h_of_w * load_row(w_row, v, block));
+      S::store(row + v * S::width, x);
+      sum += load_row(w_next, v, block) * x;
     }
     dots[i] = sum;
   }
+  for (int i = count; i < S::width; ++i) dots[i] = S::splat(0);
+  return sum_lanes<T>(dots);
+}
+
+// w . z of the first step.
+template <class T, int N>
+PLANAR_FN typename Simd<T>::V first_dot(const Block<T, N>& block, const T* z) {
+  using S = Simd<T>;
+  typename S::V dots[S::width] = {};
+  for (int i = 0; i < block.count; ++i)
+    for (int64_t v = 0; v < block.length(); ++v)
+      dots[i] += load_row(block.w[i], v, block) * S::load(z + i * block.padded() + v * S::width);
   return sum_lanes<T>(dots);
 }
 
@@ -142,38 +152,58 @@ int64_t amortized_forward_scratch(int64_t steps, int64_t dim) {
   return Simd<T>::width * (round_up(dim, Simd<T>::width) + steps);
 }
 
-template <class T>
-void amortized_forward(const Forward<T>& p, int64_t number, T* scratch) {
+template <class T, int N>
+PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* scratch) {
   using S = Simd<T>;
-  const int64_t first = number * S::width;
-  const int count = p.rows - first < S::width ? int(p.rows - first) : S::width;
-  const Block<T> block(p, first, count);
-  T* z = scratch;                      // [width][padded]
-  T* b = z + S::width * block.padded;  // [steps][width]
+  const Block<T, N> block(p, first, count);
+  T* z = scratch;                        // [width][padded]
+  T* b = z + S::width * block.padded();  // [steps][width]
   fill(b, T(0), p.steps * S::width);
   for (int i = 0; i < count; ++i)
     for (int64_t k = 0; k < p.steps; ++k) b[k * S::width + i] = *step_of(p.b, block.set[i], k);
   load_rows(z, p.z, block);
   auto log_det = no_steps<S>();
   if (p.steps) {
-    auto w_z = dot_step<T>(p, block, z, 0, nullptr);
+    auto w_z = first_dot(block, z);
     auto q = constrain_step(p, block, 0);
-    for (int64_t k = 0;; ++k) {
+    for (int64_t k = 0; k < p.steps; ++k) {
       const auto a = w_z + S::load(b + k * S::width);
       if (p.a.data) S::store_first(p.a.data + k * p.a.row + first, a, count);
       const auto act = activate<S>(a);
       add_step<S, 1>(&log_det, &act, q.c, q.s);
       const Update<T> by(act.h, q);
-      if (k + 1 == p.steps) {
-        update(p, block, z, k, by);
-        break;
-      }
-      q = constrain_step(p, block, k + 1);
-      w_z = dot_step(p, block, z, k + 1, &by);
+      if (k + 1 < p.steps) q = constrain_step(p, block, k + 1);
+      w_z = update(p, block, z, k, by);
     }
   }
   store_rows(p.z_K, z, block);
   S::store_first(p.log_det.data + first, value<S>(log_det), count);
+}
+
+template <int N>
+struct Length {
+  static constexpr int value = N;
+};
+
+// Runs with the length of a row, in vectors, known to the compiler where it is short.
+template <class T, class Run>
+PLANAR_FN void with_length(int64_t dim, const Run& run) {
+  switch (ceil_div(dim, Simd<T>::width)) {
+    case 1: return run(Length<1>{});
+    case 2: return run(Length<2>{});
+    case 3: return run(Length<3>{});
+    case 4: return run(Length<4>{});
+    default: return run(Length<0>{});
+  }
+}
+
+template <class T>
+void amortized_forward(const Forward<T>& p, int64_t number, T* scratch) {
+  const int64_t first = number * Simd<T>::width;
+  const int count = p.rows - first < Simd<T>::width ? int(p.rows - first) : Simd<T>::width;
+  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
+    forward_rows<T, n.value>(p, first, count, scratch);
+  });
 }
 
 // What the forward recursion left of one step, a row a lane.
@@ -192,16 +222,16 @@ struct Adjoint {
 };
 
 // The dot products of g with the first step that the adjoint meets.
-template <class T>
-PLANAR_FN void dot_gradient(const Problem<T>& p, const Block<T>& block, const T* g, int64_t k, Adjoint<T>& x) {
+template <class T, int N>
+PLANAR_FN void dot_gradient(const Problem<T>& p, const Block<T, N>& block, const T* g, int64_t k, Adjoint<T>& x) {
   using S = Simd<T>;
   for (int i = 0; i < block.count; ++i) {
-    const T *u_row = step_of(p.u, block.set[i], k), *w_row = step_of(p.w, block.set[i], k);
+    const T *u_row = block.u[i] + k * p.u.step, *w_row = block.w[i] + k * p.w.step;
     typename S::V of_u{}, of_w{};
-    for (int64_t d = 0; d < block.dim; d += S::width) {
-      const auto gradient = S::load(g + i * block.padded + d);
-      of_u += gradient * load_row(u_row, d, block);
-      of_w += gradient * load_row(w_row, d, block);
+    for (int64_t v = 0; v < block.length(); ++v) {
+      const auto gradient = S::load(g + i * block.padded() + v * S::width);
+      of_u += gradient * load_row(u_row, v, block);
+      of_w += gradient * load_row(w_row, v, block);
     }
     x.g_u[i] = of_u, x.g_w[i] = of_w;
   }
@@ -209,32 +239,37 @@ PLANAR_FN void dot_gradient(const Problem<T>& p, const Block<T>& block, const T*
 
 // z back to z_{k-1}, du, dw and db of step k, g to dL/dz_{k-1} and its dot products with step k - 1; `add` where an
 // earlier sample of the same sets wrote.
-template <class T>
-PLANAR_FN void step_back(const Backward<T>& p, const Block<T>& block, T* z, T* g, int64_t k, Adjoint<T>& x, bool add) {
+template <class T, int N>
+PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, T* z, T* g, int64_t k, Adjoint<T>& x,
+                         bool add) {
   using S = Simd<T>;
-  for (int i = 0; i < block.count; ++i) {
-    const int64_t set = block.set[i], before = k ? k - 1 : 0;
-    const T *u_row = step_of(p.u, set, k), *w_row = step_of(p.w, set, k);
-    const T *u_next = step_of(p.u, set, before), *w_next = step_of(p.w, set, before);
+  const int64_t before = k ? k - 1 : 0;
+  const int64_t u_k = k * p.u.step, w_k = k * p.w.step, u_before = before * p.u.step, w_before = before * p.w.step;
+  const int count = block.count;
+  for (int i = 0; i < count; ++i) {
+    const int64_t set = block.set[i];
+    const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k;
+    const T *u_next = block.u[i] + u_before, *w_next = block.w[i] + w_before;
     T *du = step_of(p.du, set, k), *dw = step_of(p.dw, set, k), *db = step_of(p.db, set, k);
-    T *z_row = z + i * block.padded, *g_row = g + i * block.padded;
+    T *z_row = z + i * block.padded(), *g_row = g + i * block.padded();
     const auto h = S::splat(x.h[i]), h_of_w = S::splat(x.h_of_w[i]), delta = S::splat(x.delta[i]);
     const auto dalpha = S::splat(x.dalpha[i]), of_v = S::splat(x.of_v[i]), of_w_n = S::splat(x.of_w_n[i]);
     const auto inv_n = S::splat(x.inv_n[i]);
     typename S::V of_u{}, of_w{};
-    for (int64_t d = 0; d < block.dim; d += S::width) {
-      const auto u = load_row(u_row, d, block), w = load_row(w_row, d, block), gradient = S::load(g_row + d);
-      const auto v = h * gradient;
-      const auto z_before = S::load(z_row + d) - (h * u + h_of_w * w);
-      auto u_sum = v + dalpha * w, w_sum = delta * z_before + of_v * v + dalpha * u + of_w_n * (inv_n * w);
-      if (add) u_sum += load_row(du, d, block), w_sum += load_row(dw, d, block);
-      store_row(du, d, u_sum, block);
-      store_row(dw, d, w_sum, block);
+    for (int64_t v = 0; v < block.length(); ++v) {
+      T *z_v = z_row + v * S::width, *g_v = g_row + v * S::width;
+      const auto u = load_row(u_row, v, block), w = load_row(w_row, v, block), gradient = S::load(g_v);
+      const auto of_h = h * gradient;
+      const auto z_before = S::load(z_v) - (h * u + h_of_w * w);
+      auto u_sum = of_h + dalpha * w, w_sum = delta * z_before + of_v * of_h + dalpha * u + of_w_n * (inv_n * w);
+      if (add) u_sum += load_row<T, N>(du, v, block), w_sum += load_row<T, N>(dw, v, block);
+      store_row(du, v, u_sum, block);
+      store_row(dw, v, w_sum, block);
       const auto g_before = gradient + delta * w;
-      S::store(z_row + d, z_before);
-      S::store(g_row + d, g_before);
-      of_u += g_before * load_row(u_next, d, block);
-      of_w += g_before * load_row(w_next, d, block);
+      S::store(z_v, z_before);
+      S::store(g_v, g_before);
+      of_u += g_before * load_row(u_next, v, block);
+      of_w += g_before * load_row(w_next, v, block);
     }
     x.g_u[i] = of_u, x.g_w[i] = of_w;
     *db = add ? *db + x.delta[i] : x.delta[i];
@@ -248,12 +283,12 @@ int64_t amortized_backward_scratch(int64_t steps, int64_t dim) {
 
 // One block of rows, sample `sample` of the parameter sets from `first_set` on: forward once more from the saved
 // pre-activations to z_K (u and w come into the cache), then the steps back.
-template <class T>
+template <class T, int N>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
-  const Block<T> block(p, sample * p.sets + first_set, count);
+  const Block<T, N> block(p, sample * p.sets + first_set, count);
   Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);                                     // [steps]
-  T *z = reinterpret_cast<T*>(steps + p.steps), *g = z + S::width * block.padded;           // [width][padded]
+  T *z = reinterpret_cast<T*>(steps + p.steps), *g = z + S::width * block.padded();         // [width][padded]
   load_rows(z, p.z, block);
   load_rows(g, p.grad_z, block);
   typename S::V lambda{};
@@ -287,7 +322,10 @@ template <class T>
 void amortized_backward(const Backward<T>& p, int64_t number, T* scratch) {
   const int64_t first_set = number * Simd<T>::width;
   const int count = p.sets - first_set < Simd<T>::width ? int(p.sets - first_set) : Simd<T>::width;
-  for (int64_t sample = 0; sample < p.rows / p.sets; ++sample) backward_rows(p, first_set, count, sample, scratch);
+  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
+    for (int64_t sample = 0; sample < p.rows / p.sets; ++sample)
+      backward_rows<T, n.value>(p, first_set, count, sample, scratch);
+  });
 }
 
 }  // namespace PLANAR_NAMESPACE
