@@ -83,10 +83,14 @@ def test_use_backend_is_this_threads_own():
 
 
 def test_environment_chooses(monkeypatch):
-    monkeypatch.setenv("VVAE_FAST_BACKEND", "reference")
+    code = "import torch, vvae_fast; print(vvae_fast.PlanarFlow(2, 3)(torch.zeros(4, 2))[0].grad_fn)"
+    assert "PlanarFlowFunction" in python(code).stdout
+    assert "PlanarFlowFunction" not in python(code, VVAE_FAST_BACKEND="reference").stdout
+    assert "VVAE_FAST_BACKEND must be one of" in python(code, VVAE_FAST_BACKEND="gpu").stderr
+    monkeypatch.setattr(backends, "environment_name", "reference")
     assert backends.select(problem(), None) == "reference"
     assert backends.select(problem(), "cpp") == "cpp"
-    monkeypatch.setenv("VVAE_FAST_BACKEND", "gpu")
+    monkeypatch.setattr(backends, "environment_name", "gpu")
     with pytest.raises(ValueError, match=r"environment variable VVAE_FAST_BACKEND must be one of .* got 'gpu'"):
         backends.select(problem(), None)
 

@@ -52,6 +52,9 @@ class _Override(threading.local):
         self.name: str | None = None  # an attribute of the instance: torch.compile guards no other
 
 
+environment_name = config.backend()
+
+
 _override = _Override()
 
 
@@ -90,11 +93,13 @@ def select(problem: Problem, name: str | None) -> str:
     if name is None:
         name, source = _override.name, "use_backend's name"
     if name is None:
-        name, source = _environment(), "the environment variable VVAE_FAST_BACKEND"
+        name, source = environment_name, "the environment variable VVAE_FAST_BACKEND"
     if name == AUTO:
         if ops.load_error and not torch.compiler.is_compiling():
             _warn_once()
-        return next(b.name for b in _BACKENDS.values() if not _reasons(b, problem))
+        for backend in _BACKENDS.values():
+            if not _reasons(backend, problem):
+                return backend.name
     check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
     return name
@@ -111,12 +116,6 @@ def info() -> dict[str, object]:
         "isa": ops.isa(),
         "isa_levels": list(ops.isa_levels()),
     }
-
-
-@torch.compiler.assume_constant_result
-def _environment() -> str:
-    """Read when a graph is compiled, not when it runs."""
-    return config.backend()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The only reader of environment variables.
+"""The only reader of environment variables; each is read once, when the package is imported.
 
 VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
 VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).

@@ -1,5 +1,6 @@
 """Checks the arguments of the flow once, for every backend."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,43 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constrain
 
     Raises TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices and names.
     """
+    if not _alike(z, u, w, b):
+        _check_kinds(z, u, w, b)
+    _check_shapes(z, u, w, b)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
+
+    amortized = u.dim() > 2
+    num_sets = math.prod(u.shape[:-2]) if amortized else 1
+    rows = z.shape[0] if z.dim() == 2 else math.prod(z.shape[:-1])
+    return Problem(rows, z.shape[-1], u.shape[-2], num_sets, amortized, _compute_dtype(z, u, w, b), z.device.type)
+
+
+def check_size(name: str, value: object, least: int) -> None:
+    """Raises TypeError or ValueError where a size or a count is not an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _alike(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Dense floating tensors of one dtype on one device: what nearly every call passes, and the cheapest to ask."""
+    return (
+        isinstance(z, Tensor)
+        and isinstance(u, Tensor)
+        and isinstance(w, Tensor)
+        and isinstance(b, Tensor)
+        and z.dtype is u.dtype is w.dtype is b.dtype
+        and z.dtype in DTYPES
+        and z.layout is u.layout is w.layout is b.layout is torch.strided
+        and z.device == u.device == w.device == b.device
+    )
+
+
+def _check_kinds(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
     tensors = (("z", z), ("u", u), ("w", w), ("b", b))
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -43,27 +81,6 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constrain
             raise ValueError(
                 f"{name} must be on z's device {z.device}, got {tensor.device}: move it with .to(z.device)"
             )
-    _check_shapes(z, u, w, b)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
-
-    num_sets = 1
-    for size in u.shape[:-2]:
-        num_sets *= size
-    rows = 1
-    for size in z.shape[:-1]:
-        rows *= size
-    return Problem(rows, z.shape[-1], u.shape[-2], num_sets, u.dim() > 2, _compute_dtype(z, u, w, b), z.device.type)
-
-
-def check_size(name: str, value: object, least: int) -> None:
-    """Raises TypeError or ValueError where a size or a count is not an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
@@ -83,7 +100,7 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             f"b must have u's shape without its last dimension, {tuple(u.shape[:-1])}, got {tuple(b.shape)}"
         )
     params, batch = u.shape[:-2], z.shape[:-1]
-    if len(params) > len(batch) or params != batch[len(batch) - len(params) :]:
+    if params and (len(params) > len(batch) or params != batch[len(batch) - len(params) :]):
         raise ValueError(
             f"u's batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got {tuple(params)}: "
             "nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] and b [K])"

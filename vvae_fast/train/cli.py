@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import vvae_fast
-from vvae_fast import config as environment
+from vvae_fast import backends
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
 
@@ -51,11 +51,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _info(arguments: argparse.Namespace) -> None:
     info = vvae_fast.info()
-    backends = info.pop("backends")
+    available = info.pop("backends")
     for key, value in info.items():
         print(f"{key + ':':12}{_one_line(value)}")
     print("backends:")
-    for name, backend in backends.items():
+    for name, backend in available.items():
         print(f"  {name + ':':12}{'available' if backend['available'] else '; '.join(backend['reasons'])}")
     _check_backend()
 
@@ -146,7 +146,7 @@ def _out(arguments: argparse.Namespace) -> Path:
 def _check_backend() -> None:
     """Raises RunError, with the reasons, where VVAE_FAST_BACKEND asks for a backend that cannot run."""
     try:
-        with vvae_fast.use_backend(environment.backend()):
+        with vvae_fast.use_backend(backends.environment_name):
             pass
     except (ValueError, RuntimeError) as error:
         raise RunError(f"VVAE_FAST_BACKEND: {error}; unset it or choose another") from error
