@@ -54,6 +54,7 @@ def extension_arguments() -> dict[str, object]:
             "-O3",
             "-fno-math-errno",
             "-fno-trapping-math",
+            "-fwrapv",
             "-ffp-contract=fast",
             "-fvisibility=hidden",
         ],

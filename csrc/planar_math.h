@@ -100,7 +100,8 @@ template <class L>
 PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
   const auto x = c * act.h_prime;
   const auto det = determinant<L>(act, c, s);
-  return L::log(L::abs(det)) + L::select(x >= L::splat(-0.5), log_correction<L>(x, det), L::splat(0));
+  const auto lossy = (x >= L::splat(-0.5)) & (x <= L::splat(0x1p60));  // no correction of infinity
+  return L::log(L::abs(det)) + L::select(lossy, log_correction<L>(x, det), L::splat(0));
 }
 
 // (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the
@@ -126,9 +127,9 @@ PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, ty
   const auto x = c * act.h_prime;
   const auto det = determinant<L>(act, c, s);
   const auto factor = L::abs(det);
-  const auto rest = L::select(x >= L::splat(-0.5), x - (det - 1), L::splat(0));
+  const auto lost = L::select(x >= L::splat(-0.5), x - (det - 1), L::splat(0));
   const auto high = sum.high * factor;
-  return {sum.log, high, sum.low * factor + (sum.high * rest + L::product_error(sum.high, factor, high))};
+  return {sum.log, high, sum.low * factor + (sum.high * lost + L::product_error(sum.high, factor, high))};
 }
 
 // Adds one step to the sums of N variables; a variable whose product leaves the range takes its logarithms at once, and
@@ -136,7 +137,7 @@ PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, ty
 template <class L, int N>
 PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s) {
   LogDet<L> next[N];
-  auto outside = L::outside(L::splat(1));
+  auto outside = L::outside(L::splat(1));  // none yet
   for (int i = 0; i < N; ++i) {
     next[i] = multiplied<L>(sum[i], act[i], c, s);
     outside = outside | L::outside(next[i].high);

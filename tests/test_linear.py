@@ -56,6 +56,12 @@ def test_what_onednn_does_not_serve_is_nn_linear():
     assert torch.equal(layer(x), plain(x))
 
 
+def test_without_a_bias():
+    layer = linear.Linear(400, 1296, bias=False)
+    x = torch.randn(100, 400)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
+
+
 def test_only_what_is_needed_is_computed():
     layer, _, x = both((100, 400), 1296)
     layer.weight.requires_grad_(False)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problems import assert_close_to_oracle, random_problem
+from problems import assert_close_to_oracle, random_problem, relative_errors, run
 
 import vvae_fast
-from vvae_fast import reference
+from vvae_fast import ops, reference
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -34,3 +34,33 @@ def test_determinants_whose_product_leaves_the_range(isa, amortized, dtype):
         torch.testing.assert_close(log_det.double(), wanted, rtol=2e-6 if dtype == torch.float32 else 1e-13, atol=1e-5)
         alone = vvae_fast.planar_flow(z[-1:], *(t[-1:] if amortized else t for t in sets), constraint=constraint)
         assert torch.equal(alone[1], log_det[-1:])
+
+
+@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+def test_steps_near_the_identity_keep_relative_accuracy(isa, amortized):
+    """Every determinant is within 1e-3 of 1: what rounding takes from their product is carried along."""
+    w, b = torch.randn(40, 6) / 6**0.5, torch.randn(40)
+    z, params = torch.randn(64, 6), (1e-4 * torch.randn(40, 6).abs() * w.sign(), w, b)
+    log_det = ops.planar_forward(z, *(t.expand(64, *t.shape) if amortized else t for t in params), False, False)[1]
+    wanted = reference.planar_forward(*(t.double() for t in (z, *params)), "none")[1]
+    torch.testing.assert_close(log_det.double(), wanted, rtol=2e-6, atol=0)
+
+
+def test_an_overflowing_determinant_has_an_infinite_logarithm(isa):
+    w = torch.tensor([[1e19, 0.0]])
+    for params in ((30 * w, w, torch.zeros(1)), tuple(t[None] for t in (30 * w, w, torch.zeros(1)))):
+        assert vvae_fast.planar_flow(torch.zeros(1, 2), *params, backend="cpp")[1].item() == float("inf")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("sets", [(), (16,)])
+@pytest.mark.parametrize("dim", [16, 17])
+def test_outputs_larger_than_the_caches(isa, dim, sets):
+    """They are written past the caches where their addresses are aligned: rows of 17 are not."""
+    p = random_problem((130_000,) if not sets else (8125, 16), 2, dim, sets, scale=0.5)
+    exact = p.to(torch.float64)
+    got, wanted = run(p, backend="cpp"), run(exact, backend="cpp")  # whose double outputs are as large
+    assert max(relative_errors(got, wanted)) < 1e-4
+    few = tuple(t[:50] if t.shape[:1] == p.z.shape[:1] else t for t in exact.inputs)
+    for x, y in zip(wanted, reference.planar_forward(*few)[:2], strict=False):
+        torch.testing.assert_close(x[:50], y)

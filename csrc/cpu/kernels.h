@@ -110,7 +110,8 @@ struct Prepared {
 template <class T>
 struct Partial {
   T *du_hat, *dw;       // [padded steps][padded dim] in blocks
-  T* triangle;          // [padded steps / chunk][span][chunk] in blocks: S of docs/math.md (14)
+  T* triangle;          // [padded steps / chunk][span][chunk] in blocks: S of docs/math.md (14); a chunk fills the rows
+                        // of its span up to its own
   T *db, *gamma;        // [padded steps][kMaxLanes], a sum a lane
   static int64_t size(int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kChunk);

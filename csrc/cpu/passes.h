@@ -15,6 +15,8 @@
 
 namespace vvae {
 
+constexpr int64_t kCompactRows = 16;  // rows of one parameter set from which on the compact form is the faster one
+constexpr int64_t kThreadedRows = 8 * kTile;  // rows of one set from which on threads share its tiles
 constexpr int64_t kGrain = int64_t(1) << 18;  // multiply-adds that are worth waking a thread for
 
 // Slices of tiles, whose sums are kept apart: the least tiles of one, and the most of them in number and in memory.
@@ -24,28 +26,26 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-constexpr int64_t kCompactRows = 16;  // rows of one parameter set from which on the compact form is the faster one
-
 // Cache-aligned memory that each thread keeps, at its largest so far, from call to call: a pass allocates only its
 // outputs.
 enum Slot { kPrepared, kPartials, kTileScratch, kSlots };
 
 template <class T>
-T* scratch(Slot slot, int64_t count) {
+T* arena(Slot slot, int64_t count) {
   struct Arena {
     std::unique_ptr<void, Free> data;
     size_t size = 0;
   };
   thread_local Arena arenas[kSlots];
-  Arena& arena = arenas[slot];
+  Arena& mine = arenas[slot];
   const size_t bytes = round_up(count * int64_t(sizeof(T)), 64);
-  if (arena.size < bytes) {
-    arena.data.reset();
-    arena.data.reset(std::aligned_alloc(64, bytes));
-    arena.size = arena.data ? bytes : 0;
-    if (!arena.data) throw std::bad_alloc();
+  if (mine.size < bytes) {
+    mine.data.reset();
+    mine.data.reset(std::aligned_alloc(64, bytes));
+    mine.size = mine.data ? bytes : 0;
+    if (!mine.data) throw std::bad_alloc();
   }
-  return static_cast<T*>(arena.data.get());
+  return static_cast<T*>(mine.data.get());
 }
 
 // Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth.
@@ -92,8 +92,8 @@ Backward<T> of_set(const Backward<T>& p, int64_t set) {
 
 template <class T>
 Prepared<T> prepare(const Problem<T>& p, const Kernels<T>& kernels) {
-  const Prepared<T> prepared(scratch<T>(kPrepared, Prepared<T>::size(p.steps, p.dim)), p.steps, p.dim);
-  kernels.prepare(p, prepared, scratch<T>(kTileScratch, kernels.prepare_scratch(p.dim)));
+  const Prepared<T> prepared(arena<T>(kPrepared, Prepared<T>::size(p.steps, p.dim)), p.steps, p.dim);
+  kernels.prepare(p, prepared, arena<T>(kTileScratch, kernels.prepare_scratch(p.dim)));
   return prepared;
 }
 
@@ -102,12 +102,7 @@ void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
   for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
-           [&](int64_t tile) { kernels.shared_forward(p, prepared, tile, scratch<T>(kTileScratch, size)); });
-}
-
-template <class T>
-void zero(T* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+           [&](int64_t tile) { kernels.shared_forward(p, prepared, tile, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
@@ -116,40 +111,43 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t tiles = ceil_div(p.rows, kTile), partial = Partial<T>::size(p.steps, p.dim);
   const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, partial * sizeof(T)));
   const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(tiles, kTilesOfSlice), kMaxSlices, affordable}));
-  T* partials = scratch<T>(kPartials, slices * partial);
+  T* partials = arena<T>(kPartials, slices * partial);
   const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
   for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
-    zero(partials + slice * partial, partial);
+    std::fill_n(partials + slice * partial, partial, T(0));
     const Partial<T> sums(partials + slice * partial, p.steps, p.dim);
     for (int64_t tile = slice * tiles / slices; tile < (slice + 1) * tiles / slices; ++tile)
-      kernels.shared_backward(p, prepared, sums, tile, scratch<T>(kTileScratch, size));
+      kernels.shared_backward(p, prepared, sums, tile, arena<T>(kTileScratch, size));
   });
-  kernels.finish(p, prepared, partials, slices, scratch<T>(kTileScratch, 3 * round_up(p.steps, kMaxLanes)));
+  kernels.finish(p, prepared, partials, slices, arena<T>(kTileScratch, 3 * round_up(p.steps, kMaxLanes)));
 }
 
 template <class T>
 void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_forward_scratch(p.steps, p.dim);
   for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_forward(p, block, scratch<T>(kTileScratch, size)); });
+           [&](int64_t block) { kernels.amortized_forward(p, block, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
 void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_backward_scratch(p.steps, p.dim);
   for_each(ceil_div(p.sets, kernels.lanes), 8 * kernels.lanes * p.rows / p.sets * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_backward(p, block, scratch<T>(kTileScratch, size)); });
+           [&](int64_t block) { kernels.amortized_backward(p, block, arena<T>(kTileScratch, size)); });
 }
 
-// Forward or Backward: the compact form for sets that many rows share, one after another where threads are few, the
-// direct recursion where every row, or few rows, have a set of their own.
+// Forward or Backward: the direct recursion where every row, or few rows, have a set of their own, the compact form
+// where many share one, side by side over the sets unless each set alone can keep threads busy.
 template <class Pass>
 void run(const Pass& p, bool amortized, const Isa& isa) {
   const auto& kernels = isa.of(std::remove_const_t<std::remove_pointer_t<decltype(p.z.data)>>());
   if (!amortized) return run_shared(p, kernels);
   if (p.rows == 0) return;
-  if (p.rows / p.sets < kCompactRows) return run_direct(p, kernels);
-  for_each(p.sets, 2 * p.rows / p.sets * p.steps * p.dim, [&](int64_t set) { run_shared(of_set(p, set), kernels); });
+  const int64_t rows = p.rows / p.sets;
+  if (rows < kCompactRows) return run_direct(p, kernels);
+  const auto run_set = [&](int64_t set) { run_shared(of_set(p, set), kernels); };
+  if (rows < kThreadedRows) return for_each(p.sets, 2 * rows * p.steps * p.dim, run_set);
+  for (int64_t set = 0; set < p.sets; ++set) run_set(set);
 }
 
 }  // namespace vvae

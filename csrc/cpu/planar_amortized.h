@@ -1,7 +1,7 @@
 // Amortized parameters: the direct recursion of docs/math.md (1) to (8) and its adjoint (16). No two rows share
 // weights, so there is no product to gain: one pass reads u and w once. Vectors run along the latent dimension for the
-// dot products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's activation is
-// under way, the next step's parameters are read and constrained: nothing waits for memory alone.
+// dot products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's activation
+// is under way, the next step's parameters are read and constrained: nothing waits for memory alone.
 #pragma once
 
 #include "tile.h"
@@ -55,11 +55,11 @@ PLANAR_FN void load_rows(T* to, Matrix<const T> x, const Block<T, N>& block) {
   using S = Simd<T>;
   for (int i = 0; i < block.count; ++i) {
     const T* row = x.data + (block.first + i) * x.row;
-    T* copy = to + i * block.padded();
+    T* to_row = to + i * block.padded();
     if (x.col == 1) {
-      for (int64_t v = 0; v < block.length(); ++v) S::store(copy + v * S::width, load_row(row, v, block));
+      for (int64_t v = 0; v < block.length(); ++v) S::store(to_row + v * S::width, load_row(row, v, block));
     } else {
-      for (int64_t d = 0; d < block.padded(); ++d) copy[d] = d < block.dim ? row[d * x.col] : T(0);
+      for (int64_t d = 0; d < block.padded(); ++d) to_row[d] = d < block.dim ? row[d * x.col] : T(0);
     }
   }
 }
@@ -249,7 +249,7 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, T* z, T
   for (int i = 0; i < count; ++i) {
     const int64_t set = block.set[i];
     const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k;
-    const T *u_next = block.u[i] + u_before, *w_next = block.w[i] + w_before;
+    const T *u_earlier = block.u[i] + u_before, *w_earlier = block.w[i] + w_before;
     T *du = step_of(p.du, set, k), *dw = step_of(p.dw, set, k), *db = step_of(p.db, set, k);
     T *z_row = z + i * block.padded(), *g_row = g + i * block.padded();
     const auto h = S::splat(x.h[i]), h_of_w = S::splat(x.h_of_w[i]), delta = S::splat(x.delta[i]);
@@ -268,8 +268,8 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, T* z, T
       const auto g_before = gradient + delta * w;
       S::store(z_v, z_before);
       S::store(g_v, g_before);
-      of_u += g_before * load_row(u_next, v, block);
-      of_w += g_before * load_row(w_next, v, block);
+      of_u += g_before * load_row(u_earlier, v, block);
+      of_w += g_before * load_row(w_earlier, v, block);
     }
     x.g_u[i] = of_u, x.g_w[i] = of_w;
     *db = add ? *db + x.delta[i] : x.delta[i];

@@ -48,6 +48,11 @@ void check_kind(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, "vvae_fast: ", name, " must have z's dtype, float32 or float64");
 }
 
+void check_count(int64_t steps, int64_t dim) {
+  STD_TORCH_CHECK(dim <= kMostParameters && steps <= kMostParameters / std::max<int64_t>(1, dim),
+                  "vvae_fast: u must have at most 2^40 elements K x D, got ", steps, " x ", dim);
+}
+
 void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b) {
   const ScalarType type = z.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "vvae_fast: z must be float32 or float64");
@@ -63,8 +68,7 @@ void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tens
   check_kind(w, "w", type);
   check_kind(b, "b", type);
   const int64_t steps = u.size(u.dim() - 2), dim = z.size(1);
-  STD_TORCH_CHECK(dim <= kMostParameters && steps <= kMostParameters / std::max<int64_t>(1, dim),
-                  "vvae_fast: u must have at most 2^40 elements K x D, got ", steps, " x ", dim);
+  check_count(steps, dim);
   const int64_t sets = u.dim() == 3 ? u.size(0) : 1;
   STD_TORCH_CHECK(sets == 0 ? z.size(0) == 0 : z.size(0) % sets == 0, "vvae_fast: z must have a multiple of ", sets,
                   " rows, one for each parameter set, got ", z.size(0));
@@ -113,6 +117,15 @@ Params<const T> params(const Tensor& t, bool amortized, bool is_b) {
   return {t.const_data_ptr<T>(), amortized ? t.stride(0) : 0, t.stride(step), is_b ? 0 : t.stride(step + 1)};
 }
 
+// Calls f with a float or a double.
+template <class F>
+void with_type(const Tensor& z, const F& f) {
+  if (z.scalar_type() == ScalarType::Float)
+    f(float());
+  else
+    f(double());
+}
+
 template <class T>
 Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
   return {z.size(0),    z.size(1),    q.steps, q.sets, constrained, matrix<T>(z), params<T>(q.u, q.amortized, false),
@@ -137,10 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor&
   const int64_t rows = z.size(0);
   Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det = new_empty(z, {rows});
   Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
-  if (z.scalar_type() == ScalarType::Float)
-    forward_as<float>(z, q, constrained, z_K, log_det, save ? &a : nullptr);
-  else
-    forward_as<double>(z, q, constrained, z_K, log_det, save ? &a : nullptr);
+  with_type(z, [&](auto zero) { forward_as<decltype(zero)>(z, q, constrained, z_K, log_det, save ? &a : nullptr); });
   return {z_K, log_det, a};
 }
 
@@ -180,7 +190,7 @@ void check_backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tens
   check_kind(a, "a", z.scalar_type());
 }
 
-// A gradient's memory; parameter sets that no row uses have the gradient zero.
+// A gradient's memory; amortized parameter sets that no row uses have the gradient zero.
 Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64_t rows) {
   Tensor gradient = new_empty(z, sizes);
   return rows ? gradient : torch::stable::zero_(gradient);
@@ -198,15 +208,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor dw = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor db = sets ? new_gradient(z, {q.sets, steps}, rows) : new_gradient(z, {steps}, rows);
-  const auto as = [&](auto zero) {
+  with_type(z, [&](auto zero) {
     using T = decltype(zero);
     const auto to = [&](Tensor& t, int64_t step) { return Params<T>{t.mutable_data_ptr<T>(), steps * step, step, 1}; };
     backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz, {to(du, dim), to(dw, dim), to(db, 1)});
-  };
-  if (z.scalar_type() == ScalarType::Float)
-    as(float());
-  else
-    as(double());
+  });
   return {dz, du, dw, db};
 }
 
@@ -217,6 +223,7 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   check_rank(packed, "packed", 2);
   check_rank(a, "a", 2);
   const int64_t rows = z.size(0), dim = z.size(1), steps = a.size(0), sets = packed.size(0);
+  check_count(steps, dim);
   const int64_t width = steps * (2 * dim + 1);
   check_size(packed, "packed", 1, width);
   Tensor all = packed;
@@ -228,16 +235,12 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   check_backward(grad_z, grad_log_det, z, steps, a);
   const Parameters q(u, w, b);
   Tensor dz = new_empty(z, {rows, dim}), dpacked = new_gradient(z, {sets, width}, rows);
-  const auto as = [&](auto zero) {
+  with_type(z, [&](auto zero) {
     using T = decltype(zero);
     T* to = dpacked.mutable_data_ptr<T>();
     backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz,
                    {{to, width, dim, 1}, {to + steps * dim, width, dim, 1}, {to + 2 * steps * dim, width, 1, 1}});
-  };
-  if (z.scalar_type() == ScalarType::Float)
-    as(float());
-  else
-    as(double());
+  });
   return {dz, dpacked};
 }
 

@@ -1,4 +1,5 @@
-// Shared parameters: the compact form of docs/math.md (9) to (15), a tile of samples at a time, chunk by chunk of steps.
+// Shared parameters: the compact form of docs/math.md (9) to (15), a tile of samples at a time, chunk by chunk of
+// steps.
 #pragma once
 
 #include "tile.h"
@@ -6,11 +7,10 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// gram[j][i] = u_hat_j . w_k for step k, the i-th of j's chunk, where it comes behind j, else 0: the rows j < end from
-// `first` on, at most four of one chunk. w [dim][kTile] holds the steps from `start` on, of which there are n.
+// gram[j][i] = u_hat_j . w_k for step k, the i-th of j's chunk; only those behind j are read. The rows j < end from
+// `first` on, at most four of one chunk; w [dim][kTile] holds the steps from `start` on.
 template <class T>
-PLANAR_FN void gram_rows(const Prepared<T>& q, const T* w, int64_t first, int64_t end, int64_t start, int64_t n,
-                         int64_t dim) {
+PLANAR_FN void gram_rows(const Prepared<T>& q, const T* w, int64_t first, int64_t end, int64_t start, int64_t dim) {
   using S = Simd<T>;
   const int64_t chunk = (first - start) / q.chunk * q.chunk;  // the lane where it starts
   const T* u[4];
@@ -25,9 +25,6 @@ PLANAR_FN void gram_rows(const Prepared<T>& q, const T* w, int64_t first, int64_
     for (int j = 0; j < 4; ++j)
       if (first + j < end) S::store(q.gram + (first + j) * kChunk + i, sum[j], mask);
   }
-  for (int64_t j = first; j < end; ++j)
-    for (int64_t i = 0; i < q.chunk; ++i)
-      if (start + chunk + i <= j || chunk + i >= n) q.gram[j * kChunk + i] = 0;
 }
 
 template <class T>
@@ -63,12 +60,12 @@ void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
     store_tile(u, Matrix<T>{q.u_hat + start * p.dim, p.dim, 1}, n, p.dim);
     store_tile(w, Matrix<T>{q.w + start * p.dim, p.dim, 1}, n, p.dim);
     for (int64_t k = start; k < start + n; ++k) q.b[k] = p.b.data[k * p.b.step];
-    for (int64_t j = 0; j < n; j += 4) gram_rows(q, w, start + j, start + (j + 4 < n ? j + 4 : n), start, n, p.dim);
+    for (int64_t j = 0; j < n; j += 4) gram_rows(q, w, start + j, start + (j + 4 < n ? j + 4 : n), start, p.dim);
   }
 }
 
 template <class T>
-int64_t shared_forward_scratch(int64_t, int64_t dim) {
+int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 

@@ -1,6 +1,6 @@
-// One SIMD vector of T and its primitives, in the compiler's vector extensions. Each isa_*.cpp includes this once, having
-// set PLANAR_NAMESPACE and PLANAR_VECTOR_BYTES. Everything is forced inline: no code of one instruction set can be
-// linked into another.
+// One SIMD vector of T and its primitives, in the compiler's vector extensions. Each isa_*.cpp includes this once,
+// having set PLANAR_NAMESPACE and PLANAR_VECTOR_BYTES. Everything is forced inline: no code of one instruction set can
+// be linked into another.
 #pragma once
 
 #include <stdint.h>
@@ -64,7 +64,6 @@ struct Simd : Native<T> {
   PLANAR_FN V saturated() { return splat(-Float::exp_least / 2); }  // from here on e^(-2|a|) is next to denormal
   PLANAR_FN I as_bits(V x) { return reinterpret_cast<I>(x); }
   PLANAR_FN V as_float(I x) { return reinterpret_cast<V>(x); }
-  PLANAR_FN I splat_bits(Bits x) { return x - I{}; }
 
   // The first n > 0 elements at p, `rest` behind them.
   PLANAR_FN V load_first(const T* p, int64_t n, T rest = 0) {

@@ -49,7 +49,7 @@ class Linear(nn.Linear):
     """nn.Linear with the same parameters, values and gradients, up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _serves(x, self.weight):
+        if self.bias is not None and _serves(x, self.weight):
             return OneDnnLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
