@@ -56,10 +56,50 @@ def test_what_onednn_does_not_serve_is_nn_linear():
     assert torch.equal(layer(x), plain(x))
 
 
-def test_without_a_bias():
-    layer = linear.Linear(400, 1296, bias=False)
-    x = torch.randn(100, 400)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
+@pytest.mark.parametrize("bias", [None, torch.randn(2592)[::2], torch.randn(1).expand(1296), torch.randn(1)])
+def test_biases_that_onednn_does_not_take(bias):
+    layer, _, x = both((100, 400), 1296)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, bias))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.new_empty(100, 800)[:, ::2].copy_(x),
+        lambda x: x[:1].expand(100, 400),
+        lambda x: x.flatten()[:2000].unfold(0, 400, 16),
+        lambda x: x.flip(0)[::1],
+    ],
+    ids=["transposed", "strided", "expanded", "overlapping", "flipped"],
+)
+def test_layouts(layout):
+    """Of the input, the weight and the incoming gradient."""
+    layer, plain, x = both((100, 400), 1296)
+    x, weight = layout(x), plain.weight.detach().t().contiguous().t()
+    for module in (layer, plain):
+        module.weight = nn.Parameter(weight)
+    answers = []
+    for module in (layer, plain):
+        leaf = x.detach().requires_grad_()
+        y = module(leaf)
+        answers.append([y, *torch.autograd.grad(y, (leaf, module.weight, module.bias), torch.ones(()).expand_as(y))])
+    for got, wanted in zip(*answers, strict=True):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("shape", [(100, 400), (4, 30, 400)])
+def test_the_output_may_be_changed_in_place(shape):
+    layer, _, x = both(shape, 1296)
+    layer(x).mul_(2).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((1296,), 2.0 * x[..., 0].numel()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_tracing():
+    layer, plain, x = both((100, 400), 1296)
+    assert torch.equal(torch.jit.trace(layer, (x,))(x), plain(x))
 
 
 def test_only_what_is_needed_is_computed():

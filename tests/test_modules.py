@@ -163,6 +163,40 @@ def test_repr_says_the_sizes():
     assert "dim=2, num_steps=3, context_dim=4" in repr(AmortizedPlanarFlow(2, 3, 4))
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "z", "context"),
+    [
+        (TypeError, r"z must be a torch.Tensor, got list", [1.0], (6, 5)),
+        (ValueError, r"z must be \[\*batch, D\] with the flow's D = 4, got \(6, 3\)", (6, 3), (6, 5)),
+        (ValueError, r"context's leading dimensions .*\(7,\), got \(6,\)", (7, 4), (6, 5)),
+        (ValueError, r"context's leading dimensions .*\(\), got \(6,\)", (4,), (6, 5)),
+        (TypeError, r"z must be torch.float32 like the flow, got torch.float64", torch.zeros(6, 4).double(), (6, 5)),
+        (ValueError, r"z must be on cpu like the flow, got meta", torch.zeros(6, 4, device="meta"), (6, 5)),
+    ],
+)
+def test_amortized_arguments_are_refused_by_their_own_names(error, message, z, context):
+    flow = AmortizedPlanarFlow(4, 3, 5)
+    z = torch.zeros(z) if isinstance(z, tuple) else z
+    for call in (flow, flow.inverse):
+        with pytest.raises(error, match=message):
+            call(z, torch.zeros(context))
+
+
+def test_a_head_of_ones_own():
+    flow = AmortizedPlanarFlow(4, 3, 5)
+    flow.head = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 27))
+    assert flow(torch.zeros(6, 4), torch.zeros(6, 5))[0].shape == (6, 4)
+    flow.head = torch.nn.Linear(5, 26)
+    with pytest.raises(ValueError, match=r"head must give \[\*params, K \(2 D \+ 1\)\] = \(6, 27\), got \(6, 26\)"):
+        flow(torch.zeros(6, 4), torch.zeros(6, 5))
+
+
+def test_no_steps_have_a_gradient():
+    z = torch.randn(4, 3, requires_grad=True)
+    AmortizedPlanarFlow(3, 0, 400)(z, torch.randn(4, 400))[0].sum().backward()
+    assert torch.equal(z.grad, torch.ones(4, 3))
+
+
 def test_public_names():
     for name in vvae_fast.__all__:
         assert hasattr(vvae_fast, name)

@@ -67,7 +67,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             grad_z.reshape(-1, z.shape[-1]),
             grad_log_det.reshape(-1),
             z.reshape(-1, z.shape[-1]),
-            packed.reshape(-1, packed.shape[-1]),
+            packed.flatten(0, -2) if packed.dim() > 1 else packed[None],
             a,
             ctx.constraint == "softplus",
         )

@@ -179,27 +179,28 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
 template <class T>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
-  const int64_t dim = round_up(p.dim, 4), spans = ceil_div(p.steps, q.span), padded = round_up(p.steps, kChunk);
-  T* z = scratch;                         // [spans][dim][kTile]: z where each span starts
-  T* g = z + spans * dim * kTile;         // [dim][kTile]
-  T* h = g + dim * kTile;                 // [padded steps][kTile]
-  T* h_prime = h + padded * kTile;        // [padded steps][kTile]
-  T* delta = h_prime + padded * kTile;    // [kChunk][kTile]
+  const int64_t padded_dim = round_up(p.dim, 4), padded_steps = round_up(p.steps, kChunk);
+  const int64_t spans = ceil_div(p.steps, q.span);
+  T* z = scratch;                             // [spans][padded dim][kTile]: z where each span starts
+  T* g = z + spans * padded_dim * kTile;      // [padded dim][kTile]
+  T* h = g + padded_dim * kTile;              // [padded steps][kTile]
+  T* h_prime = h + padded_steps * kTile;      // [padded steps][kTile]
+  T* delta = h_prime + padded_steps * kTile;  // [kChunk][kTile]
   T* lambda = delta + kChunk * kTile;
   load_tile(g, p.grad_z.from(row), n, p.dim);
-  fill(g + p.dim * kTile, T(0), (dim - p.dim) * kTile);
+  fill(g + p.dim * kTile, T(0), (padded_dim - p.dim) * kTile);
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
   activate_tile(p, row, n, h, h_prime);
   prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   if (spans) {
     load_tile(z, p.z.from(row), n, p.dim);
-    fill(z + p.dim * kTile, T(0), (dim - p.dim) * kTile);
+    fill(z + p.dim * kTile, T(0), (padded_dim - p.dim) * kTile);
   }
   for (int64_t span = 1; span < spans; ++span) {  // (10), once more
-    T* next = z + span * dim * kTile;
+    T* next = z + span * padded_dim * kTile;
     const int64_t start = (span - 1) * q.span;
-    copy(next, next - dim * kTile, dim * kTile);
+    copy(next, next - padded_dim * kTile, padded_dim * kTile);
     product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, q.span);
   }
   for (int64_t start = (p.steps - 1) / q.chunk * q.chunk; start >= 0 && p.steps; start -= q.chunk) {
@@ -210,8 +211,8 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
     scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps);
     const int64_t rows = round_up(steps, 4);
-    outer(sums.du_hat + start * dim, h_chunk, g, rows, dim);                                         // (14)
-    outer(sums.dw + start * dim, delta, z + span * dim * kTile, rows, dim);                          // (14)
+    outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
+    outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
     outer(sums.triangle + start * q.span, h_chunk - before * kTile, delta, before + rows, q.chunk);  // (14)
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                                  // (13)
   }

@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 
 _LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def _find_onednn():
     """PyTorch's own entry to oneDNN, which its compiler uses; private, so asked for by name."""
@@ -20,28 +22,30 @@ _onednn = _find_onednn()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, F] weight^T [F, M] + bias [M]."""
-    return _onednn(x, weight, bias, "none", [], "")
+    """x [N, F] weight^T [F, M] + bias [M]; oneDNN takes weights that lie as a matrix or its transpose, nothing else."""
+    (rows, columns), (row, column) = weight.shape, weight.stride()
+    if not (column == 1 and row >= columns) and not (row == 1 and column >= rows):
+        weight = weight.contiguous()
+    return _onednn(x.contiguous(), weight, bias, "none", [], "")
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """x [*batch, F], weight [M, F], bias [M] -> x weight^T + bias [*batch, M]."""
+    """x [N, F], weight [M, F], bias [M] -> x weight^T + bias [N, M]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x.detach(), weight.detach(), bias.detach())
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         product = nn.functional.linear if torch.is_grad_enabled() else _product  # differentiable for create_graph=True
-        rows, of_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         return (
             product(grad, weight.t()) if needs_x else None,
-            product(of_rows.t(), rows.t()) if needs_weight else None,
-            of_rows.sum(0) if needs_bias else None,
+            product(grad.t(), x.t()) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
         )
 
 
@@ -49,20 +53,28 @@ class Linear(nn.Linear):
     """nn.Linear with the same parameters, values and gradients, up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and _serves(x, self.weight):
-            return OneDnnLinear.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        if not _serves(x, self.weight, self.bias):
+            return super().forward(x)
+        y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        # _unsafe_view: an output that is a view could not be modified in place by a hook
+        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
+def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _onednn is not None
         and x.numel() * weight.shape[0] >= _LEAST_WORK
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1:] == weight.shape[1:]
+        and bias is not None
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+        and x.device.type == weight.device.type == bias.device.type == "cpu"
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
+        and x.layout == weight.layout == torch.strided
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

@@ -112,22 +112,44 @@ class AmortizedPlanarFlow(nn.Module):
         if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
-        weight = self.head.weight
-        if context.device != weight.device:
+        self._check_like_head("context", context)
+        packed = self.head(context)
+        wanted = (*context.shape[:-1], self.num_steps * (2 * self.dim + 1))
+        if packed.shape != wanted:
+            raise ValueError(f"head must give [*params, K (2 D + 1)] = {wanted}, got {tuple(packed.shape)}")
+        return packed
+
+    def _check_like_head(self, name: str, tensor: Tensor) -> None:
+        weight = next(self.head.parameters(), tensor)
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} must be on {weight.device} like the flow, got {tensor.device}: move one of them")
+        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise TypeError(f"{name} must be {weight.dtype} like the flow, got {tensor.dtype}: convert one of them")
+
+    def _check_z(self, z: Tensor, context: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        if z.dim() < 1 or z.shape[-1] != self.dim:
+            raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
+        params, batch = context.shape[:-1], z.shape[:-1]
+        if len(params) > len(batch) or params != batch[len(batch) - len(params) :]:
             raise ValueError(
-                f"context must be on {weight.device} like the flow, got {context.device}: move one of them"
+                f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
+                f"got {tuple(params)}: nothing else is broadcast"
             )
-        if context.dtype != weight.dtype and not torch.is_autocast_enabled(context.device.type):
-            raise TypeError(f"context must be {weight.dtype} like the flow, got {context.dtype}: convert one of them")
-        return self.head(context)
+        self._check_like_head("z", z)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
-        return packed_planar_flow(z, self._packed(context), self.num_steps, self.dim, backend=self.backend)
+        packed = self._packed(context)
+        self._check_z(z, context)
+        return packed_planar_flow(z, packed, self.num_steps, self.dim, backend=self.backend)
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
-        return planar_flow_inverse(z, *self.params(context), backend=self.backend)
+        params = self.params(context)
+        self._check_z(z, context)
+        return planar_flow_inverse(z, *params, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_steps={self.num_steps}, context_dim={self.context_dim}"

@@ -146,6 +146,7 @@ def _out(arguments: argparse.Namespace) -> Path:
 def _check_backend() -> None:
     """Raises RunError, with the reasons, where VVAE_FAST_BACKEND asks for a backend that cannot run."""
     try:
+        backends.check_name(backends.environment_name, "the backend")
         with vvae_fast.use_backend(backends.environment_name):
             pass
     except (ValueError, RuntimeError) as error:
