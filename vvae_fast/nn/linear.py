@@ -63,6 +63,7 @@ class Linear(nn.Linear):
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and _onednn is not None
         and x.numel() * weight.shape[0] >= _LEAST_WORK
         and x.shape[-1:] == weight.shape[1:]
@@ -74,7 +75,6 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.layout == weight.layout == torch.strided
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
