@@ -31,7 +31,11 @@ std::atomic<const Isa*>& chosen_isa() {
   return isa;
 }
 
-constexpr int64_t kStreamBytes = int64_t(1) << 23;     // of z_K or dz, from which on they are written past the caches
+
+// Bytes of z_K or dz from which on they are written past the caches, and from which on no longer: glibc takes such blocks
+// fresh from the system, whose zeroing has just brought their pages into the caches.
+constexpr int64_t kStreamBytes = int64_t(1) << 23, kFreshBytes = int64_t(1) << 25;
+
 constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
 
 void check_rank(const Tensor& t, const char* name, int64_t rank) {
@@ -126,11 +130,13 @@ void with_type(const Tensor& z, const F& f) {
     f(double());
 }
 
+bool leaves_caches(int64_t bytes) { return bytes >= kStreamBytes && bytes < kFreshBytes; }
+
 template <class T>
 Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
   return {z.size(0),    z.size(1),    q.steps, q.sets, constrained, matrix<T>(z), params<T>(q.u, q.amortized, false),
           params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true),
-          z.size(0) * z.size(1) * int64_t(sizeof(T)) >= kStreamBytes};
+          leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
 }
 
 template <class T>
