@@ -1,7 +1,7 @@
 // Amortized parameters: the direct recursion of docs/math.md (1) to (8) and its adjoint (16). No two rows share
 // weights, so there is no product to gain: one pass reads u and w once. Vectors run along the latent dimension for the
-// dot products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's activation
-// is under way, the next step's parameters are read and constrained: nothing waits for memory alone.
+// dot products and updates, and over the rows of a block (one a lane) for everything scalar. While one step's
+// activation is under way, the next step's parameters are read and constrained: nothing waits for memory alone.
 #pragma once
 
 #include "tile.h"

@@ -31,9 +31,8 @@ std::atomic<const Isa*>& chosen_isa() {
   return isa;
 }
 
-
-// Bytes of z_K or dz from which on they are written past the caches, and from which on no longer: glibc takes such blocks
-// fresh from the system, whose zeroing has just brought their pages into the caches.
+// Bytes of z_K or dz from which on they are written past the caches, and from which on no longer: glibc takes such
+// blocks fresh from the system, whose zeroing has just brought their pages into the caches.
 constexpr int64_t kStreamBytes = int64_t(1) << 23, kFreshBytes = int64_t(1) << 25;
 
 constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
