@@ -27,6 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     _probe(config.getoption("results"))
+    # pytest-benchmark's, where a session is interrupted between two timings: all warnings are errors here.
+    unused = "ignore:Benchmark fixture was not used:pytest_benchmark.logger.PytestBenchmarkWarning"
+    config.addinivalue_line("filterwarnings", unused)
     # Compile times are those of a cold cache, and inductor reads this when it first compiles.
     config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
