@@ -26,15 +26,33 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    _probe(config.getoption("results"))
+    # pytest-benchmark's, where a session is interrupted between two timings: all warnings are errors here.
+    unused = "ignore:Benchmark fixture was not used:pytest_benchmark.logger.PytestBenchmarkWarning"
+    config.addinivalue_line("filterwarnings", unused)
     # Compile times are those of a cold cache, and inductor reads this when it first compiles.
     config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
     config.bench = Bench(config.getoption("device"), config.getoption("quick"))
-    config.complete = not config.bench.quick
+    config.complete = True  # every block of the full or the quick run
 
 
+def _probe(folder: Path) -> None:
+    """Says now, not after the measurements, that nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"cannot write results to {folder}: {error.strerror}") from error
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    shutil.rmtree(config.compile_cache, ignore_errors=True)
+    if hasattr(config, "compile_cache"):
+        shutil.rmtree(config.compile_cache, ignore_errors=True)
+    if getattr(config, "interrupted", False):
+        config.pluginmanager.get_plugin("terminalreporter").write_line("interrupted: no results written")
 
 
 def pytest_collection_modifyitems(items):
@@ -53,6 +71,7 @@ def pytest_collection_finish(session):
     progress = Progress(config.bench, config.pluginmanager.get_plugin("terminalreporter"))
     progress.plan(session.items)
     config.pluginmanager.register(progress)
+    config.progress = progress
 
 
 def pytest_report_teststatus(report):
@@ -69,8 +88,10 @@ def bench(request):
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     config.written = None
+    config.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and config.bench.run.timings:
-        kind = "full" if config.complete else "quick" if config.bench.quick else "partial"
+        complete = config.complete and config.progress.done == len(config.progress.blocks)  # -x stops before
+        kind = "partial" if not complete else "quick" if config.bench.quick else "full"
         rows = results.rows(config.bench.run, config.bench.contestants)
         header = results.header(config.bench.run, kind, time.time() - config.bench.started)
         config.written = results.write(results.Results(header, rows), config.getoption("results"))

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from results import Results, Row
 
 FB = "forward+backward"
-COLORS = {
+NO_OP = "no-op (does no work)"
+COLORS = {  # in the legends' order
     "vvae_fast": "#c0392b",
-    "no-op": "#7f8c8d",
+    NO_OP: "#7f8c8d",
     "torch.compile": "#2471a3",
     "eager loop": "#1e8449",
     "normflows": "#b9770e",
@@ -19,30 +20,40 @@ COLORS = {
     "pythae": "#d16ba5",
     "floor": "#000000",
 }
-MARKERS = dict(zip(COLORS, "o.s^Dvx", strict=False))
+MARKERS = dict(zip(COLORS, "oXs^DvP", strict=False))
+Points = dict[str, list[tuple[float, float]]]  # (x, y) of each label
 
 
-def lines(run: Results, chosen: Callable[[Row], bool], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+def lines(run: Results, chosen: Callable[[Row], bool], x: str, y: str) -> Points:
     """The points (x, y) of each contestant among the rows chosen, in order."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    backends = {row.contestant for row in run.rows if row.role == "ours" and row.pass_ != "step"}
+    labels = {"no-op": NO_OP} | ({name: "vvae_fast" for name in backends} if len(backends) == 1 else {})
+    found: Points = {}
     for row in run.rows:
         if row.role != "copy" and chosen(row) and getattr(row, y) is not None:
-            found.setdefault(row.contestant, []).append((getattr(row, x), getattr(row, y)))
-    return {name: sorted(points) for name, points in found.items()}
+            label = labels.get(row.contestant, row.contestant)
+            found.setdefault(label, []).append((getattr(row, x), getattr(row, y)))
+    return {label: sorted(points) for label, points in found.items()}
 
 
-def draw(ax: Axes, found: dict[str, list[tuple[float, float]]], scale: float) -> None:
+def key(label: str) -> str:
+    """Under which a label's colour, marker and place are found."""
+    return "vvae_fast" if label.startswith("vvae_fast") else label
+
+
+def draw(ax: Axes, found: Points, scale: float, hollow: bool = False) -> None:
     """One line a contestant on logarithmic axes."""
     for name, points in found.items():
-        ours = name.startswith("vvae_fast")
-        style = {"color": COLORS.get("vvae_fast" if ours else name), "linewidth": 2.4 if ours else 1.3}
-        style |= {"marker": MARKERS.get("vvae_fast" if ours else name), "markersize": 4.5}
+        ours = key(name) == "vvae_fast"
+        style = {"color": COLORS.get(key(name)), "linewidth": 2.4 if ours else 1.3}
+        style |= {"marker": MARKERS.get(key(name)), "markersize": 5.5}
+        style |= {"markerfacecolor": "white"} if hollow else {}
         if name == "floor":
-            style |= {"linestyle": "--", "marker": ""}
+            style |= {"linestyle": ":", "marker": ""}
         ax.plot([x for x, _ in points], [scale * y for _, y in points], label=name, zorder=3 if ours else 2, **style)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ticks = sorted({x for points in found.values() for x, _ in points})
+    ticks = sorted({x for line in ax.lines for x in line.get_xdata()})
     ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
     ax.minorticks_off()
     ax.tick_params(axis="x", labelrotation=45 if len(ticks) > 7 else 0)
@@ -67,17 +78,16 @@ def time_against_rows(ax: Axes, run: Results) -> None:
 
 
 def distance_to_floor(ax: Axes, run: Results) -> None:
-    for pass_, style in (("forward", "-"), ("backward", "--")):
+    for pass_ in ("forward", "backward"):
 
         def chosen(row: Row, pass_: str = pass_) -> bool:
             return row.pass_ == pass_ and row.role != "no-op" and _of_the_batch_series(row)
 
-        before = len(ax.lines)
-        draw(ax, lines(run, chosen, "rows", "to_floor"), 1.0)
-        for line in ax.lines[before:]:
-            line.set_linestyle(style)
-    ax.axhline(1, color="black", linestyle="--", label="floor")
-    ax.set(xlabel="rows B", ylabel="time / floor: forward solid, backward dashed")
+        draw(ax, lines(run, chosen, "rows", "to_floor"), 1.0, hollow=pass_ == "backward")
+    if ax.lines:
+        ends = [f(x for line in ax.lines for x in line.get_xdata()) for f in (min, max)]
+        draw(ax, {"floor": [(x, 1.0) for x in ends]}, 1.0)
+    ax.set(xlabel="rows B", ylabel="time / floor: forward filled, backward hollow")
     ax.set_title("Distance to the floor at D = 64, K = 32")
 
 
@@ -106,11 +116,20 @@ def write(run: Results, folder: Path) -> None:
         "time.svg": (time_against_steps, time_against_rows),
         "floor-and-memory.svg": (distance_to_floor, memory_against_steps),
     }
+    h = run.header
+    threads = "" if h["device"] == "cuda" else f", {h['threads']} threads"
     for name, panels in pages.items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.8), layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 5.1), layout="constrained")
         for ax, panel in zip(axes, panels, strict=True):
             panel(ax, run)
-        legend = {line.get_label(): line for ax in axes for line in reversed(ax.lines)}  # first ones win
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+            if len({x for line in ax.lines for x in line.get_xdata()}) < 2:
+                ax.remove()  # one point is in the tables
+        found = {line.get_label(): line for ax in figure.axes for line in reversed(ax.lines)}  # filled markers win
+        order = list(COLORS)
+        labels = sorted(found, key=lambda label: (order.index(key(label)), label))
+        figure.suptitle(f"{h['machine']}{threads}, float32")
+        if labels:
+            handles = [found[label] for label in labels]
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         figure.savefig(folder / name, metadata={"Date": None})
         plt.close(figure)

@@ -1,6 +1,6 @@
 """Results into tables and plots: benchmarks/results/<machine>/README.md, and the README's section. Run `make report`.
 
-Everything here is a function of the committed results: the same files give the same text.
+Everything here is a function of the newest full run in each machine's folder: the same files give the same text.
 """
 
 import re
@@ -11,7 +11,7 @@ import results
 from cases import PASSES
 from results import Results, Row
 
-ROOT = Path(__file__).parent.parent
+ROOT = results.ROOT
 START, END = "<!-- bench -->\n", "<!-- /bench -->"
 OURS = "vvae_fast"  # the column of the fastest backend
 PEERS = ("torch.compile", "eager loop", "normflows", "Pyro", "pythae")
@@ -23,6 +23,10 @@ FLOOR_CASES = (
     *(f"shared-B{B}-D64-K32" for B in (4096, 16384, 65536, 262144)),
     "amortized-B1000-D40-K16",
 )
+
+
+NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
+LEAST_FLOOR = 2e-6  # seconds, a function call: a ratio to less says nothing
 
 
 def table(columns: list[str], lines: list[list[str]]) -> str:
@@ -70,12 +74,22 @@ def title(row: Row) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Time, and the ratio to ours in the same rounds."""
+    """Time, the ratio to ours in the same rounds, and ~ where the rounds disagree."""
     if row is None:
         return ""
     if row.median is None:
         return row.status.split(":")[0]
-    return duration(row.median) if row.role == "ours" else f"{duration(row.median)} ({ratio(row.to_base)})"
+    text = duration(row.median) if row.role == "ours" else f"{duration(row.median)} ({ratio(row.to_base)})"
+    return text + "~" * noisy(row)
+
+
+def noisy(row: Row) -> bool:
+    return bool(row.round_medians) and max(row.round_medians) > NOISY * min(row.round_medians)
+
+
+def floor_ratio(row: Row) -> str:
+    """Time over the floor, where the floor is more than a function call."""
+    return ratio(row.to_floor) if row.floor and row.floor >= LEAST_FLOOR else "-"
 
 
 def where_from(run: Results) -> str:
@@ -96,7 +110,7 @@ def time_table(run: Results, pass_: str, names: tuple[str, ...] | list[str]) -> 
         if OURS in found:
             mine = found[OURS]
             start = [title(mine), cell(mine), *(cell(found.get(name)) for name in others)]
-            lines.append([*start, duration(mine.floor), ratio(mine.to_floor)])
+            lines.append([*start, duration(mine.floor), floor_ratio(mine)])
     return table(["B x D, K", OURS, *others, "floor", "vvae_fast / floor"], lines)
 
 
@@ -137,7 +151,7 @@ def memory_table(run: Results) -> str:
 
 def where_not_fastest(run: Results) -> str:
     """One sentence on the comparisons in which some peer is faster than the fastest backend."""
-    compared, lost = 0, []
+    compared, lost, timed = 0, [], {row.contestant for row in run.rows if row.median}
     for pass_ in PASSES:
         for case in cases(run, pass_):
             mine = pick(run, pass_, case).get(OURS)
@@ -148,9 +162,13 @@ def where_not_fastest(run: Results) -> str:
                 lost.append(
                     f"{title(mine)}, {pass_} ({mine.fastest_peer} takes {1 / mine.to_fastest_peer:.2f} of its time)"
                 )
+    if not compared:
+        return ""
+    missing = [name for name in PEERS if name not in timed]
+    but = f" Not timed at all in it: {', '.join(missing)}." if missing else ""
     if not lost:
-        return f"vvae_fast is the fastest in all {compared} comparisons of that run (passes of cases with a peer)."
-    return f"vvae_fast is not the fastest in {len(lost)} of {compared} comparisons of that run: {'; '.join(lost)}."
+        return f"vvae_fast is the fastest in all {compared} comparisons of that run (passes of cases with a peer).{but}"
+    return f"vvae_fast is not the fastest in {len(lost)} of {compared} comparisons of that run: {'; '.join(lost)}.{but}"
 
 
 def floor_table(run: Results) -> str:
@@ -159,7 +177,7 @@ def floor_table(run: Results) -> str:
     for case in FLOOR_CASES:
         passes = [pick(run, pass_, case).get(OURS) for pass_ in PASSES[:2]]
         if all(passes):
-            lines.append([title(passes[0]), *(f"{ratio(row.to_floor)} ({duration(row.median)})" for row in passes)])
+            lines.append([title(passes[0]), *(f"{floor_ratio(row)} ({cell(row)})" for row in passes)])
     return table(["B x D, K", "forward", "backward"], lines) if lines else ""
 
 
@@ -198,7 +216,7 @@ def compile_times(run: Results) -> str:
 
 def summary(run: Results) -> str:
     """What the session prints at its end."""
-    parts = [where_from(run)]
+    parts = [where_from(run), TIME_CAPTION]
     parts += [f"{pass_}\n{time_table(run, pass_, cases(run, pass_))}" for pass_ in PASSES if cases(run, pass_)]
     parts += [training_table(run), memory_table(run) if cases(run, "memory") else "", compile_times(run)]
     return "\n\n".join(filter(None, [*parts, where_not_fastest(run), refusals(run), f"{run.header['seconds']} s"]))
@@ -211,22 +229,26 @@ def machine_page(run: Results) -> str:
     rate = ", ".join(f"{x / 1e9:,.0f} Gflop/s ({dtype})" for dtype, x in rates.items())
     parts = [
         f"# {run.header['machine']}",
-        f"Written by `make report`. {where_from(run)}; {versions}. Medians of the rounds' medians, in parentheses the "
-        "median of the per-round ratios to vvae_fast. The floor is that of docs/math.md (19), from the copy of z timed "
-        f"in the same rounds and the best matrix product: {rate}.",
+        f"Written by `make report`. {where_from(run)}; {versions}. Best matrix product: {rate}.",
     ]
     for pass_ in PASSES:
-        parts += [f"## {pass_.capitalize()}", time_table(run, pass_, cases(run, pass_))]
+        parts += [f"## {pass_.capitalize()}", TIME_CAPTION, time_table(run, pass_, cases(run, pass_))]
     parts += [compile_times(run), where_not_fastest(run), refusals(run)]
     parts += ["![Time against K and against B](time.svg)", "![Distance to the floor, memory](floor-and-memory.svg)"]
     parts += ["## VAE step", STEP_CAPTION, training_table(run), "## Memory", memory_caption(run), memory_table(run)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-FLOOR_CAPTION = (
-    "Time over the floor, and the time. The floor is what the memory traffic or the arithmetic alone takes at the copy "
-    "bandwidth and the matrix-product rate of that run, docs/math.md (19):"
+TIME_CAPTION = (
+    "The floor is the time that the memory traffic or the arithmetic alone takes, docs/math.md (19), at the bandwidth "
+    "of the copy of z timed in the same rounds and the rate of that run's best matrix product. The no-op clones z and "
+    "does no other work: it is what autograd costs by itself. Times are medians of the rounds' medians; in "
+    "parentheses: the median over the rounds of the ratio to vvae_fast in the same round. `~`: the slowest round took "
+    f"more than {NOISY} times the fastest. The last column has no ratio where the floor is under "
+    f"{1e6 * LEAST_FLOOR:.0f} us, a function call."
 )
+FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
+NO_GPU = "Not measured on a GPU."
 STEP_CAPTION = (
     "784-400-40, B = 100, as a ratio to the vanilla step of the same round: median of the rounds, smallest to largest."
 )
@@ -243,7 +265,7 @@ def readme_section(run: Results, machine: str) -> str:
     """What stands between the README's markers, for one machine."""
     folder = f"benchmarks/results/{machine}"
     parts = [
-        f"{where_from(run)}. Forward + backward, float32, constraint included:",
+        f"{where_from(run)}. Forward + backward, float32, constraint included. {TIME_CAPTION}",
         time_table(run, "forward+backward", HEADLINE),
         " ".join(filter(None, [where_not_fastest(run), compile_times(run)])),
         f"![Time against K and against B]({folder}/time.svg)",
@@ -259,26 +281,33 @@ def readme_section(run: Results, machine: str) -> str:
 
 def with_section(readme: str, runs: dict[str, Results]) -> str:
     """The README with its section written from the newest run of each machine."""
-    section = "\n".join(readme_section(run, machine) for machine, run in runs.items())
+    parts = [readme_section(run, machine) for machine, run in runs.items()]
+    if all(run.header["device"] != "cuda" for run in runs.values()):
+        parts.append(f"{NO_GPU}\n")
+    section = "\n".join(parts)
     return re.sub(f"{START}.*?{END}", lambda _: f"{START}{section}{END}", readme, flags=re.S)
 
 
-def main() -> int:
+def main(folder: Path = results.FOLDER, readme: Path = ROOT / "README.md") -> int:
     """Rewrites the machines' pages and plots and the README's section from the newest full results."""
     import plots  # matplotlib is no need of the tables
 
-    runs = {machine: results.read(path) for machine, path in results.newest().items()}
-    if not runs:
-        print(f"no full results under {results.FOLDER}: run `make bench` first", file=sys.stderr)
+    try:
+        runs = {machine: results.read(path) for machine, path in results.newest(folder=folder).items()}
+    except results.Unreadable as error:
+        print(error, file=sys.stderr)
         return 1
+    if not runs:
+        print(f"no full results under {folder}: run `make bench` first", file=sys.stderr)
+        return 1
+    pages = {machine: machine_page(run) for machine, run in runs.items()}
+    section = with_section(readme.read_text(), runs)
     for machine, run in runs.items():
-        folder = results.FOLDER / machine
-        (folder / "README.md").write_text(machine_page(run))
-        plots.write(run, folder)
-        print(f"written: {folder.relative_to(ROOT)}/README.md, time.svg, floor-and-memory.svg")
-    readme = ROOT / "README.md"
-    readme.write_text(with_section(readme.read_text(), runs))
-    print("written: README.md")
+        (folder / machine / "README.md").write_text(pages[machine])
+        plots.write(run, folder / machine)
+        print(f"written: {folder.name}/{machine}/README.md, time.svg, floor-and-memory.svg")
+    readme.write_text(section)
+    print(f"written: {readme.name}")
     return 0
 
 

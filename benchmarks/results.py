@@ -1,7 +1,7 @@
 """The record of a benchmark run: rows, a header that says where they come from, JSON and CSV.
 
-benchmarks/results/<machine>/torch-<version>-<commit>.json holds a full run; quick and partial ones say so in their name
-and are not committed. Times are in seconds, sizes in bytes.
+A full run is benchmarks/results/<machine>/torch-<version>-<commit>.json, <commit>-dirty with uncommitted changes; quick
+and partial ones say so at the start of their name, and git ignores them. Times are in seconds, sizes in bytes.
 """
 
 import csv
@@ -23,7 +23,16 @@ from measure import COPY, Run
 
 import vvae_fast
 
+ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).parent / "results"
+HEADER = (  # what the report needs of it
+    *("kind", "date", "seconds", "device", "machine", "threads", "isa", "torch", "commit", "dirty"),
+    *("matrix_product_flops_per_second", "peak_bytes_method", "versions"),
+)
+
+
+class Unreadable(Exception):
+    """A file of results is truncated, or of another version; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ def write(run: Results, folder: Path = FOLDER) -> Path:
     """Writes JSON and CSV and returns the JSON's path."""
     h = run.header
     prefix = "" if h["kind"] == "full" else f"{h['kind']}-"
-    path = folder / slug(h) / f"{prefix}torch-{h['torch']}-{h['commit']}.json"
+    path = folder / slug(h) / f"{prefix}torch-{h['torch']}-{h['commit']}{'-dirty' * bool(h['dirty'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(json.dumps(_compact(row)) for row in run.rows)  # a row a line: diffs stay readable
     path.write_text(f'{{"header": {json.dumps(h, indent=1)},\n"rows": [\n{body}\n]}}\n')
@@ -236,9 +245,17 @@ def _compact(row: Row) -> dict[str, object]:
 
 
 def read(path: Path) -> Results:
-    """What `write` wrote."""
-    found = json.loads(path.read_text())
-    return Results(found["header"], [Row(**{"num_steps": None, "amortized": None, **row}) for row in found["rows"]])
+    """What `write` wrote; Unreadable where it is not that."""
+    try:
+        found = json.loads(path.read_text())
+        header = {name: found["header"][name] for name in HEADER} | found["header"]
+        return Results(header, [Row(**{"num_steps": None, "amortized": None, **row}) for row in found["rows"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        shown = path.resolve()
+        shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else path
+        raise Unreadable(
+            f"cannot read {shown} (truncated, or of another version): delete it or run `make bench` again"
+        ) from error
 
 
 def committed(folder: Path = FOLDER) -> list[Path]:

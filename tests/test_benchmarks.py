@@ -1,5 +1,6 @@
 """The benchmark suite itself: its floor, its refusals, its records and its report."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -244,6 +245,24 @@ def test_report_says_where_a_peer_is_faster():
     assert "1 x 64, K = 32, forward (pythae takes 0.50 of its time)" in sentence
     faster = results.Results(run.header, [row for row in run.rows if row.rows != 1])
     assert "is the fastest in all 1 comparisons" in report.where_not_fastest(faster)
+    assert report.where_not_fastest(faster).endswith("at all in it: torch.compile, eager loop, normflows, Pyro.")
+    assert report.where_not_fastest(results.Results(run.header, [])) == ""
+
+
+def test_noisy_rounds_and_floors_below_a_function_call_are_marked():
+    (row,) = (row for row in stored_run().rows if row.rows == 100)
+    assert report.cell(dataclasses.replace(row, round_medians=[1.0, 1.6, 1.2])) == "100 us~"
+    assert report.cell(dataclasses.replace(row, round_medians=[1.0, 1.4, 1.2])) == "100 us"
+    assert report.floor_ratio(row) == "2.00x"
+    assert report.floor_ratio(dataclasses.replace(row, floor=1.9e-6)) == "-"
+
+
+def test_the_section_says_when_no_gpu_was_measured():
+    run = stored_run()
+    gpu = results.Results({**run.header, "device": "cuda"}, run.rows)
+    page = f"{report.START}{report.END}"
+    assert report.NO_GPU in report.with_section(page, {"cpu": run})
+    assert report.NO_GPU not in report.with_section(page, {"cpu": run, "gpu": gpu})
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
@@ -254,6 +273,31 @@ def test_results_are_read_as_they_were_written(tmp_path):
     quick = results.Results({**run.header, "kind": "quick", "date": "2999"}, run.rows)
     assert results.write(quick, tmp_path).name.startswith("quick-")
     assert results.newest(folder=tmp_path) == {path.parent.name: path}
+
+
+def test_uncommitted_changes_are_in_the_name(tmp_path):
+    run = stored_run()
+    names = [results.write(results.Results({**run.header, "dirty": x}, []), tmp_path).stem for x in (False, True)]
+    assert names[1] == f"{names[0]}-dirty"
+
+
+@pytest.mark.parametrize("spoiled", ["", "{", "[]", "null", '{"header": {}, "rows": []}', "\0\0", "old", "row"])
+def test_report_names_a_file_it_cannot_read_and_writes_nothing(tmp_path, capsys, spoiled):
+    run = stored_run()
+    path = results.write(results.Results({**run.header, "dirty": False}, run.rows), tmp_path)
+    written = json.loads(path.read_text())
+    if spoiled == "old":
+        del written["header"]["dirty"]
+    elif spoiled == "row":
+        written["rows"][0]["renamed"] = 1
+    path.write_text(json.dumps(written) if spoiled in ("old", "row") else spoiled)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.START}old\n{report.END}\n")
+    assert report.main(tmp_path, readme) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"cannot read {path} (truncated, or of another version): delete it or run `make bench` again"
+    assert "old" in readme.read_text()
+    assert not (path.parent / "README.md").exists()
 
 
 def test_readme_is_what_the_report_writes_from_the_committed_results():
@@ -275,28 +319,32 @@ def test_report_replaces_the_section_alone():
     assert "old" not in written
 
 
+def session(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The quick run with further options."""
+    options = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options, "--quick", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_session_with_an_unusable_folder_for_results(tmp_path):
+    """It says so before anything is measured."""
+    (tmp_path / "file").touch()
+    done = session("--results", str(tmp_path / "file"))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"cannot write results to {tmp_path / 'file'}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_session_with_missing_and_broken_peers(tmp_path):
     """The command of `make bench-quick` on one pass of one case; two peers are stubs that fail to import."""
     (tmp_path / "normflows.py").write_text("raise ImportError('No module named normflows')")
     (tmp_path / "pythae.py").write_text("raise RuntimeError('broken')")
     names = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    options = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
     only = "bench_planar and B100-D2-K8-forward- and not Pyro"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks",
-        *options,
-        "--quick",
-        "--results",
-        str(tmp_path),
-        "-k",
-        only,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | names, capture_output=True, text=True)
+    done = session("--results", str(tmp_path), "-k", only, **names)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*/quick-*.json")
+    (path,) = tmp_path.glob("*/*.json")
+    assert path.name.startswith("partial-"), "a part of the quick run is not the quick run"
     rows = {row["contestant"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows["normflows"]["status"] == "missing: No module named normflows (pip install normflows)"
     assert rows["pythae"]["status"] == "failed: RuntimeError: broken"
