@@ -6,6 +6,7 @@ before. On a CPU that of the process's resident set (VmHWM), in a forked child i
 size: it counts scratch memory that no allocator of PyTorch's sees. Linux only, to about 0.3 MB.
 """
 
+import atexit
 import ctypes
 import functools
 import multiprocessing
@@ -65,11 +66,13 @@ def _pool():
     kept = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server preloads before it is told our sys.path
     try:
-        return context.Pool(1, maxtasksperchild=1)
+        pool = context.Pool(1, maxtasksperchild=1)
     finally:
         del os.environ["PYTHONPATH"]
         if kept is not None:
             os.environ["PYTHONPATH"] = kept
+    atexit.register(pool.terminate)
+    return pool
 
 
 def _resident_peak(case: Case, contestant: Contestant, threads: int) -> int:
