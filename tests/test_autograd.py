@@ -60,8 +60,8 @@ def test_private_switches_exist():
     assert forward_ad._current_level == -1
     with forward_ad.dual_level():
         assert forward_ad._current_level == 0
-        assert autograd._needs_plain_torch()
-    assert not autograd._needs_plain_torch()
+        assert autograd.needs_plain_torch()
+    assert not autograd.needs_plain_torch()
 
 
 def test_vmap_over_rows_is_the_batch():

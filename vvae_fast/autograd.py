@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from vvae_fast import ops, reference
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
+unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
 class PlanarFlowFunction(torch.autograd.Function):
@@ -25,8 +25,7 @@ class PlanarFlowFunction(torch.autograd.Function):
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None
         z, u, w, b, a = ctx.saved_tensors
-        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-        grad_log_det = z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
+        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
             return *reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint), None
         return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.constraint), None
@@ -34,7 +33,7 @@ class PlanarFlowFunction(torch.autograd.Function):
 
 def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
     """z_K [*batch, D] and log_det [*batch] of arguments that share one compute dtype, on the backend `backend`."""
-    if backend == "reference" or _needs_plain_torch():
+    if backend == "reference" or needs_plain_torch():
         return reference.planar_forward(z, u, w, b, constraint)[:2]
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
         return PlanarFlowFunction.apply(z, u, w, b, constraint)
@@ -57,8 +56,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
         if grad_z is None and grad_log_det is None:
             return None, None, None, None
         z, packed, a = ctx.saved_tensors
-        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-        grad_log_det = z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
+        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             u, w, b = unpack(packed, ctx.num_steps, z.shape[-1])
             dz, du, dw, db = reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
@@ -84,14 +82,20 @@ def packed_planar_flow(
     z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` with the parameters that `unpack` finds in packed [*params, K (2 D + 1)]."""
-    if backend == "reference" or _needs_plain_torch() or not torch.is_grad_enabled():
+    if backend == "reference" or needs_plain_torch() or not torch.is_grad_enabled():
         return planar_flow(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend)
     return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint)
 
 
-def _needs_plain_torch() -> bool:
+def needs_plain_torch() -> bool:
     """Inside torch.func transforms and forward-mode AD only plain torch operations are transformed."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both outputs, of which one was not used."""
+    grad_z = torch.zeros_like(z) if grad_z is None else grad_z
+    return grad_z, z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
 
 
 def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +112,7 @@ def _run_forward(
         return ops.planar_forward(z, u, w, b, constraint == "softplus", save)
     rows = z.reshape(-1, z.shape[-1])
     z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
-    # _unsafe_view: a Function's outputs that are views could not be modified in place
-    return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
+    return unsafe_view(z_K, z.shape), unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(

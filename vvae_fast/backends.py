@@ -14,6 +14,7 @@ from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
 AUTO = "auto"
+environment_name = config.backend()  # where neither backend= nor use_backend names one
 
 
 class Backend(NamedTuple):
@@ -50,9 +51,6 @@ NAMES = tuple(_BACKENDS)  # fastest first: the order in which "auto" asks
 class _Override(threading.local):
     def __init__(self) -> None:
         self.name: str | None = None  # an attribute of the instance: torch.compile guards no other
-
-
-environment_name = config.backend()
 
 
 _override = _Override()

@@ -51,6 +51,11 @@ def check_size(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def is_trailing(params: torch.Size, batch: torch.Size) -> bool:
+    """Whether the parameters' batch dimensions end those of z: the only broadcast there is."""
+    return len(params) <= len(batch) and params == batch[len(batch) - len(params) :]
+
+
 def _alike(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
     """Dense floating tensors of one dtype on one device: what nearly every call passes, and the cheapest to ask."""
     return (
@@ -100,7 +105,7 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             f"b must have u's shape without its last dimension, {tuple(u.shape[:-1])}, got {tuple(b.shape)}"
         )
     params, batch = u.shape[:-2], z.shape[:-1]
-    if params and (len(params) > len(batch) or params != batch[len(batch) - len(params) :]):
+    if not is_trailing(params, batch):
         raise ValueError(
             f"u's batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got {tuple(params)}: "
             "nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] and b [K])"

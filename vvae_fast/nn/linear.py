@@ -5,11 +5,10 @@ On processors that MKL does not know it runs at half their speed, and the head i
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from vvae_fast.autograd import needs_plain_torch, unsafe_view
 
 _LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _find_onednn():
@@ -56,8 +55,7 @@ class Linear(nn.Linear):
         if not _serves(x, self.weight, self.bias):
             return super().forward(x)
         y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-        # _unsafe_view: an output that is a view could not be modified in place by a hook
-        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -75,6 +73,5 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.layout == weight.layout == torch.strided
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not needs_plain_torch()
     )

@@ -9,7 +9,7 @@ from vvae_fast.autograd import unpack
 from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
-from vvae_fast.shapes import check_size
+from vvae_fast.shapes import check_size, is_trailing
 
 # softplus(w . u) = 1 at w . u = log(e - 1), and there u_hat = 0: the flow starts as the identity, docs/math.md (4).
 _IDENTITY_ALPHA = math.log(math.e - 1)
@@ -132,7 +132,7 @@ class AmortizedPlanarFlow(nn.Module):
         if z.dim() < 1 or z.shape[-1] != self.dim:
             raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
         params, batch = context.shape[:-1], z.shape[:-1]
-        if len(params) > len(batch) or params != batch[len(batch) - len(params) :]:
+        if not is_trailing(params, batch):
             raise ValueError(
                 f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
                 f"got {tuple(params)}: nothing else is broadcast"
