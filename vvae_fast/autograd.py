@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from vvae_fast import ops, reference
 
-unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
+_unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
 class PlanarFlowFunction(torch.autograd.Function):
@@ -112,7 +112,7 @@ def _run_forward(
         return ops.planar_forward(z, u, w, b, constraint == "softplus", save)
     rows = z.reshape(-1, z.shape[-1])
     z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
-    return unsafe_view(z_K, z.shape), unsafe_view(log_det, z.shape[:-1]), a
+    return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(

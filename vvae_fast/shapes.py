@@ -53,7 +53,7 @@ def check_size(name: str, value: object, least: int) -> None:
 
 def is_trailing(params: torch.Size, batch: torch.Size) -> bool:
     """Whether the parameters' batch dimensions end those of z: the only broadcast there is."""
-    return len(params) <= len(batch) and params == batch[len(batch) - len(params) :]
+    return params == batch[len(batch) - len(params) :]  # shorter than params where there are too many of them
 
 
 def _alike(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:

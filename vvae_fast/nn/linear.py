@@ -6,7 +6,7 @@ On processors that MKL does not know it runs at half their speed, and the head i
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.autograd import needs_plain_torch, unsafe_view
+from vvae_fast.autograd import needs_plain_torch
 
 _LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
 
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
         if not _serves(x, self.weight, self.bias):
             return super().forward(x)
         y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-        return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
