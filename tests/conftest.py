@@ -1,9 +1,21 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite, which runs the Triton kernels on the GPU or, where there is none, interpreted."""
+
+import contextlib
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # vvae_fast and Triton read it when they are imported
+    with contextlib.suppress(ImportError):  # the tests that need Triton skip and say so
+        import triton
+
+        triton.knobs.runtime.interpret = True
+
 from vvae_fast import ops
+
+os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
 
 @pytest.fixture(autouse=True)

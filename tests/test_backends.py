@@ -51,7 +51,7 @@ def test_asked_for_by_name_but_not_there():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"backend must be one of \('cpp', 'reference', 'auto'\), got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of \('cpp', 'triton', 'reference', 'auto'\), got 'gpu'"):
         backends.select(problem(), "gpu")
     with pytest.raises(ValueError, match="use_backend's name must be one of"):
         vvae_fast.use_backend("gpu")  # not only when the block is entered

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vvae_fast import ops, reference
+from vvae_fast import ops, reference, shapes
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
@@ -13,10 +13,43 @@ class PlanarFlowFunction(torch.autograd.Function):
     """planar_forward and planar_backward on z [*batch, D], saving z and the pre-activations a [K, rows] only."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, u, w, b, constraint, save=True)
+    def forward(
+        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, u, w, b, constraint, backend, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.constraint = constraint
+        ctx.constraint, ctx.backend = constraint, backend
+        ctx.set_materialize_grads(False)
+        return z_K, log_det
+
+    @staticmethod
+    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_z is None and grad_log_det is None:
+            return None, None, None, None, None, None
+        z, u, w, b, a = ctx.saved_tensors
+        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
+            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint), None, None
+        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.constraint, ctx.backend), None, None
+
+
+def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
+    """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the backend `backend` takes."""
+    if backend == "reference":
+        return reference.planar_forward(z, u, w, b, constraint)[:2]
+    if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
+        return PlanarFlowFunction.apply(z, u, w, b, constraint, backend)
+    return _run_forward(z, u, w, b, constraint, backend, save=False)[:2]
+
+
+class PackedPlanarFlowFunction(torch.autograd.Function):
+    """The same for parameters that a linear head packed, [*params, K (2 D + 1)]: one gradient, in the head's layout."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend, save=True)
+        ctx.save_for_backward(z, packed, a)
+        ctx.num_steps, ctx.constraint, ctx.backend = num_steps, constraint, backend
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
@@ -24,44 +57,13 @@ class PlanarFlowFunction(torch.autograd.Function):
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None
-        z, u, w, b, a = ctx.saved_tensors
-        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            return *reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint), None
-        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.constraint), None
-
-
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
-    """z_K [*batch, D] and log_det [*batch] of arguments that share one compute dtype, on the backend `backend`."""
-    if backend == "reference" or needs_plain_torch():
-        return reference.planar_forward(z, u, w, b, constraint)[:2]
-    if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return PlanarFlowFunction.apply(z, u, w, b, constraint)
-    return _run_forward(z, u, w, b, constraint, save=False)[:2]
-
-
-class PackedPlanarFlowFunction(torch.autograd.Function):
-    """The same for parameters that a linear head packed, [*params, K (2 D + 1)]: one gradient, in the head's layout."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, packed: Tensor, num_steps: int, constraint: str) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, *unpack(packed, num_steps, z.shape[-1]), constraint, save=True)
-        ctx.save_for_backward(z, packed, a)
-        ctx.num_steps, ctx.constraint = num_steps, constraint
-        ctx.set_materialize_grads(False)
-        return z_K, log_det
-
-    @staticmethod
-    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_z is None and grad_log_det is None:
-            return None, None, None, None
         z, packed, a = ctx.saved_tensors
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             u, w, b = unpack(packed, ctx.num_steps, z.shape[-1])
-            dz, du, dw, db = reference.planar_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
-            return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None
-        dz, dpacked = ops.planar_backward_packed(
+            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
+            return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
+        dz, dpacked = ops.OPERATORS[ctx.backend].planar_backward_packed(
             grad_z.reshape(-1, z.shape[-1]),
             grad_log_det.reshape(-1),
             z.reshape(-1, z.shape[-1]),
@@ -69,7 +71,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             a,
             ctx.constraint == "softplus",
         )
-        return dz.view(z.shape), dpacked.view(packed.shape), None, None
+        return dz.view(z.shape), dpacked.view(packed.shape), None, None, None
 
 
 def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +84,9 @@ def packed_planar_flow(
     z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` with the parameters that `unpack` finds in packed [*params, K (2 D + 1)]."""
-    if backend == "reference" or needs_plain_torch() or not torch.is_grad_enabled():
+    if backend == "reference" or not torch.is_grad_enabled():
         return planar_flow(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend)
-    return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint)
+    return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint, backend)
 
 
 def needs_plain_torch() -> bool:
@@ -95,7 +97,17 @@ def needs_plain_torch() -> bool:
 def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of both outputs, of which one was not used."""
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-    return grad_z, z.new_zeros(z.shape[:-1]) if grad_log_det is None else grad_log_det
+    if grad_log_det is None:
+        grad_log_det = z.new_zeros(z.shape[:-1], dtype=shapes.compute_dtype(z.dtype))
+    return grad_z, grad_log_det
+
+
+def _reference_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str
+) -> tuple[Tensor, ...]:
+    """The reference's, differentiable, in the dtype of computation."""
+    inputs = (t.to(grad_log_det.dtype) for t in (grad_z, grad_log_det, z, u, w, b))
+    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, constraint))
 
 
 def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,22 +118,33 @@ def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _run_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if z.dim() == 2:
-        return ops.planar_forward(z, u, w, b, constraint == "softplus", save)
+        return ops.OPERATORS[backend].planar_forward(z, u, w, b, constraint == "softplus", save)
     rows = z.reshape(-1, z.shape[-1])
-    z_K, log_det, a = ops.planar_forward(rows, *_flat_params(u, w, b), constraint == "softplus", save)
+    z_K, log_det, a = ops.OPERATORS[backend].planar_forward(
+        rows, *_flat_params(u, w, b), constraint == "softplus", save
+    )
     return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constraint: str
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    planar_backward = ops.OPERATORS[backend].planar_backward
     if z.dim() == 2:
-        return ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, constraint == "softplus")
+        return planar_backward(grad_z, grad_log_det, z, u, w, b, a, constraint == "softplus")
     dim = z.shape[-1]
-    dz, du, dw, db = ops.planar_backward(
+    dz, du, dw, db = planar_backward(
         grad_z.reshape(-1, dim),
         grad_log_det.reshape(-1),
         z.reshape(-1, dim),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast import config, ops
+from vvae_fast import config, kernels, ops
 from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
@@ -38,10 +38,20 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+def _triton_unsupported(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.device_type != "cuda" and not (kernels.interpreted and problem.device_type == "cpu"):
+        reasons.append(f"the triton backend runs on cuda tensors, got {problem.device_type}")
+    if problem.inverse:
+        reasons.append("the triton backend has no inverse, the reference has")
+    return reasons
+
+
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpp", _cpp_unavailable, _cpp_unsupported),
+        Backend("triton", kernels.unavailable, _triton_unsupported),
         Backend("reference", lambda: [], lambda problem: []),
     )
 }
@@ -82,6 +92,11 @@ def _overriding(name: str) -> Iterator[None]:
         _override.name = previous
 
 
+def computes_halves(name: str) -> bool:
+    """Whether the backend takes bfloat16 and float16 as they are and converts on the way."""
+    return name == "triton"
+
+
 def select(problem: Problem, name: str | None) -> str:
     """The backend that runs `problem`: `name`, else `use_backend`'s, else the environment's, else the fastest.
 
@@ -96,7 +111,8 @@ def select(problem: Problem, name: str | None) -> str:
         if ops.load_error and not torch.compiler.is_compiling():
             _warn_once()
         for backend in _BACKENDS.values():
-            if not _reasons(backend, problem):
+            interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
+            if not interpreted and not _reasons(backend, problem):
                 return backend.name
     check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))

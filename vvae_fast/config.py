@@ -2,6 +2,7 @@
 
 VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
 VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).
+TRITON_INTERPRET: Triton's own; "1" runs the kernels of the Triton backend on the CPU, in Python, for debugging.
 """
 
 import os
@@ -15,3 +16,8 @@ def backend() -> str:
 def isa() -> str | None:
     """The instruction set that the environment asks for, or None."""
     return os.environ.get("VVAE_FAST_ISA", "") or None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton interprets its kernels, in which case they take tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

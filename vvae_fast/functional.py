@@ -38,8 +38,10 @@ def planar_flow(
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
     problem = shapes.check(z, u, w, b, activation, constraint)
-    chosen = backends.select(problem, backend)
-    if z.dtype == u.dtype == w.dtype == b.dtype == problem.compute_dtype:
+    chosen = _choose(problem, backend)
+    if z.dtype == u.dtype == w.dtype == b.dtype and (
+        z.dtype == problem.compute_dtype or backends.computes_halves(chosen)
+    ):
         return autograd.planar_flow(z, u, w, b, constraint, chosen)
     z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), constraint, chosen)
     return z_K.to(z.dtype), log_det
@@ -52,10 +54,13 @@ def packed_planar_flow(
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
     problem = shapes.check(z, *autograd.unpack(packed.detach(), num_steps, dim), "tanh", constraint)
-    chosen = backends.select(problem, backend)
-    packed = packed.to(problem.compute_dtype)
-    z_K, log_det = autograd.packed_planar_flow(z.to(problem.compute_dtype), packed, num_steps, constraint, chosen)
-    return z_K.to(z.dtype), log_det
+    chosen = _choose(problem, backend)
+    if z.dtype != packed.dtype or not backends.computes_halves(chosen):
+        z_K, log_det = autograd.packed_planar_flow(
+            *_to_compute_dtype(problem, z, packed), num_steps, constraint, chosen
+        )
+        return z_K.to(z.dtype), log_det
+    return autograd.packed_planar_flow(z, packed, num_steps, constraint, chosen)
 
 
 def planar_flow_inverse(
@@ -83,3 +88,9 @@ def planar_flow_inverse(
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(problem.compute_dtype) for t in tensors)
+
+
+def _choose(problem: shapes.Problem, backend: str | None) -> str:
+    """The backend that runs the problem: the reference inside transforms, which see through plain PyTorch only."""
+    chosen = backends.select(problem, backend)
+    return "reference" if autograd.needs_plain_torch() else chosen

@@ -1,4 +1,4 @@
-"""The operator schemas, their fakes, and the extension that implements them.
+"""The operator schemas, their fakes, and the extension that implements those of the C++ backend.
 
     planar_forward(z, u, w, b, constrained, save) -> (z_K, log_det, a)
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained) -> (dz, du, dw, db)
@@ -6,15 +6,18 @@
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
-The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs.
+The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
+have the dtype of computation. The Triton backend's operators are named triton_planar_forward and so on.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from vvae_fast import config
+from vvae_fast import config, shapes
 
 try:
     import vvae_fast._C as _C
@@ -27,21 +30,23 @@ except ImportError as error:
 else:
     load_error = None
 
-_NAMESPACE = "vvae_fast"
 
-torch.library.define(
-    f"{_NAMESPACE}::planar_forward",
-    "(Tensor z, Tensor u, Tensor w, Tensor b, bool constrained, bool save) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    f"{_NAMESPACE}::planar_backward",
-    "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a, bool constrained)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    f"{_NAMESPACE}::planar_backward_packed",
-    "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a, bool constrained) -> (Tensor, Tensor)",
-)
+class Operators(NamedTuple):
+    """What a backend implements."""
+
+    planar_forward: OpOverload
+    planar_backward: OpOverload
+    planar_backward_packed: OpOverload
+
+
+_SCHEMAS = {
+    "planar_forward": "(Tensor z, Tensor u, Tensor w, Tensor b, bool constrained, bool save)"
+    " -> (Tensor, Tensor, Tensor)",
+    "planar_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a,"
+    " bool constrained) -> (Tensor, Tensor, Tensor, Tensor)",
+    "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
+    " bool constrained) -> (Tensor, Tensor)",
+}
 
 
 def _check_fake(**tensors: Tensor) -> None:
@@ -50,33 +55,40 @@ def _check_fake(**tensors: Tensor) -> None:
     torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::planar_forward")
-def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _planar_forward(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_fake(z=z, u=u, w=w, b=b)
-    rows = z.shape[0]
-    a = z.new_empty((u.shape[-2], rows) if save else (0,))
-    return z.new_empty(z.shape), z.new_empty((rows,)), a
+    rows, dtype = z.shape[0], shapes.compute_dtype(z.dtype)
+    a = z.new_empty((u.shape[-2], rows) if save else (0,), dtype=dtype)
+    return z.new_empty(z.shape), z.new_empty((rows,), dtype=dtype), a
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::planar_backward_packed")
-def _(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
-) -> tuple[Tensor, Tensor]:
-    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
-    return z.new_empty(z.shape), packed.new_empty(packed.shape)
-
-
-@torch.library.register_fake(f"{_NAMESPACE}::planar_backward")
-def _(
+def _planar_backward(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
     return z.new_empty(z.shape), u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
 
 
-planar_forward = torch.ops.vvae_fast.planar_forward.default
-planar_backward = torch.ops.vvae_fast.planar_backward.default
-planar_backward_packed = torch.ops.vvae_fast.planar_backward_packed.default
+def _planar_backward_packed(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+) -> tuple[Tensor, Tensor]:
+    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
+    return z.new_empty(z.shape), packed.new_empty(packed.shape)
+
+
+def _define(prefix: str) -> Operators:
+    """Schemas and fakes of the operators whose names start with `prefix`."""
+    fakes = (_planar_forward, _planar_backward, _planar_backward_packed)
+    for (name, schema), fake in zip(_SCHEMAS.items(), fakes, strict=True):
+        torch.library.define(f"vvae_fast::{prefix}{name}", schema)
+        torch.library.register_fake(f"vvae_fast::{prefix}{name}", fake)
+    return Operators(*(getattr(torch.ops.vvae_fast, prefix + name).default for name in _SCHEMAS))
+
+
+OPERATORS = {"cpp": _define(""), "triton": _define("triton_")}
+planar_forward, planar_backward, planar_backward_packed = OPERATORS["cpp"]
 
 
 def build_facts() -> dict[str, object]:

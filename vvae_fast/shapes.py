@@ -43,6 +43,40 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constrain
     return Problem(rows, z.shape[-1], u.shape[-2], num_sets, amortized, _compute_dtype(z, u, w, b), z.device.type)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of computation: the half precisions are computed and accumulated in float32, and so is log_det."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
+    """Raises ValueError where z [R, D], u, w [K, D] or [P, K, D] and b [K] or [P, K] do not fit: a kernel would read
+    other memory. For operators that are called past `check`."""
+    fits = z.dim() == 2 and u.dim() in (2, 3) and u.shape[-1] == z.shape[1] and u.shape[-2:].numel() < 2**31
+    fits = fits and w.shape == u.shape and b.shape == u.shape[:-1]
+    num_sets = u.shape[0] if u.dim() == 3 else 1
+    if not fits or (z.shape[0] % num_sets if num_sets else z.shape[0]):
+        raise ValueError(
+            "z must be [R, D], u and w [K, D] or [P, K, D], b [K] or [P, K], with K D < 2^31 and R a multiple of P, "
+            f"got z {tuple(z.shape)}, u {tuple(u.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}"
+        )
+    if not z.dtype == u.dtype == w.dtype == b.dtype or z.dtype not in DTYPES:
+        raise TypeError(
+            f"z, u, w and b must share a dtype of {DTYPES}, got z {z.dtype}, u {u.dtype}, w {w.dtype}, b {b.dtype}"
+        )
+
+
+def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_steps: int) -> None:
+    """Raises ValueError where grad_z [R, D], grad_log_det [R] or the pre-activations a [K, R] do not fit z [R, D]."""
+    rows, dtype = z.shape[0], compute_dtype(z.dtype)
+    fits = grad_z.shape == z.shape and grad_log_det.shape == (rows,) and a.shape == (num_steps, rows)
+    if not fits or not a.is_contiguous() or (grad_z.dtype, grad_log_det.dtype, a.dtype) != (z.dtype, dtype, dtype):
+        raise ValueError(
+            f"grad_z must be as z, {tuple(z.shape)} {z.dtype}, grad_log_det [R] and a [K, R] {dtype} as the forward "
+            f"returned them with save=True, got {tuple(grad_z.shape)} {grad_z.dtype}, {tuple(grad_log_det.shape)} "
+            f"{grad_log_det.dtype}, {tuple(a.shape)} {a.dtype}"
+        )
+
+
 def check_size(name: str, value: object, least: int) -> None:
     """Raises TypeError or ValueError where a size or a count is not an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -114,7 +148,7 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
 
 def _compute_dtype(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> torch.dtype:
     if u.dtype == w.dtype == b.dtype == z.dtype:
-        return torch.float64 if z.dtype == torch.float64 else torch.float32
+        return compute_dtype(z.dtype)
     if torch.is_autocast_enabled(z.device.type):
         return torch.float32
     raise TypeError(

@@ -1,0 +1,100 @@
+"""Compiles what the Triton launchers would launch, for a GPU that is not here, and reads registers and spills.
+
+    python tests/compile_kernels.py TARGET CASES       # both JSON; prints one JSON line a kernel
+
+A process of its own: where Triton interprets, its kernels cannot be compiled. Used by test_compiled_kernels.py.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vvae_fast.kernels import planar_backward, planar_forward
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Recorder:
+    """Stands in for `launch`: keeps what it was asked to launch, and launches nothing."""
+
+    def __init__(self) -> None:
+        self.launches = []
+
+    def __call__(self, kernel, programs, like, *args, num_warps) -> None:
+        self.launches.append((kernel, args, num_warps))
+
+
+def source(kernel, args: tuple) -> ASTSource:
+    """The kernel with Triton's own specialization: 1 is a constant, what 16 divides is known to be."""
+    signature, constexprs, attributes = {}, {}, {}
+    for i, arg in enumerate(args):
+        parameter = kernel.params[i]
+        if parameter.is_constexpr:
+            signature[parameter.name], divisible = "constexpr", False
+            constexprs[parameter.name] = arg
+        elif isinstance(arg, torch.Tensor):
+            signature[parameter.name] = TYPES[arg.dtype]
+            divisible = True
+        elif arg == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], divisible = "constexpr", False
+            constexprs[parameter.name] = 1
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
+            divisible = arg % 16 == 0 and not parameter.do_not_specialize
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers and spilled bytes a thread, from the machine code."""
+    if "cubin" in compiled.asm:
+        path = Path(f"/tmp/{compiled.hash}.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        path.unlink()
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        return {"registers": registers, "spilled": stack + local}
+    text = compiled.asm["amdgcn"]
+    registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+    return {"registers": registers, "spilled": spilled}
+
+
+def record(rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> list[tuple]:
+    """What forward and backward of one problem launch."""
+    recorder = Recorder()
+    planar_forward.launch = planar_backward.launch = recorder
+    sets = (num_sets,) if num_sets > 1 else ()
+    new = {"dtype": getattr(torch, dtype), "device": "meta"}
+    z, u, b = (
+        torch.empty(rows, dim, **new),
+        torch.empty(*sets, num_steps, dim, **new),
+        torch.empty(*sets, num_steps, **new),
+    )
+    z_K, log_det, a = planar_forward.planar_forward(z, u, u, b, True, True)
+    planar_backward.planar_backward(z_K, log_det, z, u, u, b, a, True)
+    return recorder.launches
+
+
+def main(target: list, cases: list) -> None:
+    for case in cases:
+        for kernel, args, num_warps in record(*case):
+            start = time.perf_counter()
+            options = {"num_warps": num_warps, "enable_fp_fusion": True}
+            compiled = triton.compile(source(kernel, args), target=GPUTarget(*target), options=options)
+            row = {"kernel": kernel.__name__, "case": case, "num_warps": num_warps, **resources(compiled)}
+            row |= {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - start, 2)}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,52 @@
+"""The Triton kernels: one file an operation, kernel and launcher. They and Triton are imported by the first call.
+
+`planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps.
+"""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vvae_fast import config, ops
+
+interpreted = config.triton_interprets()
+_installed = importlib.util.find_spec("triton") is not None
+
+
+def unavailable() -> list[str]:
+    """Why the kernels cannot run on this machine."""
+    if not _installed:
+        return ["Triton is not installed: PyTorch's builds for GPUs bring it, or `pip install triton`"]
+    if interpreted or torch.cuda.is_initialized() or torch.cuda.is_available():
+        return []
+    return ["PyTorch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on the CPU, for debugging)"]
+
+
+def _planar() -> ModuleType:
+    from vvae_fast.kernels import planar
+
+    return planar
+
+
+_DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
+
+
+@torch.library.impl(ops.OPERATORS["triton"].planar_forward.name(), _DEVICES)
+def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _planar().planar_forward(z, u, w, b, constrained, save)
+
+
+@torch.library.impl(ops.OPERATORS["triton"].planar_backward.name(), _DEVICES)
+def _(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained)
+
+
+@torch.library.impl(ops.OPERATORS["triton"].planar_backward_packed.name(), _DEVICES)
+def _(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+) -> tuple[Tensor, Tensor]:
+    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained)

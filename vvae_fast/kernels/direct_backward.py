@@ -1,0 +1,214 @@
+"""The backward in the direct form, docs/math.md (16): one launch, and one that adds the partial sums of shared
+parameters. A program writes to its own memory only, in a fixed order: no atomics, the same bits on every run."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vvae_fast.kernels import _heuristics
+from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.math import activate, constrain, constrain_backward, determinant, h_second
+
+_SATURATED = tl.constexpr(1000.0)  # the pre-activation of rows behind the last: h' = 0, and the determinant is 1
+
+
+@triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "num_blocks"])
+def direct_backward_kernel(
+    grad_z,  # [rows, D]
+    grad_log_det,  # [rows]
+    z,  # [rows, D]
+    u,  # [sets, K, D]
+    w,  # [sets, K, D]
+    a,  # [K, rows]
+    dz,  # [rows, D], contiguous
+    du,  # [sets or programs, K, D], rows contiguous
+    dw,  # [sets or programs, K, D], rows contiguous
+    db,  # [sets or programs, K]
+    rows,
+    num_steps,
+    num_sets,
+    num_blocks,  # of rows that a program takes in turn, adding up the gradients of its parameters
+    grad_z_row: tl.constexpr,
+    grad_z_col: tl.constexpr,
+    grad_log_det_row: tl.constexpr,
+    z_row: tl.constexpr,
+    z_col: tl.constexpr,
+    u_set: tl.constexpr,
+    u_step: tl.constexpr,
+    u_col: tl.constexpr,
+    w_set: tl.constexpr,
+    w_step: tl.constexpr,
+    w_col: tl.constexpr,
+    du_set: tl.constexpr,
+    dw_set: tl.constexpr,
+    db_set: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CONSTRAINED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # num_blocks > 1
+):
+    """Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
+    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    if SHARED:
+        owner = tl.zeros([1], tl.int64)  # [S]
+        owned = tl.full([1], 1, tl.int1)  # [S]
+        target = owner + program  # [S]
+    else:
+        owner = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        owned = owner < num_sets
+        target = owner
+    u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
+    w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
+    end = num_steps.to(tl.int64)
+    du += target[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D], behind the last step
+    dw += target[:, None] * dw_set + end * D + col[None, :]  # [S, BLOCK_D]
+    db += target * db_set + end  # [S]
+    params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
+
+    for block in tl.range(num_blocks):
+        if SHARED:
+            first = (block * tl.num_programs(0).to(tl.int64) + program) * BLOCK_ROWS
+            row = first + tl.arange(0, BLOCK_ROWS)  # [R]
+            inside = row < rows
+        else:
+            row = block * num_sets.to(tl.int64) + owner
+            inside = owned
+        mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
+        g = tl.load(grad_z + row[:, None] * grad_z_row + col[None, :] * grad_z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+        lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0).to(dtype)  # [R]
+        z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+
+        u_at, w_at, a_at = u, w, a + row  # where step k of a loop is
+        for _ in tl.range(num_steps):  # z_K from z_0, docs/math.md (10)
+            u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
+            w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
+            _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
+            h, _ = activate(tl.load(a_at, inside, _SATURATED))  # [R]
+            z_k += (u_k + (rho * inv_n)[:, None] * w_k) * h[:, None]
+            u_at += u_step
+            w_at += w_step
+            a_at += rows
+
+        du_at, dw_at, db_at = du, dw, db
+        for _ in tl.range(num_steps):
+            u_at -= u_step
+            w_at -= w_step
+            a_at -= rows
+            du_at -= D
+            dw_at -= D
+            db_at -= 1
+            u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
+            w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
+            alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
+            c, s, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINED)  # [S]
+            u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
+            h, h_prime = activate(tl.load(a_at, inside, _SATURATED))  # [R]
+            r = lambda_ / determinant(h, h_prime, c, s)  # [R]
+            e = tl.sum(g * u_hat, 1)  # [R]
+            delta = e * h_prime + r * c * h_second(h, h_prime)  # [R]
+            z_k -= u_hat * h[:, None]  # z_{k-1}
+            v = g * h[:, None]  # [R, BLOCK_D]
+            dw_k = z_k * delta[:, None]  # [R, BLOCK_D]
+            db_k, gamma = delta, r * h_prime  # [R]
+            g += w_k * delta[:, None]
+            if SHARED:
+                v, dw_k = tl.sum(v, 0)[None, :], tl.sum(dw_k, 0)[None, :]  # [S, BLOCK_D]
+                db_k, gamma = tl.sum(db_k, 0, keep_dims=True), tl.sum(gamma, 0, keep_dims=True)  # [S]
+            # The constraint's adjoint (6) is linear: partial sums may go through it.
+            dalpha, of_v, of_w_n = constrain_backward(rho, inv_n, rising, falling, tl.sum(v * w_k, 1), gamma)
+            du_k = v + dalpha[:, None] * w_k
+            dw_k += of_v[:, None] * v + dalpha[:, None] * u_k + of_w_n[:, None] * (inv_n[:, None] * w_k)
+            if ACCUMULATE:
+                before = block > 0
+                du_k += tl.load(du_at, params & before, 0)
+                dw_k += tl.load(dw_at, params & before, 0)
+                db_k += tl.load(db_at, owned & before, 0)
+            tl.store(du_at, du_k, params)
+            tl.store(dw_at, dw_k, params)
+            tl.store(db_at, db_k, owned)
+        tl.store(dz + row[:, None] * D + col[None, :], g, mask)
+        if ACCUMULATE:
+            tl.debug_barrier()  # another thread may read these sums in the next block
+
+
+@triton.jit(do_not_specialize=["num_partials", "matrix", "size"])
+def add_partials_kernel(
+    partials,  # [num_partials, K (2 D + 1)]: du, dw and db behind one another
+    du,  # [K, D], contiguous
+    dw,  # [K, D], contiguous
+    db,  # [K]
+    num_partials,
+    matrix,  # K D
+    size,  # K (2 D + 1)
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the partial sums in a fixed order, BLOCK elements a program."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for first in tl.range(0, num_partials, BLOCK_PARTIALS):
+        partial = first + tl.arange(0, BLOCK_PARTIALS)  # [BLOCK_PARTIALS]
+        mask = (partial < num_partials)[:, None] & (i < size)[None, :]
+        total += tl.sum(tl.load(partials + partial.to(tl.int64)[:, None] * size + i[None, :], mask, 0), 0)
+    tl.store(du + i, total, i < matrix)
+    tl.store(dw + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
+    tl.store(db + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
+
+
+def launch_direct_backward(
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    a: Tensor,
+    dz: Tensor,
+    du: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    constrained: bool,
+) -> None:
+    """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
+    rows, dim = z.shape
+    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    shared = num_sets == 1
+    config = _heuristics.direct_backward(rows, dim, shared)
+    size = num_steps * (2 * dim + 1)
+    if shared:
+        row_blocks = ceil_div(rows, config.block_rows)
+        programs = min(row_blocks, config.num_partials)
+        num_blocks = ceil_div(row_blocks, programs)
+    else:
+        programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
+    to_du, to_dw, to_db = du, dw, db
+    in_partials = programs > 1 if shared else num_blocks > 1 and du.dtype != a.dtype
+    if in_partials:
+        partials = z.new_empty(programs if shared else num_sets, size, dtype=a.dtype)
+        to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
+    grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
+    launch(
+        direct_backward_kernel,
+        (programs,),
+        z,
+        *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, rows, num_steps, num_sets, num_blocks),
+        *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
+        *((size,) * 3 if in_partials else (set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))),
+        *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1),
+        num_warps=config.num_warps,
+    )
+    if shared and in_partials:
+        block = 128
+        launch(
+            add_partials_kernel,
+            (ceil_div(size, block),),
+            z,
+            *(partials, du, dw, db, programs, num_steps * dim, size, 8, block),
+            num_warps=4,
+        )
+    elif in_partials:
+        for t, sums in ((du, to_du), (dw, to_dw), (db, to_db)):
+            t.copy_(sums[:, : t[0].numel()].view(t.shape))

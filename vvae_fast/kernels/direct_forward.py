@@ -1,0 +1,105 @@
+"""The forward in the direct form, docs/math.md (1) to (8): z stays in registers, one launch, any parameter sets."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vvae_fast.kernels import _heuristics
+from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.math import activate, constrain, log_abs_determinant
+
+
+@triton.jit(do_not_specialize=["rows", "num_steps", "num_sets"])
+def direct_forward_kernel(
+    z,  # [rows, D]
+    u,  # [sets, K, D]
+    w,  # [sets, K, D]
+    b,  # [sets, K]
+    z_K,  # [rows, D], contiguous
+    log_det,  # [rows]
+    a,  # [K, rows]
+    rows,
+    num_steps,
+    num_sets,
+    z_row: tl.constexpr,
+    z_col: tl.constexpr,
+    u_set: tl.constexpr,
+    u_step: tl.constexpr,
+    u_col: tl.constexpr,
+    w_set: tl.constexpr,
+    w_step: tl.constexpr,
+    w_col: tl.constexpr,
+    b_set: tl.constexpr,
+    b_step: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CONSTRAINED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """BLOCK_ROWS rows a program. Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
+    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = row < rows
+    mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
+    if SHARED:
+        owner = tl.zeros([1], tl.int64)  # [S]
+        owned = tl.full([1], 1, tl.int1)  # [S]
+    else:
+        owner = row % num_sets
+        owned = inside
+    u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
+    w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
+    b += owner * b_set  # [S]
+    a += row  # [R]
+    params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
+
+    z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+    sum_of_logs = tl.zeros([BLOCK_ROWS], dtype)  # [R]
+    for _ in tl.range(num_steps):
+        u_k = tl.load(u, params, 0).to(dtype)  # [S, BLOCK_D]
+        w_k = tl.load(w, params, 0).to(dtype)  # [S, BLOCK_D]
+        b_k = tl.load(b, owned, 0).to(dtype)  # [S]
+        c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
+        a_k = tl.sum(z_k * w_k, 1) + b_k  # [R]
+        h, h_prime = activate(a_k)
+        sum_of_logs += log_abs_determinant(h, h_prime, c, s)
+        u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
+        z_k += u_hat * h[:, None]
+        if SAVE:
+            tl.store(a, a_k, inside)
+            a += rows
+        u += u_step
+        w += w_step
+        b += b_step
+    tl.store(z_K + row[:, None] * D + col[None, :], z_k, mask)
+    tl.store(log_det + row, sum_of_logs, inside)
+
+
+def launch_direct_forward(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    z_K: Tensor,
+    log_det: Tensor,
+    a: Tensor,
+    constrained: bool,
+    save: bool,
+) -> None:
+    """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
+    rows, dim = z.shape
+    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    config = _heuristics.direct_forward(rows, dim, num_sets == 1)
+    z, u, w = (unit_columns(t) for t in (z, u, w))
+    launch(
+        direct_forward_kernel,
+        (ceil_div(rows, config.block_rows),),
+        z,
+        *(z, u, w, b, z_K, log_det, a, rows, num_steps, num_sets),
+        *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save),
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,33 @@
+"""What every launcher shares: the device a kernel runs on, and strides."""
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: int) -> None:
+    """Runs `programs` of `kernel` on like's device and that device's current stream; with none it launches nothing.
+
+    Triton itself launches on the current device, whatever device the tensors are on.
+    """
+    if 0 in programs:
+        return
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[programs](*args, num_warps=num_warps, enable_fp_fusion=True)
+    else:
+        kernel[programs](*args, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:
+    """(set, step, d) strides of u or w [K, D] or [P, K, D], (set, step) of b [K] or [P, K], with num_dims 3 and 2."""
+    return t.stride() if t.dim() == num_dims else (0, *t.stride())
+
+
+def unit_columns(t: Tensor) -> Tensor:
+    """t, copied where its last stride is neither 0 nor 1: kernels are compiled for their strides, and such a one may be
+    the batch size."""
+    return t if t.stride(-1) in (0, 1) else t.contiguous()
+
+
+def ceil_div(n: int, by: int) -> int:
+    return -(-n // by)
