@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vvae_fast.kernels import planar_backward, planar_forward
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, not what is installed
+
+from vvae_fast.kernels import direct_backward, direct_forward, planar
+from vvae_fast.kernels.launch import options
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -30,7 +34,7 @@ class Recorder:
         self.launches = []
 
     def __call__(self, kernel, programs, like, *args, num_warps) -> None:
-        self.launches.append((kernel, args, num_warps))
+        self.launches.append((kernel, args, options(num_warps)))
 
 
 def source(kernel, args: tuple) -> ASTSource:
@@ -58,10 +62,11 @@ def source(kernel, args: tuple) -> ASTSource:
 def resources(compiled) -> dict[str, int]:
     """Registers and spilled bytes a thread, from the machine code."""
     if "cubin" in compiled.asm:
-        path = Path(f"/tmp/{compiled.hash}.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        path.unlink()
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         return {"registers": registers, "spilled": stack + local}
     text = compiled.asm["amdgcn"]
@@ -72,7 +77,7 @@ def resources(compiled) -> dict[str, int]:
 def record(rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> list[tuple]:
     """What forward and backward of one problem launch."""
     recorder = Recorder()
-    planar_forward.launch = planar_backward.launch = recorder
+    direct_forward.launch = direct_backward.launch = recorder
     sets = (num_sets,) if num_sets > 1 else ()
     new = {"dtype": getattr(torch, dtype), "device": "meta"}
     z, u, b = (
@@ -80,18 +85,19 @@ def record(rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> li
         torch.empty(*sets, num_steps, dim, **new),
         torch.empty(*sets, num_steps, **new),
     )
-    z_K, log_det, a = planar_forward.planar_forward(z, u, u, b, True, True)
-    planar_backward.planar_backward(z_K, log_det, z, u, u, b, a, True)
+    z_K, log_det, a = planar.planar_forward(z, u, u, b, True, True)
+    planar.planar_backward(z_K, log_det, z, u, u, b, a, True)
     return recorder.launches
 
 
 def main(target: list, cases: list) -> None:
     for case in cases:
-        for kernel, args, num_warps in record(*case):
+        for kernel, args, chosen in record(*case):
+            if target[0] == "hip":
+                chosen.pop("maxnreg", None)
             start = time.perf_counter()
-            options = {"num_warps": num_warps, "enable_fp_fusion": True}
-            compiled = triton.compile(source(kernel, args), target=GPUTarget(*target), options=options)
-            row = {"kernel": kernel.__name__, "case": case, "num_warps": num_warps, **resources(compiled)}
+            compiled = triton.compile(source(kernel, args), target=GPUTarget(*target), options=chosen)
+            row = {"kernel": kernel.__name__, "case": case, "num_warps": chosen["num_warps"], **resources(compiled)}
             row |= {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - start, 2)}
             print(json.dumps(row), flush=True)
 

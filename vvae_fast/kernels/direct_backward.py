@@ -48,6 +48,7 @@ def direct_backward_kernel(
     SHARED: tl.constexpr,
     CONSTRAINED: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # num_blocks > 1
+    STAGES: tl.constexpr,
 ):
     """Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
@@ -83,7 +84,7 @@ def direct_backward_kernel(
         z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
 
         u_at, w_at, a_at = u, w, a + row  # where step k of a loop is
-        for _ in tl.range(num_steps):  # z_K from z_0, docs/math.md (10)
+        for _ in tl.range(num_steps, num_stages=STAGES):  # z_K from z_0, docs/math.md (10)
             u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
             w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
             _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
@@ -94,7 +95,7 @@ def direct_backward_kernel(
             a_at += rows
 
         du_at, dw_at, db_at = du, dw, db
-        for _ in tl.range(num_steps):
+        for _ in tl.range(num_steps, num_stages=STAGES):
             u_at -= u_step
             w_at -= w_step
             a_at -= rows
@@ -176,12 +177,11 @@ def launch_direct_backward(
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
     shared = num_sets == 1
-    config = _heuristics.direct_backward(rows, dim, shared)
+    config = _heuristics.direct("backward", rows, dim, shared, a.dtype)
     size = num_steps * (2 * dim + 1)
     if shared:
-        row_blocks = ceil_div(rows, config.block_rows)
-        programs = min(row_blocks, config.num_partials)
-        num_blocks = ceil_div(row_blocks, programs)
+        programs = _heuristics.num_partials(rows, config)
+        num_blocks = ceil_div(rows, programs * config.block_rows)
     else:
         programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
     to_du, to_dw, to_db = du, dw, db
@@ -197,16 +197,16 @@ def launch_direct_backward(
         *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, rows, num_steps, num_sets, num_blocks),
         *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
         *((size,) * 3 if in_partials else (set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))),
-        *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1),
+        *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
         num_warps=config.num_warps,
     )
     if shared and in_partials:
-        block = 128
+        block = 32
         launch(
             add_partials_kernel,
             (ceil_div(size, block),),
             z,
-            *(partials, du, dw, db, programs, num_steps * dim, size, 8, block),
+            *(partials, du, dw, db, programs, num_steps * dim, size, 64, block),
             num_warps=4,
         )
     elif in_partials:

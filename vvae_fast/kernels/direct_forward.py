@@ -37,6 +37,7 @@ def direct_forward_kernel(
     SHARED: tl.constexpr,
     CONSTRAINED: tl.constexpr,
     SAVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """BLOCK_ROWS rows a program. Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
@@ -58,7 +59,7 @@ def direct_forward_kernel(
 
     z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
     sum_of_logs = tl.zeros([BLOCK_ROWS], dtype)  # [R]
-    for _ in tl.range(num_steps):
+    for _ in tl.range(num_steps, num_stages=STAGES):
         u_k = tl.load(u, params, 0).to(dtype)  # [S, BLOCK_D]
         w_k = tl.load(w, params, 0).to(dtype)  # [S, BLOCK_D]
         b_k = tl.load(b, owned, 0).to(dtype)  # [S]
@@ -92,7 +93,7 @@ def launch_direct_forward(
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
-    config = _heuristics.direct_forward(rows, dim, num_sets == 1)
+    config = _heuristics.direct("forward", rows, dim, num_sets == 1, log_det.dtype)
     z, u, w = (unit_columns(t) for t in (z, u, w))
     launch(
         direct_forward_kernel,
@@ -100,6 +101,6 @@ def launch_direct_forward(
         z,
         *(z, u, w, b, z_K, log_det, a, rows, num_steps, num_sets),
         *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save, config.num_stages),
         num_warps=config.num_warps,
     )

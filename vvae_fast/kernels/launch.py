@@ -5,17 +5,20 @@ from torch import Tensor
 
 
 def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: int) -> None:
-    """Runs `programs` of `kernel` on like's device and that device's current stream; with none it launches nothing.
-
-    Triton itself launches on the current device, whatever device the tensors are on.
-    """
-    if 0 in programs:
-        return
+    """Runs `programs` of `kernel` on like's device, which need not be the current one, and on its current stream."""
+    chosen = options(num_warps)
     if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            kernel[programs](*args, num_warps=num_warps, enable_fp_fusion=True)
+        with torch.cuda.device(like.device):  # Triton launches on the current device
+            kernel[programs](*args, **chosen)
     else:
-        kernel[programs](*args, num_warps=num_warps, enable_fp_fusion=True)
+        kernel[programs](*args, **chosen)
+
+
+def options(num_warps: int) -> dict[str, object]:
+    """What the compiler is told, beside the arguments. Without a cap on registers ptxas spills some to make room for
+    more warps."""
+    chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return chosen if torch.version.hip else chosen | {"maxnreg": min(255, 2048 // num_warps)}
 
 
 def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:

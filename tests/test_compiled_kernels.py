@@ -1,0 +1,53 @@
+"""Every kernel that the table can choose compiles for GPUs that are not here, and spills no register."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from vvae_fast.kernels import _table
+
+TARGETS = {"sm_80": ["cuda", 80, 32], "sm_90": ["cuda", 90, 32], "gfx942": ["hip", "gfx942", 64]}
+LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the targets has
+
+
+def cases() -> list[tuple[int, int, int, int, str]]:
+    """(rows, D, K, parameter sets, dtype), such that each entry of the table is used in float32 and in float64."""
+    found = set()
+    for _, parameters, block_dim in _table.DIRECT:
+        sets = {"shared": 1, "amortized": _table.FEW_ROWS}[parameters]
+        found.add((_table.FEW_ROWS, block_dim, 16, sets, "float32"))
+        found.add((2 * _table.FEW_ROWS, block_dim, 16, min(2 * sets, sets**2), "float32"))
+        if block_dim <= 1024:
+            found.add((_table.FEW_ROWS, block_dim, 16, sets, "float64"))
+    found |= {(128, 40, 80, 1, dtype) for dtype in ("float32", "float64", "bfloat16", "float16")}
+    found |= {(rows, 40, 16, 100, dtype) for rows in (100, 300) for dtype in ("float32", "bfloat16")}
+    return sorted(found)
+
+
+def compile_all(target: str) -> list[dict]:
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script), json.dumps(TARGETS[target]), json.dumps(cases())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=script.parent.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What each target's compiler made of the kernels; the targets side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(TARGETS, pool.map(compile_all, TARGETS), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_fit(compiled, target):
+    rows = compiled[target]
+    assert {row["kernel"] for row in rows} >= {"direct_forward_kernel", "direct_backward_kernel", "add_partials_kernel"}
+    assert [row for row in rows if row["spilled"] or row["shared"] > LEAST_SHARED_MEMORY] == []
+    assert all(0 < row["registers"] <= 512 for row in rows)  # the registers were read
