@@ -17,6 +17,7 @@ ORDER = [
     "reference",
     "ops",
     "kernels.launch",
+    "kernels._table",
     "kernels._heuristics",
     "kernels.math",
     "kernels.direct_forward",
