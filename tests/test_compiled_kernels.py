@@ -51,3 +51,19 @@ def test_kernels_fit(compiled, target):
     assert {row["kernel"] for row in rows} >= {"direct_forward_kernel", "direct_backward_kernel", "add_partials_kernel"}
     assert [row for row in rows if row["spilled"] or row["shared"] > LEAST_SHARED_MEMORY] == []
     assert all(0 < row["registers"] <= 512 for row in rows)  # the registers were read
+
+
+def variants(problems: list[tuple]) -> dict[str, int]:
+    script = Path(__file__).with_name("count_variants.py")
+    command = [sys.executable, str(script), json.dumps(problems)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=script.parent.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_batch_size_and_steps_compile_nothing_new():
+    """Training's last batch is smaller, and a study has many K: neither waits for the compiler."""
+    problems = [(rows, 40, num_steps, False) for rows in (128, 100, 33) for num_steps in (80, 16, 5, 2)]
+    assert set(variants(problems).values()) == {1}
+    problems = [(rows, 40, 16, True) for rows in (128, 100, 33, 3)]
+    assert set(variants(problems).values()) == {1}

@@ -71,7 +71,7 @@ def test_configurations_for_many_rows(monkeypatch, dim, params):
 @pytest.mark.parametrize("most", [1, 2])
 def test_programs_that_take_several_blocks_of_rows(monkeypatch, most):
     """With one program there are no partial sums; with two, each adds blocks of rows, the last of them not full."""
-    monkeypatch.setattr(_heuristics, "_MOST_PARTIALS", most)
+    monkeypatch.setattr(_heuristics, "num_partials", lambda *shape: most)
     assert_oracle(random_problem((150,), 3, 6, scale=0.5, dtype=torch.float64), "softplus", 1e-12)
 
 

@@ -7,7 +7,9 @@ import torch
 
 from vvae_fast.kernels import _table
 
-_MOST_PARTIALS = 256  # programs that share out the rows of shared parameters; each leaves a partial sum
+# Programs that share out the rows of shared parameters, and numbers in the partial sums that they leave.
+_MOST_PARTIALS = 1024
+_MOST_PARTIAL_NUMBERS = 2**22
 
 
 class Direct(NamedTuple):
@@ -29,6 +31,7 @@ def direct(pass_: str, rows: int, dim: int, shared: bool, dtype: torch.dtype) ->
     return Direct(block_rows, block_dim, num_warps, num_stages)
 
 
-def num_partials(rows: int, config: Direct) -> int:
-    """Programs of the backward with shared parameters."""
-    return min(-(-rows // config.block_rows), _MOST_PARTIALS)
+def num_partials(rows: int, size: int, config: Direct) -> int:
+    """Programs of the backward with shared parameters of `size` numbers."""
+    most = max(64, min(_MOST_PARTIALS, _MOST_PARTIAL_NUMBERS // size))
+    return min(-(-rows // config.block_rows), most)

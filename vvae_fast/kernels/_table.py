@@ -4,7 +4,9 @@
 MEASURED_ON = None
 
 FEW_ROWS = 4096  # up to here the first entry holds, with little work a program; above it the second
-# A thread has at least 16 bytes of a row in both: then a row's sums have one order, and its bits no other batch size.
+# A thread has at least so many numbers, 16 bytes of a row: then few rows and many are summed in the same order, and a
+# row's bits do not depend on the batch size.
+LEAST_ELEMENTS = 4
 
 # The direct form. (pass, parameters, block of D): rows of a program, its warps, and steps whose parameters are on
 # their way, for few rows and for many.

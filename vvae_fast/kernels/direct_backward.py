@@ -28,6 +28,7 @@ def direct_backward_kernel(
     num_steps,
     num_sets,
     num_blocks,  # of rows that a program takes in turn, adding up the gradients of its parameters
+    partial,  # numbers from a program's gradients to the next one's where parameters are shared
     grad_z_row: tl.constexpr,
     grad_z_col: tl.constexpr,
     grad_log_det_row: tl.constexpr,
@@ -57,17 +58,17 @@ def direct_backward_kernel(
     if SHARED:
         owner = tl.zeros([1], tl.int64)  # [S]
         owned = tl.full([1], 1, tl.int1)  # [S]
-        target = owner + program  # [S]
+        target = program * partial
     else:
         owner = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         owned = owner < num_sets
-        target = owner
+        target = 0
     u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
     w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
     end = num_steps.to(tl.int64)
-    du += target[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D], behind the last step
-    dw += target[:, None] * dw_set + end * D + col[None, :]  # [S, BLOCK_D]
-    db += target * db_set + end  # [S]
+    du += target + owner[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D], behind the last step
+    dw += target + owner[:, None] * dw_set + end * D + col[None, :]  # [S, BLOCK_D]
+    db += target + owner * db_set + end  # [S]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
 
     for block in tl.range(num_blocks):
@@ -138,11 +139,12 @@ def direct_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_partials", "matrix", "size"])
 def add_partials_kernel(
-    partials,  # [num_partials, K (2 D + 1)]: du, dw and db behind one another
+    partials,  # [num_partials, partial]: du, dw and db behind one another
     du,  # [K, D], contiguous
     dw,  # [K, D], contiguous
     db,  # [K]
     num_partials,
+    partial,
     matrix,  # K D
     size,  # K (2 D + 1)
     BLOCK_PARTIALS: tl.constexpr,
@@ -152,9 +154,9 @@ def add_partials_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     total = tl.zeros([BLOCK], partials.dtype.element_ty)
     for first in tl.range(0, num_partials, BLOCK_PARTIALS):
-        partial = first + tl.arange(0, BLOCK_PARTIALS)  # [BLOCK_PARTIALS]
-        mask = (partial < num_partials)[:, None] & (i < size)[None, :]
-        total += tl.sum(tl.load(partials + partial.to(tl.int64)[:, None] * size + i[None, :], mask, 0), 0)
+        which = first + tl.arange(0, BLOCK_PARTIALS)  # [BLOCK_PARTIALS]
+        mask = (which < num_partials)[:, None] & (i < size)[None, :]
+        total += tl.sum(tl.load(partials + which.to(tl.int64)[:, None] * partial + i[None, :], mask, 0), 0)
     tl.store(du + i, total, i < matrix)
     tl.store(dw + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
     tl.store(db + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
@@ -180,23 +182,25 @@ def launch_direct_backward(
     config = _heuristics.direct("backward", rows, dim, shared, a.dtype)
     size = num_steps * (2 * dim + 1)
     if shared:
-        programs = _heuristics.num_partials(rows, config)
+        programs = _heuristics.num_partials(rows, size, config)
         num_blocks = ceil_div(rows, programs * config.block_rows)
     else:
         programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
     to_du, to_dw, to_db = du, dw, db
     in_partials = programs > 1 if shared else num_blocks > 1 and du.dtype != a.dtype
+    partial = 16 * ceil_div(size, 16)  # aligned
     if in_partials:
-        partials = z.new_empty(programs if shared else num_sets, size, dtype=a.dtype)
+        partials = z.new_empty(programs if shared else num_sets, partial, dtype=a.dtype)
         to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
+    to_sets = (partial,) * 3 if in_partials else (set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
     grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
     launch(
         direct_backward_kernel,
         (programs,),
         z,
-        *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, rows, num_steps, num_sets, num_blocks),
+        *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, rows, num_steps, num_sets, num_blocks, partial),
         *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-        *((size,) * 3 if in_partials else (set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))),
+        *((0, 0, 0) if shared else to_sets),
         *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
         num_warps=config.num_warps,
     )
@@ -206,8 +210,8 @@ def launch_direct_backward(
             add_partials_kernel,
             (ceil_div(size, block),),
             z,
-            *(partials, du, dw, db, programs, num_steps * dim, size, 64, block),
-            num_warps=4,
+            *(partials, du, dw, db, programs, partial, num_steps * dim, size, 128, block),
+            num_warps=8,
         )
     elif in_partials:
         for t, sums in ((du, to_du), (dw, to_dw), (db, to_db)):

@@ -22,8 +22,11 @@ def options(num_warps: int) -> dict[str, object]:
 
 
 def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:
-    """(set, step, d) strides of u or w [K, D] or [P, K, D], (set, step) of b [K] or [P, K], with num_dims 3 and 2."""
-    return t.stride() if t.dim() == num_dims else (0, *t.stride())
+    """(set, step, d) strides of u or w [K, D] or [P, K, D], (set, step) of b [K] or [P, K], with num_dims 3 and 2. One
+    set alone has no stride: kernels are compiled for their strides, and that one may be a multiple of K."""
+    if t.dim() < num_dims:
+        return (0, *t.stride())
+    return t.stride() if t.shape[0] > 1 else (0, *t.stride()[1:])
 
 
 def unit_columns(t: Tensor) -> Tensor:
