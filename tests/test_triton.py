@@ -285,3 +285,13 @@ def test_every_shape_has_a_configuration():
             rows = _heuristics.direct(pass_, 1, dim, shared, dtype).block_rows
             assert rows >= 1
             assert _heuristics.direct(pass_, 10**6, dim, shared, dtype).block_rows >= rows
+
+
+@pytest.mark.parametrize("params", [(), (5,)])
+def test_a_launch_for_each_block_where_a_barrier_orders_nothing(monkeypatch, params):
+    """What AMD's GPUs run, with the same bits."""
+    monkeypatch.setattr(_heuristics, "num_partials", lambda *shape: 2)
+    p = random_problem((30, 5), 3, 6, params)
+    at_once = answer(p)
+    monkeypatch.setattr(direct_backward, "BARRIER_ORDERS_MEMORY", False)
+    assert all(map(torch.equal, answer(p), at_once))

@@ -6,13 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
 from vvae_fast.kernels.math import activate, constrain, constrain_backward, determinant, h_second
 
 _SATURATED = tl.constexpr(1000.0)  # the pre-activation of rows behind the last: h' = 0, and the determinant is 1
 
 
-@triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "num_blocks"])
+@triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])
 def direct_backward_kernel(
     grad_z,  # [rows, D]
     grad_log_det,  # [rows]
@@ -27,6 +27,7 @@ def direct_backward_kernel(
     rows,
     num_steps,
     num_sets,
+    first_block,
     num_blocks,  # of rows that a program takes in turn, adding up the gradients of its parameters
     partial,  # numbers from a program's gradients to the next one's where parameters are shared
     grad_z_row: tl.constexpr,
@@ -48,7 +49,7 @@ def direct_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
     CONSTRAINED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,  # num_blocks > 1
+    ACCUMULATE: tl.constexpr,  # there are several blocks
     STAGES: tl.constexpr,
 ):
     """Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
@@ -71,7 +72,7 @@ def direct_backward_kernel(
     db += target + owner * db_set + end  # [S]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
 
-    for block in tl.range(num_blocks):
+    for block in tl.range(first_block, first_block + num_blocks):
         if SHARED:
             first = (block * tl.num_programs(0).to(tl.int64) + program) * BLOCK_ROWS
             row = first + tl.arange(0, BLOCK_ROWS)  # [R]
@@ -192,18 +193,21 @@ def launch_direct_backward(
     if in_partials:
         partials = z.new_empty(programs if shared else num_sets, partial, dtype=a.dtype)
         to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
-    to_sets = (partial,) * 3 if in_partials else (set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
+    to_sets = tuple(partial if in_partials else set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
     grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
-    launch(
-        direct_backward_kernel,
-        (programs,),
-        z,
-        *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, rows, num_steps, num_sets, num_blocks, partial),
-        *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-        *((0, 0, 0) if shared else to_sets),
-        *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
-        num_warps=config.num_warps,
-    )
+    launches = [(0, num_blocks)] if BARRIER_ORDERS_MEMORY else [(block, 1) for block in range(num_blocks)]
+    for first_block, of_launch in launches:
+        launch(
+            direct_backward_kernel,
+            (programs,),
+            z,
+            *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db),
+            *(rows, num_steps, num_sets, first_block, of_launch, partial),
+            *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
+            *((0, 0, 0) if shared else to_sets),
+            *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
+            num_warps=config.num_warps,
+        )
     if shared and in_partials:
         block = 32
         launch(

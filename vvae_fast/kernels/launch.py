@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+AMD = torch.version.hip is not None
+BARRIER_ORDERS_MEMORY = not AMD  # Triton's barrier waits for stores to memory on NVIDIA's GPUs, not on AMD's
+
 
 def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: int) -> None:
     """Runs `programs` of `kernel` on like's device, which need not be the current one, and on its current stream."""
@@ -18,7 +21,7 @@ def options(num_warps: int) -> dict[str, object]:
     """What the compiler is told, beside the arguments. Without a cap on registers ptxas spills some to make room for
     more warps."""
     chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
-    return chosen if torch.version.hip else chosen | {"maxnreg": min(255, 2048 // num_warps)}
+    return chosen if AMD else chosen | {"maxnreg": min(255, 2048 // num_warps)}
 
 
 def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:
