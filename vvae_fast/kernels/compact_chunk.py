@@ -1,0 +1,91 @@
+"""What the compact form does with one chunk of steps, docs/math.md (9) to (12), on Triton tensors.
+
+The scans run with a thread a row: the tile of a chunk goes through memory and comes back as CHUNK vectors [R], so that
+no step waits for another thread. Every dot product of a step, an H, a delta, is a tile again.
+"""
+
+import triton
+import triton.language as tl
+
+from vvae_fast.kernels.math import activate, determinant, h_second
+
+CHUNK = tl.constexpr(16)  # steps
+SCRATCH = tl.constexpr(18 * 16)  # numbers of a program: its chunk's Gram matrix, c and s
+SATURATED = tl.constexpr(1000.0)  # the pre-activation of rows behind the last: h' = 0, and the determinant is 1
+
+
+@triton.jit
+def dot(x, y, sum, PRECISION: tl.constexpr):
+    """sum + x y."""
+    return tl.dot(x, y, sum, input_precision=PRECISION, out_dtype=sum.dtype)
+
+
+@triton.jit
+def rows_of(owner, block, num_sets, BLOCK_ROWS: tl.constexpr, SHARED: tl.constexpr):
+    """The rows [R] of a set's row block."""
+    nth = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    if SHARED:  # num_sets is 1, and Triton sees that the rows are consecutive
+        return nth
+    return nth * num_sets + owner
+
+
+@triton.jit
+def load_state(begun, x, x_row: tl.constexpr, x_col: tl.constexpr, state, row, col, mask, D: tl.constexpr):
+    """[R, BLOCK_D] of the state that goes from chunk to chunk in memory; x is what the first chunk starts from."""
+    if begun:
+        tile = tl.load(state + row[:, None] * D + col[None, :], mask, 0)
+    else:
+        tile = tl.load(x + row[:, None] * x_row + col[None, :] * x_col, mask, 0).to(state.dtype.element_ty)
+    return tile
+
+
+@triton.jit
+def store_gram(scratch, gram, c, s):
+    """Into the program's scratch, from which the scans take scalars."""
+    step = tl.arange(0, CHUNK)  # [CHUNK]
+    tl.store(scratch + step[:, None] * CHUNK + step[None, :], gram)
+    tl.store(scratch + CHUNK * CHUNK + step, c)
+    tl.store(scratch + CHUNK * (CHUNK + 1) + step, s)
+
+
+@triton.jit
+def scan(a, scratch, rows, left):
+    """The pre-activations (9) in the place of P: `a` [R] points to the first step of the chunk, `left` [R] is the number
+    of steps from there on, 0 in rows behind the last."""
+    products = ()
+    for k in tl.static_range(CHUNK):
+        products += (tl.load(a + k * rows, left > k, 0),)
+    h = ()
+    scanned = ()
+    for k in tl.static_range(CHUNK):
+        a_k = products[k]
+        for j in tl.static_range(k):
+            a_k += tl.load(scratch + (j * CHUNK + k)) * h[j]
+        scanned += (a_k,)
+        h += (activate(a_k)[0],)
+    for k in tl.static_range(CHUNK):
+        tl.store(a + k * rows, scanned[k], left > k)
+
+
+@triton.jit
+def scan_back(a, delta, lambda_, scratch, rows, left):
+    """delta (12) in the place of Q; arguments as above."""
+    products = ()
+    pre_activations = ()
+    for k in tl.static_range(CHUNK):
+        products += (tl.load(delta + k * rows, left > k, 0),)
+        pre_activations += (tl.load(a + k * rows, left > k, SATURATED),)
+    scanned = ()  # from the last step to the first
+    for i in tl.static_range(CHUNK):
+        k: tl.constexpr = CHUNK - 1 - i
+        h, h_prime = activate(pre_activations[k])
+        c = tl.load(scratch + (CHUNK * CHUNK + k) + tl.arange(0, 1))  # [1]
+        s = tl.load(scratch + (CHUNK * (CHUNK + 1) + k) + tl.arange(0, 1))  # [1]
+        r = lambda_ / determinant(h, h_prime, c, s)
+        e = products[k]
+        for j in tl.static_range(i):
+            e += tl.load(scratch + (k * CHUNK + CHUNK - 1 - j)) * scanned[j]
+        scanned += (e * h_prime + r * c * h_second(h, h_prime),)
+    for i in tl.static_range(CHUNK):
+        k: tl.constexpr = CHUNK - 1 - i
+        tl.store(delta + k * rows, scanned[i], left > k)
