@@ -34,6 +34,7 @@ class Compact(NamedTuple):
 
     block_rows: int
     block_dim: int
+    in_registers: bool
     num_warps: int
     precision: str  # of tl.dot
 
@@ -51,7 +52,7 @@ class CompactGradients(NamedTuple):
     finish_block_dim: int  # columns at a time of the launch that adds the partial sums
 
 
-_MOST_COMPACT_IN_REGISTERS = 256  # columns
+_MOST_COMPACT_IN_REGISTERS = 64  # columns
 _COMPACT_PROGRAMS = 512  # wanted: enough for the largest GPU, a few on each multiprocessor
 
 
@@ -61,7 +62,7 @@ def is_compact(rows_per_set: int, dim: int, num_steps: int) -> bool:
 
     Its gradients are products over all K steps, docs/math.md (14), which cancel where steps outnumber dimensions.
     """
-    return dim > 4096 or (rows_per_set >= 16 and 32 <= dim and num_steps <= dim)
+    return dim > 4096 or (rows_per_set >= 16 and dim >= 32 and num_steps <= dim)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -72,14 +73,13 @@ def _precision(dtype: torch.dtype) -> str:
 def _compact(rows_per_set: int, num_sets: int, dim: int, dtype: torch.dtype) -> Compact:
     wide = dtype == torch.float64  # a number is two registers
     most_dim, most_rows = (_MOST_COMPACT_IN_REGISTERS // 2, 32) if wide else (_MOST_COMPACT_IN_REGISTERS, 64)
-    block_dim = max(16, 1 << (dim - 1).bit_length())
-    if block_dim > most_dim:
-        block_dim = 64
+    in_registers = dim <= most_dim
+    block_dim = 16 if wide or in_registers else 32
     block_rows = 16
     while block_rows < most_rows and -(-rows_per_set // (2 * block_rows)) * num_sets >= _COMPACT_PROGRAMS // 2:
         block_rows *= 2
-    num_warps = max(block_rows // 16, block_rows * block_dim // (1024 if wide else 2048))
-    return Compact(block_rows, block_dim, num_warps, _precision(dtype))
+    num_warps = max(1, block_rows // 16)
+    return Compact(block_rows, block_dim, in_registers, num_warps, _precision(dtype))
 
 
 def compact_forward(rows_per_set: int, num_sets: int, dim: int, dtype: torch.dtype) -> Compact:
@@ -93,7 +93,7 @@ def compact_backward(rows_per_set: int, num_sets: int, dim: int, dtype: torch.dt
 def compact_gradients(
     rows_per_set: int, num_sets: int, dim: int, num_steps: int, dtype: torch.dtype
 ) -> CompactGradients:
-    block_rows = 64 if rows_per_set > 32 else 32 if rows_per_set > 16 else 16
+    block_rows = 32 if rows_per_set > 16 and dtype != torch.float64 else 16
     block_dim = min(64, max(16, 1 << (dim - 1).bit_length()))
     block_steps = min(64, max(16, 1 << (num_steps - 1).bit_length()))
     tiles = -(-num_steps // 16) * (-(-dim // block_dim) + -(-num_steps // block_steps))

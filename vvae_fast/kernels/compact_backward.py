@@ -7,10 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import CHUNK, SCRATCH, dot, load_state, rows_of, scan_back, store_gram
+from vvae_fast.kernels.compact_chunk import (
+    CHUNK,
+    SCRATCH,
+    constrain_chunk,
+    dot,
+    load_params,
+    load_state,
+    rows_of,
+    scan_back,
+    store_gram,
+)
 from vvae_fast.kernels.compact_gradients import launch_compact_gradients
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import constrain
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])
@@ -41,13 +50,13 @@ def compact_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,  # g, not in memory between chunks
     SHARED: tl.constexpr,
     CONSTRAINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta and dz of BLOCK_ROWS rows of one set a program, and the constraint of the set, for compact_gradients.py."""
     dtype: tl.constexpr = a.dtype.element_ty
-    IN_REGISTERS: tl.constexpr = D <= BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     owner, block = program // num_blocks, program % num_blocks
     row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
@@ -56,50 +65,40 @@ def compact_backward_kernel(
     rows = rows.to(tl.int64)
     step = tl.arange(0, CHUNK)  # [CHUNK]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
     constraint += owner * 3 * num_steps
     lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0)  # [R]
     if IN_REGISTERS:
-        g = tl.load(grad_z + row[:, None] * grad_z_row + col[None, :] * grad_z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+        g = ()  # tiles [R, BLOCK_D]
+        for tile in tl.static_range(0, D, BLOCK_D):
+            at = tile + col  # [BLOCK_D]
+            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+            g += (tl.load(grad_z + row[:, None] * grad_z_row + at[None, :] * grad_z_col, mask, 0).to(dtype),)
 
     chunks = tl.cdiv(num_steps, CHUNK)
     for nth in tl.range(chunks, num_stages=1):
         first = (chunks - 1 - nth).to(tl.int64) * CHUNK
         steps = first + step < num_steps  # [CHUNK]
+        left = tl.where(inside, num_steps - first, 0)  # [R]
         u_at = u + owner * u_set + (first + step)[:, None] * u_step  # [CHUNK, 1]
         w_at = w + owner * w_set + (first + step)[:, None] * w_step  # [CHUNK, 1]
+        c, s, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINED, dtype)  # [CHUNK]
         q = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         if IN_REGISTERS:
-            params = steps[:, None] & (col < D)[None, :]  # [CHUNK, BLOCK_D]
-            u_hat = tl.load(u_at + col[None, :] * u_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D], u as yet
-            w_k = tl.load(w_at + col[None, :] * w_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-            c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_hat, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [CHUNK]
-            of_w = rho * inv_n  # [CHUNK]
-            u_hat += of_w[:, None] * w_k
-            q = dot(g, tl.trans(u_hat), q, PRECISION)
-            gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
+            for tile in tl.static_range(0, D, BLOCK_D):
+                w_k = load_params(w_at, tile + col, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u_at, tile + col, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                q = dot(g[tile // BLOCK_D], tl.trans(u_hat), q, PRECISION)
+                gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
         else:
-            w_q = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
-            w_gram = tl.zeros([CHUNK, CHUNK], dtype)
-            alpha, n = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
             for start in tl.range(0, D, BLOCK_D, num_stages=1):
                 at = start + col  # [BLOCK_D]
-                tile = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
-                params = steps[:, None] & (at < D)[None, :]  # [CHUNK, BLOCK_D]
-                u_k = tl.load(u_at + at[None, :] * u_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-                w_k = tl.load(w_at + at[None, :] * w_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-                g = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, dz, row, at, tile, D)  # [R, BLOCK_D]
-                q = dot(g, tl.trans(u_k), q, PRECISION)
-                w_q = dot(g, tl.trans(w_k), w_q, PRECISION)
-                gram = dot(u_k, tl.trans(w_k), gram, PRECISION)
-                w_gram = dot(w_k, tl.trans(w_k), w_gram, PRECISION)
-                alpha += tl.sum(w_k * u_k, 1)
-                n += tl.sum(w_k * w_k, 1)
-            c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINED)  # [CHUNK]
-            of_w = rho * inv_n  # [CHUNK]
-            q += of_w[None, :] * w_q
-            gram += of_w[:, None] * w_gram
+                w_k = load_params(w_at, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u_at, at, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+                g_t = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, dz, row, at, mask, D)  # [R, BLOCK_D]
+                q = dot(g_t, tl.trans(u_hat), q, PRECISION)
+                gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
 
         saved = inside[:, None] & steps[None, :]  # [R, CHUNK]
         delta_row = delta + first * rows + row  # [R]
@@ -111,24 +110,30 @@ def compact_backward_kernel(
             tl.store(constraint + num_steps + first + step, s, steps)
             tl.store(constraint + 2 * num_steps + first + step, of_w, steps)
         tl.debug_barrier()
-        scan_back(a + first * rows + row, delta_row, lambda_, scratch, rows, tl.where(inside, num_steps - first, 0))
+        scan_back(a + first * rows + row, delta_row, lambda_, scratch, rows, left)
         tl.debug_barrier()
         d = tl.load(delta_tile, saved, 0)  # [R, CHUNK]
 
         if IN_REGISTERS:
-            g = dot(d, w_k, g, PRECISION)
+            g_next = ()
+            for tile in tl.static_range(0, D, BLOCK_D):
+                w_k = load_params(w_at, tile + col, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                g_next += (dot(d, w_k, g[tile // BLOCK_D], PRECISION),)
+            g = g_next
         else:
             for start in tl.range(0, D, BLOCK_D, num_stages=1):
                 at = start + col  # [BLOCK_D]
-                tile = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
-                params = steps[:, None] & (at < D)[None, :]  # [CHUNK, BLOCK_D]
-                w_k = tl.load(w_at + at[None, :] * w_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-                g = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, dz, row, at, tile, D)  # [R, BLOCK_D]
-                tl.store(dz + row[:, None] * D + at[None, :], dot(d, w_k, g, PRECISION), tile)
+                w_k = load_params(w_at, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+                g_t = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, dz, row, at, mask, D)  # [R, BLOCK_D]
+                tl.store(dz + row[:, None] * D + at[None, :], dot(d, w_k, g_t, PRECISION), mask)
             tl.debug_barrier()  # other threads read this g next
 
     if IN_REGISTERS:
-        tl.store(dz + row[:, None] * D + col[None, :], g, mask)
+        for tile in tl.static_range(0, D, BLOCK_D):
+            at = tile + col  # [BLOCK_D]
+            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+            tl.store(dz + row[:, None] * D + at[None, :], g[tile // BLOCK_D], mask)
 
 
 def launch_compact_backward(
@@ -155,7 +160,7 @@ def launch_compact_backward(
     constraint = a.new_empty(num_sets, 3, num_steps)
     scratch = a.new_empty(num_sets * num_blocks, SCRATCH.value)
     # Between chunks g is not rounded to half precision.
-    between = dz if dim <= config.block_dim or dz.dtype == a.dtype else torch.empty_like(dz, dtype=a.dtype)
+    between = dz if config.in_registers or dz.dtype == a.dtype else torch.empty_like(dz, dtype=a.dtype)
     launch(
         compact_backward_kernel,
         (num_sets * num_blocks,),
@@ -163,7 +168,8 @@ def launch_compact_backward(
         *(grad_z, grad_log_det, u, w, a, between, delta, constraint, scratch),
         *(rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*grad_z.stride(), *grad_log_det.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, config.precision),
+        *(dim, config.block_dim, config.block_rows, config.in_registers),
+        *(num_sets == 1, constrained, config.precision),
         num_warps=config.num_warps,
     )
     if between is not dz:

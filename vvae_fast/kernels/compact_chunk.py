@@ -7,7 +7,7 @@ no step waits for another thread. Every dot product of a step, an H, a delta, is
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels.math import activate, determinant, h_second
+from vvae_fast.kernels.math import activate, constrain, determinant, h_second
 
 CHUNK = tl.constexpr(16)  # steps
 SCRATCH = tl.constexpr(18 * 16)  # numbers of a program: its chunk's Gram matrix, c and s
@@ -40,6 +40,36 @@ def load_state(begun, x, x_row: tl.constexpr, x_col: tl.constexpr, state, row, c
 
 
 @triton.jit
+def load_params(p, at, p_col: tl.constexpr, steps, D: tl.constexpr, dtype: tl.constexpr):
+    """[CHUNK, BLOCK_D] of u or w from p [CHUNK, 1] on, 0 where there is no step or no column."""
+    return tl.load(p + at[None, :] * p_col, steps[:, None] & (at < D)[None, :], 0).to(dtype)
+
+
+@triton.jit
+def constrain_chunk(
+    u,  # [CHUNK, 1], as w
+    w,
+    u_col: tl.constexpr,
+    w_col: tl.constexpr,
+    steps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CONSTRAINED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """c, s and of_w [CHUNK], where u_hat = u + of_w w, docs/math.md (4), (5)."""
+    alpha, n = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
+    for start in tl.range(0, D, BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        u_k = load_params(u, at, u_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+        w_k = load_params(w, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+        alpha += tl.sum(w_k * u_k, 1)
+        n += tl.sum(w_k * w_k, 1)
+    c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINED)
+    return c, s, rho * inv_n
+
+
+@triton.jit
 def store_gram(scratch, gram, c, s):
     """Into the program's scratch, from which the scans take scalars."""
     step = tl.arange(0, CHUNK)  # [CHUNK]
@@ -50,21 +80,18 @@ def store_gram(scratch, gram, c, s):
 
 @triton.jit
 def scan(a, scratch, rows, left):
-    """The pre-activations (9) in the place of P: `a` [R] points to the first step of the chunk, `left` [R] is the number
-    of steps from there on, 0 in rows behind the last."""
+    """The pre-activations (9) in the place of P: `a` [R] points to the first step of the chunk; `left` [R] steps
+    are there, 0 in rows behind the last."""
     products = ()
     for k in tl.static_range(CHUNK):
         products += (tl.load(a + k * rows, left > k, 0),)
     h = ()
-    scanned = ()
     for k in tl.static_range(CHUNK):
         a_k = products[k]
         for j in tl.static_range(k):
             a_k += tl.load(scratch + (j * CHUNK + k)) * h[j]
-        scanned += (a_k,)
         h += (activate(a_k)[0],)
-    for k in tl.static_range(CHUNK):
-        tl.store(a + k * rows, scanned[k], left > k)
+        tl.store(a + k * rows, a_k, left > k)
 
 
 @triton.jit
@@ -76,16 +103,14 @@ def scan_back(a, delta, lambda_, scratch, rows, left):
         products += (tl.load(delta + k * rows, left > k, 0),)
         pre_activations += (tl.load(a + k * rows, left > k, SATURATED),)
     scanned = ()  # from the last step to the first
-    for i in tl.static_range(CHUNK):
-        k: tl.constexpr = CHUNK - 1 - i
+    for k in tl.static_range(CHUNK - 1, -1, -1):
         h, h_prime = activate(pre_activations[k])
         c = tl.load(scratch + (CHUNK * CHUNK + k) + tl.arange(0, 1))  # [1]
         s = tl.load(scratch + (CHUNK * (CHUNK + 1) + k) + tl.arange(0, 1))  # [1]
         r = lambda_ / determinant(h, h_prime, c, s)
         e = products[k]
-        for j in tl.static_range(i):
-            e += tl.load(scratch + (k * CHUNK + CHUNK - 1 - j)) * scanned[j]
-        scanned += (e * h_prime + r * c * h_second(h, h_prime),)
-    for i in tl.static_range(CHUNK):
-        k: tl.constexpr = CHUNK - 1 - i
-        tl.store(delta + k * rows, scanned[i], left > k)
+        for j in tl.static_range(CHUNK - 1, k, -1):
+            e += tl.load(scratch + (k * CHUNK + j)) * scanned[CHUNK - 1 - j]
+        delta_k = e * h_prime + r * c * h_second(h, h_prime)
+        scanned += (delta_k,)
+        tl.store(delta + k * rows, delta_k, left > k)

@@ -6,9 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import CHUNK, SCRATCH, dot, load_state, rows_of, scan, store_gram
+from vvae_fast.kernels.compact_chunk import (
+    CHUNK,
+    SCRATCH,
+    constrain_chunk,
+    dot,
+    load_params,
+    load_state,
+    rows_of,
+    scan,
+    store_gram,
+)
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import activate, constrain, log_abs_determinant
+from vvae_fast.kernels.math import activate, log_abs_determinant
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])
@@ -39,6 +49,7 @@ def compact_forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,  # z, not in memory between chunks
     SHARED: tl.constexpr,
     CONSTRAINED: tl.constexpr,
     SAVE: tl.constexpr,
@@ -46,7 +57,6 @@ def compact_forward_kernel(
 ):
     """BLOCK_ROWS rows of one set a program."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
-    IN_REGISTERS: tl.constexpr = D <= BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     owner, block = program // num_blocks, program % num_blocks
     row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
@@ -55,45 +65,40 @@ def compact_forward_kernel(
     rows = rows.to(tl.int64)
     step = tl.arange(0, CHUNK).to(tl.int64)  # [CHUNK]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
     u += owner * u_set + step[:, None] * u_step  # [CHUNK, 1], as w
     w += owner * w_set + step[:, None] * w_step
     b += owner * b_set + step * b_step  # [CHUNK]
     a_row = a + row  # [R]
     a_tile = a_row[:, None] + step[None, :] * rows  # [R, CHUNK]
     if IN_REGISTERS:
-        z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+        z_k = ()  # tiles [R, BLOCK_D]
+        for tile in tl.static_range(0, D, BLOCK_D):
+            at = tile + col  # [BLOCK_D]
+            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+            z_k += (tl.load(z + row[:, None] * z_row + at[None, :] * z_col, mask, 0).to(dtype),)
     sum_of_logs = tl.zeros([BLOCK_ROWS], dtype)  # [R]
 
     for first in tl.range(0, num_steps, CHUNK, num_stages=1):
         left = num_steps - first
         steps = step < left  # [CHUNK]
+        c, s, of_w = constrain_chunk(u, w, u_col, w_col, steps, D, BLOCK_D, CONSTRAINED, dtype)  # [CHUNK]
         p = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         if IN_REGISTERS:
-            params = steps[:, None] & (col < D)[None, :]  # [CHUNK, BLOCK_D]
-            u_hat = tl.load(u + col[None, :] * u_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D], u as yet
-            w_k = tl.load(w + col[None, :] * w_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-            c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_hat, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [CHUNK]
-            u_hat += (rho * inv_n)[:, None] * w_k
-            p = dot(z_k, tl.trans(w_k), p, PRECISION)
-            gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
+            for tile in tl.static_range(0, D, BLOCK_D):
+                w_k = load_params(w, tile + col, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u, tile + col, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                p = dot(z_k[tile // BLOCK_D], tl.trans(w_k), p, PRECISION)
+                gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
         else:
-            w_gram = tl.zeros([CHUNK, CHUNK], dtype)
-            alpha, n = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
             for start in tl.range(0, D, BLOCK_D, num_stages=1):
                 at = start + col  # [BLOCK_D]
-                params = steps[:, None] & (at < D)[None, :]  # [CHUNK, BLOCK_D]
-                u_k = tl.load(u + at[None, :] * u_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-                w_k = tl.load(w + at[None, :] * w_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D]
-                z_k = load_state(first > 0, z, z_row, z_col, z_K, row, at, inside[:, None] & (at < D)[None, :], D)
-                p = dot(z_k, tl.trans(w_k), p, PRECISION)
-                gram = dot(u_k, tl.trans(w_k), gram, PRECISION)
-                w_gram = dot(w_k, tl.trans(w_k), w_gram, PRECISION)
-                alpha += tl.sum(w_k * u_k, 1)
-                n += tl.sum(w_k * w_k, 1)
-            c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINED)  # [CHUNK]
-            gram += (rho * inv_n)[:, None] * w_gram
+                w_k = load_params(w, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u, at, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+                z_t = load_state(first > 0, z, z_row, z_col, z_K, row, at, mask, D)  # [R, BLOCK_D]
+                p = dot(z_t, tl.trans(w_k), p, PRECISION)
+                gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
 
         saved = inside[:, None] & steps[None, :]  # [R, CHUNK]
         tl.store(a_tile, p + tl.load(b, steps, 0).to(dtype)[None, :], saved)
@@ -105,16 +110,20 @@ def compact_forward_kernel(
         sum_of_logs += tl.sum(log_abs_determinant(h, h_prime, c[None, :], s[None, :]), 1)
 
         if IN_REGISTERS:
-            z_k = dot(h, u_hat, z_k, PRECISION)
+            z_next = ()
+            for tile in tl.static_range(0, D, BLOCK_D):
+                w_k = load_params(w, tile + col, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u, tile + col, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                z_next += (dot(h, u_hat, z_k[tile // BLOCK_D], PRECISION),)
+            z_k = z_next
         else:
             for start in tl.range(0, D, BLOCK_D, num_stages=1):
                 at = start + col  # [BLOCK_D]
-                tile = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
-                params = steps[:, None] & (at < D)[None, :]  # [CHUNK, BLOCK_D]
-                u_hat = tl.load(u + at[None, :] * u_col, params, 0).to(dtype)  # [CHUNK, BLOCK_D], u as yet
-                u_hat += (rho * inv_n)[:, None] * tl.load(w + at[None, :] * w_col, params, 0).to(dtype)
-                z_k = load_state(first > 0, z, z_row, z_col, z_K, row, at, tile, D)  # [R, BLOCK_D]
-                tl.store(z_K + row[:, None] * D + at[None, :], dot(h, u_hat, z_k, PRECISION), tile)
+                w_k = load_params(w, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
+                u_hat = load_params(u, at, u_col, steps, D, dtype) + of_w[:, None] * w_k
+                mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+                z_t = load_state(first > 0, z, z_row, z_col, z_K, row, at, mask, D)  # [R, BLOCK_D]
+                tl.store(z_K + row[:, None] * D + at[None, :], dot(h, u_hat, z_t, PRECISION), mask)
         tl.debug_barrier()  # other threads read this z next, and write where this chunk's a was if it is not saved
         u += CHUNK * u_step
         w += CHUNK * w_step
@@ -124,7 +133,10 @@ def compact_forward_kernel(
             a_tile += CHUNK * rows
 
     if IN_REGISTERS:
-        tl.store(z_K + row[:, None] * D + col[None, :], z_k, mask)
+        for tile in tl.static_range(0, D, BLOCK_D):
+            at = tile + col  # [BLOCK_D]
+            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
+            tl.store(z_K + row[:, None] * D + at[None, :], z_k[tile // BLOCK_D], mask)
     tl.store(log_det + row, sum_of_logs, inside)
 
 
@@ -149,14 +161,15 @@ def launch_compact_forward(
     a = a if save else z.new_empty(CHUNK.value, rows, dtype=dtype)
     scratch = z.new_empty(num_sets * num_blocks, SCRATCH.value, dtype=dtype)
     # Between chunks z is not rounded to half precision.
-    between = z_K if dim <= config.block_dim or z_K.dtype == dtype else torch.empty_like(z_K, dtype=dtype)
+    between = z_K if config.in_registers or z_K.dtype == dtype else torch.empty_like(z_K, dtype=dtype)
     launch(
         compact_forward_kernel,
         (num_sets * num_blocks,),
         z,
         *(z, u, w, b, between, log_det, a, scratch, rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save, config.precision),
+        *(dim, config.block_dim, config.block_rows, config.in_registers),
+        *(num_sets == 1, constrained, save, config.precision),
         num_warps=config.num_warps,
     )
     if between is not z_K:

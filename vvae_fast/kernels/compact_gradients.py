@@ -56,7 +56,7 @@ def compact_gradients_kernel(
         s = tl.load(constraint + num_steps + step, steps, 1)  # [CHUNK]
         v, dw = tl.zeros([CHUNK, BLOCK_D], dtype), tl.zeros([CHUNK, BLOCK_D], dtype)
         db, gamma = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
-        for block in tl.range(first_block, first_block + num_blocks):
+        for block in tl.range(first_block, first_block + num_blocks, num_stages=2):
             row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
             saved = steps[:, None] & inside[None, :]  # [CHUNK, R]
@@ -82,7 +82,7 @@ def compact_gradients_kernel(
     elif (tile - COLUMN_TILES + 1) * BLOCK_STEPS > tl.program_id(1) * CHUNK:  # S is needed above its diagonal only
         later = (tile - COLUMN_TILES) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS).to(tl.int64)  # [BLOCK_STEPS]
         triangle = tl.zeros([CHUNK, BLOCK_STEPS], dtype)
-        for block in tl.range(first_block, first_block + num_blocks):
+        for block in tl.range(first_block, first_block + num_blocks, num_stages=2):
             row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
             h, _ = activate(tl.load(a + row[None, :], steps[:, None] & inside[None, :], SATURATED))  # [CHUNK, R]
