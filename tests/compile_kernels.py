@@ -20,8 +20,16 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, not what is installed
 
-from vvae_fast.kernels import direct_backward, direct_forward, planar
-from vvae_fast.kernels.launch import options
+from vvae_fast.kernels import (
+    _heuristics,
+    compact_backward,
+    compact_forward,
+    compact_gradients,
+    direct_backward,
+    direct_forward,
+    launch,
+    planar,
+)
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -33,8 +41,8 @@ class Recorder:
     def __init__(self) -> None:
         self.launches = []
 
-    def __call__(self, kernel, programs, like, *args, num_warps) -> None:
-        self.launches.append((kernel, args, options(num_warps)))
+    def __call__(self, kernel, programs, like, *args, num_warps, capped=False) -> None:
+        self.launches.append((kernel, args, launch.options(num_warps, capped)))
 
 
 def source(kernel, args: tuple) -> ASTSource:
@@ -74,10 +82,12 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled}
 
 
-def record(rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> list[tuple]:
-    """What forward and backward of one problem launch."""
+def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> list[tuple]:
+    """What forward and backward of one problem launch in the form "direct" or "compact"."""
+    _heuristics.is_compact = lambda *problem: form == "compact"
     recorder = Recorder()
-    direct_forward.launch = direct_backward.launch = recorder
+    for module in (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients):
+        module.launch = recorder
     sets = (num_sets,) if num_sets > 1 else ()
     new = {"dtype": getattr(torch, dtype), "device": "meta"}
     z, u, b = (
@@ -91,10 +101,10 @@ def record(rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> li
 
 
 def main(target: list, cases: list) -> None:
+    amd = target[0] == "hip"
+    launch.AMD, direct_backward.BARRIER_ORDERS_MEMORY = amd, not amd  # what the launchers go by
     for case in cases:
         for kernel, args, chosen in record(*case):
-            if target[0] == "hip":
-                chosen.pop("maxnreg", None)
             start = time.perf_counter()
             compiled = triton.compile(source(kernel, args), target=GPUTarget(*target), options=chosen)
             row = {"kernel": kernel.__name__, "case": case, "num_warps": chosen["num_warps"], **resources(compiled)}

@@ -38,20 +38,11 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
-def _triton_unsupported(problem: Problem) -> list[str]:
-    reasons = []
-    if problem.device_type != "cuda" and not (kernels.interpreted and problem.device_type == "cpu"):
-        reasons.append(f"the triton backend runs on cuda tensors, got {problem.device_type}")
-    if problem.inverse:
-        reasons.append("the triton backend has no inverse, the reference has")
-    return reasons
-
-
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpp", _cpp_unavailable, _cpp_unsupported),
-        Backend("triton", kernels.unavailable, _triton_unsupported),
+        Backend("triton", kernels.unavailable, kernels.unsupported),
         Backend("reference", lambda: [], lambda problem: []),
     )
 }

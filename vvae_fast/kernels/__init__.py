@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vvae_fast import config, ops
+from vvae_fast.kernels import _heuristics, launch
+from vvae_fast.shapes import Problem
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -22,6 +24,19 @@ def unavailable() -> list[str]:
     if interpreted or torch.cuda.is_initialized() or torch.cuda.is_available():
         return []
     return ["PyTorch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on the CPU, for debugging)"]
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why the kernels, where they can run, cannot run this problem."""
+    reasons = []
+    if problem.device_type != "cuda" and not (interpreted and problem.device_type == "cpu"):
+        reasons.append(f"the triton backend runs on cuda tensors, got {problem.device_type}")
+    if problem.inverse:
+        reasons.append("the triton backend has no inverse, the reference has")
+    most = _heuristics.most_direct_dim(problem.compute_dtype)
+    if problem.dim > most and not launch.BARRIER_ORDERS_MEMORY:
+        reasons.append(f"on AMD's GPUs the triton backend runs D up to {most}, got {problem.dim}")
+    return reasons
 
 
 def _planar() -> ModuleType:

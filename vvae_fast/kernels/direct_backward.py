@@ -207,6 +207,7 @@ def launch_direct_backward(
             *((0, 0, 0) if shared else to_sets),
             *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
             num_warps=config.num_warps,
+            capped=True,
         )
     if shared and in_partials:
         block = 32

@@ -103,4 +103,5 @@ def launch_direct_forward(
         *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
         *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save, config.num_stages),
         num_warps=config.num_warps,
+        capped=True,
     )

@@ -7,9 +7,9 @@ AMD = torch.version.hip is not None
 BARRIER_ORDERS_MEMORY = not AMD  # Triton's barrier waits for stores to memory on NVIDIA's GPUs, not on AMD's
 
 
-def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: int) -> None:
+def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: int, capped: bool = False) -> None:
     """Runs `programs` of `kernel` on like's device, which need not be the current one, and on its current stream."""
-    chosen = options(num_warps)
+    chosen = options(num_warps, capped)
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # Triton launches on the current device
             kernel[programs](*args, **chosen)
@@ -17,11 +17,11 @@ def launch(kernel, programs: tuple[int, ...], like: Tensor, *args, num_warps: in
         kernel[programs](*args, **chosen)
 
 
-def options(num_warps: int) -> dict[str, object]:
-    """What the compiler is told, beside the arguments. Without a cap on registers ptxas spills some to make room for
-    more warps."""
+def options(num_warps: int, capped: bool) -> dict[str, object]:
+    """What the compiler is told, beside the arguments. `capped` states the cap on registers that holds anyway: ptxas,
+    which otherwise makes room for more warps, then spills none of a kernel that comes near."""
     chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
-    return chosen if AMD else chosen | {"maxnreg": min(255, 2048 // num_warps)}
+    return chosen | {"maxnreg": min(255, 2048 // num_warps)} if capped and not AMD else chosen
 
 
 def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:

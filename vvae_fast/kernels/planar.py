@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from vvae_fast import shapes
+from vvae_fast.kernels import _heuristics
+from vvae_fast.kernels.compact_backward import launch_compact_backward
+from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.kernels.direct_backward import launch_direct_backward
 from vvae_fast.kernels.direct_forward import launch_direct_forward
 
@@ -21,7 +24,8 @@ def planar_forward(
     log_det = z.new_empty(rows, dtype=dtype)
     a = z.new_empty((num_steps, rows) if save else (0,), dtype=dtype)
     if rows and num_steps:
-        launch_direct_forward(z, u, w, b, z_K, log_det, a, constrained, save)
+        launch_forward = launch_compact_forward if _is_compact(z, u) else launch_direct_forward
+        launch_forward(z, u, w, b, z_K, log_det, a, constrained, save)
     elif rows:
         z_K.copy_(z)
         log_det.zero_()
@@ -49,6 +53,11 @@ def planar_backward_packed(
     return _backward(grad_z, grad_log_det, z, *params, a, *gradients, constrained), dpacked
 
 
+def _is_compact(z: Tensor, u: Tensor) -> bool:
+    num_sets = u.shape[0] if u.dim() == 3 else 1
+    return _heuristics.is_compact(z.shape[0] // num_sets, z.shape[1], u.shape[-2], shapes.compute_dtype(z.dtype))
+
+
 def _unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views u, w [P, K, D] and b [P, K] of packed [P, K (2 D + 1)]."""
     u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], 1)
@@ -74,7 +83,8 @@ def _backward(
     shapes.check_saved(grad_z, grad_log_det, z, a, num_steps)
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if rows and num_steps:
-        launch_direct_backward(grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, constrained)
+        launch_backward = launch_compact_backward if _is_compact(z, u) else launch_direct_backward
+        launch_backward(grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, constrained)
     else:
         dz.copy_(grad_z)
         for t in (du, dw, db):
