@@ -24,6 +24,8 @@ TOTAL = 525  # seconds for everything
 BUILD, TESTS, BENCHMARKS = 150, 190, 240  # seconds at most; the benchmarks' is when they start nothing more
 LAST_BLOCK = 25  # seconds kept for what the benchmarks have started by then
 WORKERS = 8  # most of the tests' time is Triton's compiler's
+# The packages are not the pinned ones: what they warn of is shown, and fails nothing.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "default"]
 
 
 class Missing(Exception):
@@ -138,11 +140,14 @@ def tests(steps: Steps) -> str:
     """All that has the marker gpu, in several processes where pytest-xdist is there."""
     needed("pytest")
     files = sorted(str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/test_{name}*.py"))
-    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "--tb=short", "--durations=6"]
+    command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line a test: one that hangs is found
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1))]
     threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
-    return steps.command([*command, "-p", "no:cacheprovider"], TESTS, **threads)[-1].strip("= ")
+    summary = steps.command(command, TESTS, **threads)[-1].strip("= ")
+    if "passed" not in summary:
+        raise Failed(f"nothing was tested: {summary}")
+    return summary
 
 
 def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
@@ -151,8 +156,8 @@ def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
     seconds = min(BENCHMARKS, steps.left - LAST_BLOCK)
     if seconds <= 0:
         raise Failed("no time is left for them")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-p", "benchmark"]
-    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--tb=short", "-rf"]
+    command = [*PYTEST, "benchmarks", "-q", "-p", "benchmark", "-rf"]
+    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
     started = time.time()
     command += ["--benchmark-disable-gc", "--benchmark-quiet", "--device=cuda", f"--seconds={seconds:.0f}"]
     steps.command([*command, f"--results={folder}", *([f"--commit={commit}"] if commit else [])], seconds + LAST_BLOCK)
