@@ -98,8 +98,9 @@ class Progress:
     def pytest_runtest_logstart(self, nodeid):  # the one hook before a test that runs outside the capturing of output
         block = self.blocks[nodeid]
         group = (block.group, block.pass_)
-        if self.bench.on_gpu and self.shown != group:  # a lent machine may be gone before the end
-            self.checkpoint()
+        contestant = self.bench.contestants.get(block.contestant)
+        if self.bench.on_gpu and (self.shown != group or (contestant and contestant.compiled)):
+            self.checkpoint()  # a lent machine may be gone before the end, or a compiler take all its time
         seconds = int(time.time() - self.bench.started)
         place = f"{self.groups.index(group) + 1}/{len(self.groups)} {block.group} {block.pass_}"
         line = f"[{100 * self.done // len(self.blocks):3d}%] {seconds // 60}:{seconds % 60:02d} {place}"
