@@ -1,10 +1,11 @@
 # make demo | test | lint | bench | bench-quick | report: each makes .venv when missing and rebuilds what changed only.
+# make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench bench-quick report clean
+.PHONY: demo test lint bench bench-quick report gpu clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -28,6 +29,9 @@ bench-quick: .venv/built
 
 report: .venv/built
 	$(BIN)/python benchmarks/report.py
+
+gpu:
+	@$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built

@@ -1,13 +1,14 @@
 """Bytes saved for the backward and needed at the peak, against K and B. Run with `make bench`."""
 
-from cases import MEMORY_CASES
+from cases import GPU_MEMORY_CASES, MEMORY_CASES
 from measure import Block
 from memory import peak_bytes, saved_bytes
 
 
 def pytest_generate_tests(metafunc):
     bench = metafunc.config.bench
-    blocks = [Block(case, "memory", name, 0) for case in bench.chosen(MEMORY_CASES) for name in bench.names(case)]
+    cases = bench.chosen(MEMORY_CASES, GPU_MEMORY_CASES)
+    blocks = [Block(case, "memory", name, 0) for case in cases for name in bench.names(case)]
     metafunc.parametrize("block", blocks, ids=str)
 
 

@@ -1,10 +1,10 @@
 """planar_flow, forward, backward and both, against what a user could run instead. Run with `make bench`."""
 
-from cases import PLANAR_CASES
+from cases import GPU_CASES, PLANAR_CASES
 from measure import COPY, Block
 
 ROUNDS, QUICK_ROUNDS = 5, 3
-BLOCK_SECONDS = 0.06
+BLOCK_SECONDS, GPU_BLOCK_SECONDS = 0.06, 0.02
 
 
 def pytest_generate_tests(metafunc):
@@ -12,7 +12,7 @@ def pytest_generate_tests(metafunc):
     rounds = QUICK_ROUNDS if bench.quick else ROUNDS
     blocks = [
         Block(case, pass_, name, r)
-        for case in bench.chosen(PLANAR_CASES)
+        for case in bench.chosen(PLANAR_CASES, GPU_CASES)
         for pass_ in case.passes
         for r in range(rounds)
         for name in (COPY, *bench.names(case))
@@ -27,4 +27,4 @@ def bench_planar(block, bench, benchmark):
             call, setup = stage.copy_calls()
         else:
             call, setup = stage.calls(bench.prepared(block), block.pass_)
-        bench.run.time_block(block, call, benchmark, setup, BLOCK_SECONDS)
+        bench.run.time_block(block, call, benchmark, setup, GPU_BLOCK_SECONDS if bench.on_gpu else BLOCK_SECONDS)

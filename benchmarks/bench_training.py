@@ -15,6 +15,7 @@ from vvae_fast.nn import mlp_decoder, mlp_encoder
 
 LATENT, HIDDEN, BATCH = 40, 400, 100
 ROUNDS, QUICK_ROUNDS = 31, 5  # the ratios are near 1 and machines are noisy: many short rounds
+GPU_ROUNDS = 9
 BLOCK_SECONDS = 0.08
 PASS = "step"
 NO_OP = partial(no_op, like=torch.zeros_like)
@@ -122,7 +123,7 @@ def check(model: VAE, x: Tensor) -> None:
 
 def pytest_generate_tests(metafunc):
     bench = metafunc.config.bench
-    rounds = QUICK_ROUNDS if bench.quick else ROUNDS
+    rounds = QUICK_ROUNDS if bench.quick else GPU_ROUNDS if bench.on_gpu else ROUNDS
     names = list(flows(bench.backends))
     blocks = [Block(group, PASS, name, r) for group in GROUPS for r in range(rounds) for name in names]
     metafunc.parametrize("block", blocks, ids=str)
@@ -131,4 +132,4 @@ def pytest_generate_tests(metafunc):
 def bench_vae_step(block, bench, benchmark):
     with bench.recording(block):
         step = training_step(block.contestant, block.group, bench.run.device, tuple(bench.backends))
-        bench.run.time_block(block, step, benchmark, None, BLOCK_SECONDS)
+        bench.run.time_block(block, step, benchmark, None, BLOCK_SECONDS, wall_only=True)

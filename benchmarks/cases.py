@@ -65,8 +65,8 @@ class Case:
 
 FB = ("forward+backward",)
 
-# torch.compile takes up to two minutes a shape, so it runs only in the README's table. The loops are left out where one
-# of their calls would take more than about a fifth of a second.
+# On a CPU. torch.compile takes up to two minutes a shape, so it runs only in the README's table. The loops are left out
+# where one of their calls would take more than about a fifth of a second.
 PLANAR_CASES = [
     # The README's table.
     Case(100, 2, 8, contestants=EVERYONE, quick=True),
@@ -90,6 +90,23 @@ PLANAR_CASES = [
     Case(4096, 64, 256, contestants=FAST),
 ]
 
+# On a GPU, in one session of four minutes: what the session may have to leave out for its time comes last.
+FIRST_BOTH = ("forward+backward", "forward", "backward")
+GPU_CASES = [
+    Case(100, 2, 8, contestants=(*FAST, "eager loop"), quick=True),
+    Case(4096, 64, 32, contestants=(*FAST, "eager loop")),
+    Case(65536, 64, 32, contestants=FAST, quick=True),
+    Case(262144, 64, 32, contestants=FAST),
+    Case(4096, 512, 64, contestants=FAST),
+    Case(4096, 1024, 32, contestants=FAST),
+    Case(4096, 64, 256, contestants=FAST),
+    Case(4096, 40, 16, amortized=True, contestants=FAST, quick=True),
+    Case(1000, 40, 16, amortized=True, contestants=(*FAST, "eager loop")),
+    Case(128, 40, 80, dtype="float64", contestants=(*FAST, "eager loop")),
+    Case(128, 40, 80, contestants=EVERYONE, passes=FIRST_BOTH, quick=True),
+    Case(1000, 64, 32, contestants=EVERYONE, passes=FIRST_BOTH),
+]
+
 MEMORY_CASES = [
     *(Case(4096, 64, K, contestants=LOOPS, passes=()) for K in (1, 4, 16)),
     Case(4096, 64, 32, passes=(), quick=True),
@@ -97,3 +114,4 @@ MEMORY_CASES = [
     Case(65536, 64, 32, contestants=FAST, passes=(), quick=True),
     Case(1000, 40, 16, amortized=True, passes=()),
 ]
+GPU_MEMORY_CASES = [Case(B, 64, 32, contestants=(*FAST, "eager loop"), passes=(), quick=True) for B in (4096, 65536)]

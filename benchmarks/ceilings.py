@@ -1,25 +1,52 @@
 """The rates that no kernel beats: copying z, and a large matrix product. Both measured in the run that uses them."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-SMALLEST_COPY = 64 * 1024  # bytes: the copy of less times the dispatcher, and would flatter the ratio to the floor
+# Bytes: the copy of less times the dispatcher or, on a GPU, the launch, and would flatter the ratio to the floor.
+SMALLEST_COPY = {"cpu": 64 * 1024, "cuda": 512 * 1024**2}
 
 
 def copy_source(z: Tensor) -> Tensor:
     """What the copy ceiling of a case clones: its z [B, D], repeated where that is less than SMALLEST_COPY bytes."""
-    return z.detach().repeat(max(1, -(-SMALLEST_COPY // z.nbytes)), 1)
+    return z.detach().repeat(max(1, -(-SMALLEST_COPY[z.device.type] // z.nbytes)), 1)
 
 
-def matrix_product_rate(dtype: torch.dtype, device: torch.device, repeats: int = 10) -> float:
-    """flops/s of the fastest matrix product that PyTorch has here: the sceptic's choice is the best of all calls."""
-    size = 8192 if device.type == "cuda" else 1024
+def matrix_product_rates(
+    dtype: torch.dtype, device: torch.device, repeats: int = 10, size: int | None = None
+) -> dict[str, float]:
+    """flops/s of large matrix products by the unit that computes them: the sceptic's choice is the best of all calls.
+
+    Three products in TF32 make one in float32 on a GPU's tensor cores, so that unit's rate is a third of TF32's.
+    """
+    size = size or (8192 if device.type == "cuda" else 1024)
     x, y = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = min(_best_seconds(product, repeats, device) for product in _products(x, y))
-    return 2 * size**3 / best
+    work = 2 * size**3
+
+    def rate() -> float:
+        return work / min(_best_seconds(product, repeats, device) for product in _products(x, y))
+
+    rates = {str(dtype).removeprefix("torch."): rate()}
+    if device.type == "cuda" and dtype == torch.float32:
+        with _tf32():
+            rates["tf32 / 3"] = rate() / 3
+    return rates
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    except RuntimeError:  # a PyTorch that objects to the setting costs this rate, not the run
+        return
+    finally:
+        settings.fp32_precision = before
 
 
 def _products(x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:

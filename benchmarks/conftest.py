@@ -3,10 +3,12 @@
 pytest runs the blocks in the order in which bench_*.py list them: for each case and pass, in rounds, all contestants.
 """
 
+import math
 import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,19 @@ import torch
 from session import Bench, Progress
 
 MODULES = ("bench_planar", "bench_training", "bench_memory")
+GPU_MODULES = (
+    "bench_memory",
+    "bench_training",
+    "bench_planar",
+)  # what takes longest last: the session's time may be up
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("vvae_fast")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--quick", action="store_true", help="few cases and rounds, nothing compiled")
+    group.addoption("--seconds", type=float, default=math.inf, help="start nothing after that many")
+    group.addoption("--commit", help="of this code, where git cannot tell")
     group.addoption("--results", type=Path, default=results.FOLDER, help="folder for the results of all machines")
 
 
@@ -33,7 +42,8 @@ def pytest_configure(config):
     # Compile times are those of a cold cache, and inductor reads this when it first compiles.
     config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
-    config.bench = Bench(config.getoption("device"), config.getoption("quick"))
+    config.bench = Bench(config.getoption("device"), config.getoption("quick"), config.getoption("seconds"))
+    config.part = None
     config.complete = True  # every block of the full or the quick run
 
 
@@ -52,11 +62,14 @@ def pytest_unconfigure(config):
     if hasattr(config, "compile_cache"):
         shutil.rmtree(config.compile_cache, ignore_errors=True)
     if getattr(config, "interrupted", False):
-        config.pluginmanager.get_plugin("terminalreporter").write_line("interrupted: no results written")
+        config.pluginmanager.get_plugin("terminalreporter").write_line(
+            f"interrupted: {config.part or 'no results'} written"
+        )
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: MODULES.index(item.path.stem))
+def pytest_collection_modifyitems(items, config):
+    order = GPU_MODULES if config.bench.on_gpu else MODULES
+    items.sort(key=lambda item: order.index(item.path.stem))
 
 
 def pytest_deselected(items):
@@ -68,7 +81,8 @@ def pytest_collection_finish(session):
     config = session.config
     if {item.path.stem for item in session.items} != set(MODULES):
         config.complete = False
-    progress = Progress(config.bench, config.pluginmanager.get_plugin("terminalreporter"))
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    progress = Progress(config.bench, reporter, partial(_write, config, "partial"))
     progress.plan(session.items)
     config.pluginmanager.register(progress)
     config.progress = progress
@@ -91,10 +105,21 @@ def pytest_sessionfinish(session, exitstatus):
     config.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and config.bench.run.timings:
         complete = config.complete and config.progress.done == len(config.progress.blocks)  # -x stops before
-        kind = "partial" if not complete else "quick" if config.bench.quick else "full"
-        rows = results.rows(config.bench.run, config.bench.contestants)
-        header = results.header(config.bench.run, kind, time.time() - config.bench.started)
-        config.written = results.write(results.Results(header, rows), config.getoption("results"))
+        kind = "partial" if not complete or config.bench.cut_short else "quick" if config.bench.quick else "full"
+        config.written = _write(config, kind)
+
+
+def _write(config, kind: str) -> Path:
+    """Writes what was measured so far; the parts that an earlier call wrote go."""
+    bench = config.bench
+    rows = results.rows(bench.run, bench.contestants)
+    header = results.header(bench.run, kind, time.time() - bench.started, config.getoption("commit"))
+    if config.part is not None:
+        for part in (config.part, config.part.with_suffix(".csv")):
+            part.unlink(missing_ok=True)
+    path = results.write(results.Results(header, rows), config.getoption("results"))
+    config.part = path if kind == "partial" else None
+    return path
 
 
 def pytest_terminal_summary(terminalreporter, config):

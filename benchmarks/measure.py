@@ -3,12 +3,14 @@
 import contextlib
 import math
 import resource
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import ceilings
+import gpu_clock
 import torch
 from cases import Case
 from contestants import Contestant, Prepared, Unavailable
@@ -43,8 +45,8 @@ class Timing:
     """What the rounds of one contestant in one pass of a case gave; times in seconds."""
 
     rounds: list[list[float]] = field(default_factory=list)  # device events on a GPU, else the clock
-    host_rounds: list[list[float]] = field(default_factory=list)  # the clock, device synchronised
-    page_faults: list[float] = field(default_factory=list)  # a call
+    host_rounds: list[list[float]] = field(default_factory=list)  # the clock; on a GPU over blocks of calls in a row
+    page_faults: list[float] = field(default_factory=list)  # a call; not counted on a GPU
     status: str = "ok"
 
 
@@ -55,16 +57,31 @@ class Run:
     device: torch.device
     timings: dict[tuple[object, str, str], Timing] = field(default_factory=lambda: defaultdict(Timing))
     compile_seconds: dict[tuple[object, str], float] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)  # dtype -> flops/s of the best matrix product
+    unit_rates: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # flops/s, by dtype
     copy_bytes: dict[object, int] = field(default_factory=dict)  # that a call of COPY reads and writes
     memory: dict[tuple[object, str], dict[str, int | None]] = field(default_factory=dict)
     calls: dict[tuple[object, str, str], int] = field(default_factory=dict)  # of a block
 
-    def time_block(self, block: Block, call: Callable, benchmark, setup: Callable | None, seconds: float) -> None:
+    @property
+    def rates(self) -> dict[str, float]:
+        """flops/s of the best matrix product of each dtype."""
+        return {dtype: max(rates.values()) for dtype, rates in self.unit_rates.items()}
+
+    def time_block(
+        self,
+        block: Block,
+        call: Callable,
+        benchmark,
+        setup: Callable | None,
+        seconds: float,
+        wall_only: bool = False,  # no device events on a GPU
+    ) -> None:
         """Two unrecorded calls, then as many recorded ones as take about `seconds`, 3 to 200 of them."""
         key = (block.group, block.pass_, block.contestant)
         timing = self.timings[key]
-        call, device_times = self._on_device(call)
+        if self.device.type == "cuda":
+            self._time_on_gpu(key, call, setup, seconds, wall_only)
+            return
         if key not in self.calls:
             call_seconds = min(_seconds_of(call, setup) for _ in range(2))  # the first may initialise
             self.calls[key] = int(min(200, max(3, seconds / call_seconds)))
@@ -74,24 +91,19 @@ class Run:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         host = list(benchmark.stats.stats.data)
         timing.host_rounds.append(host)
-        timing.rounds.append(device_times[-count:] or host)
+        timing.rounds.append(host)
         timing.page_faults.append(faults / (count + 2))
 
-    def _on_device(self, call: Callable) -> tuple[Callable, list[float]]:
-        """The call, waiting for the device, and the list in which it leaves the seconds between device events."""
-        times: list[float] = []
-        if self.device.type != "cuda":
-            return call, times
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def timed(*args) -> None:
-            start.record()
-            call(*args)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-
-        return timed, times
+    def _time_on_gpu(self, key, call: Callable, setup: Callable | None, seconds: float, wall_only: bool) -> None:
+        """Clock and device events in blocks of their own: waiting for an event would be in the clock's time."""
+        timing = self.timings[key]
+        if key not in self.calls:
+            gpu_clock.wall_seconds(call, setup, 2)
+            self.calls[key] = int(min(200, max(3, seconds / gpu_clock.wall_seconds(call, setup, 3))))
+        count = self.calls[key]
+        host = [gpu_clock.wall_seconds(call, setup, max(1, count // 3)) for _ in range(3)]
+        timing.host_rounds.append(host)
+        timing.rounds.append(host if wall_only else gpu_clock.device_seconds(call, setup, seconds, min(host)))
 
     def refuse(self, block: Block, status: str) -> None:
         """The row of this contestant says `status`."""
@@ -99,8 +111,9 @@ class Run:
 
     def measure_rate(self, dtype: str) -> None:
         """Keeps the best matrix-product rate of the session."""
-        rate = ceilings.matrix_product_rate(getattr(torch, dtype), self.device)
-        self.rates[dtype] = max(rate, self.rates.get(dtype, 0.0))
+        kept = self.unit_rates[dtype]
+        for unit, rate in ceilings.matrix_product_rates(getattr(torch, dtype), self.device).items():
+            kept[unit] = max(rate, kept.get(unit, 0.0))
 
 
 def settle_allocator() -> None:
@@ -130,11 +143,13 @@ class Stage:
         self._answers: dict[str, tuple[Tensor, ...]] = {}
         self._prepared: dict[str, Prepared | Refused] = {}
 
-    def prepared(self, contestant: Contestant) -> Prepared:
-        """The contestant, built and checked once; Refused where it is missing, fails or gives another answer."""
+    def prepared(self, contestant: Contestant, seconds: float = math.inf) -> Prepared:
+        """The contestant, built and checked once; Refused where it is missing, fails, gives another answer or takes
+        longer than `seconds` for that."""
         if contestant.name not in self._prepared:
             try:
-                self._prepared[contestant.name] = self._prepare(contestant)
+                with time_limit(seconds):
+                    self._prepared[contestant.name] = self._prepare(contestant)
             except Refused as refusal:
                 self._prepared[contestant.name] = refusal
         prepared = self._prepared[contestant.name]
@@ -191,10 +206,7 @@ class Stage:
             torch.autograd.grad(forward(), leaves, grads)
 
         def before_backward() -> tuple[tuple, dict]:
-            outputs = forward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            return (outputs,), {}
+            return (forward(),), {}
 
         if pass_ == "backward":
             return run_backward, before_backward
@@ -207,6 +219,31 @@ class Stage:
             self.copy_source.clone()
 
         return run, None
+
+
+class TimeUp(BaseException):
+    """No Exception: torch.compile makes something else of those."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Refuses what the main thread does for longer."""
+    if seconds == math.inf:
+        yield
+        return
+
+    def interrupt(*_) -> None:
+        raise TimeUp
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)  # again and again: a destructor swallows what it gets
+    try:
+        yield
+    except TimeUp:
+        raise Refused(f"not run: not ready after {max(seconds, 0):.0f} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ FLOOR_CASES = (
     *(f"shared-B{B}-D64-K32" for B in (4096, 16384, 65536, 262144)),
     "amortized-B1000-D40-K16",
 )
+GPU_FLOOR_CASES = (
+    *(f"shared-B{B}-D64-K32" for B in (4096, 65536, 262144)),
+    *("shared-B4096-D512-K64", "shared-B4096-D1024-K32", "shared-B4096-D64-K256"),
+    *("amortized-B1000-D40-K16", "amortized-B4096-D40-K16"),
+)
 
 
 NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
@@ -59,7 +64,7 @@ def pick(run: Results, pass_: str, case: str) -> dict[str, Row]:
     found = {row.contestant: row for row in run.rows if row.pass_ == pass_ and row.case == case}
     backends = [row for row in found.values() if row.role == "ours"]
     if backends:
-        found[OURS] = min(backends, key=lambda row: row.median or float("inf"))
+        found[OURS] = min(backends, key=lambda row: (row.status != "ok", row.wall or float("inf")))
     return found
 
 
@@ -79,12 +84,12 @@ def cell(row: Row | None) -> str:
         return ""
     if row.median is None:
         return row.status.split(":")[0]
-    text = duration(row.median) if row.role == "ours" else f"{duration(row.median)} ({ratio(row.to_base)})"
-    return text + "~" * noisy(row)
+    text = duration(row.wall) if row.role == "ours" else f"{duration(row.wall)} ({ratio(row.to_base)})"
+    return text + "~" * noisy(row.wall_rounds)
 
 
-def noisy(row: Row) -> bool:
-    return bool(row.round_medians) and max(row.round_medians) > NOISY * min(row.round_medians)
+def noisy(rounds: list[float]) -> bool:
+    return bool(rounds) and max(rounds) > NOISY * min(rounds)
 
 
 def floor_ratio(row: Row) -> str:
@@ -92,10 +97,14 @@ def floor_ratio(row: Row) -> str:
     return ratio(row.to_floor) if row.floor and row.floor >= LEAST_FLOOR else "-"
 
 
+def on_gpu(run: Results) -> bool:
+    return run.header["device"] == "cuda"
+
+
 def where_from(run: Results) -> str:
     """The machine, versions and commit that printed the numbers."""
     h = run.header
-    threads = "" if h["device"] == "cuda" else f", {h['threads']} threads, {h['isa']}"
+    threads = "" if on_gpu(run) else f", {h['threads']} threads, {h['isa']}"
     dirty = " with uncommitted changes" if h["dirty"] else ""
     return f"{h['machine']}{threads}, torch {h['torch']}, commit {h['commit']}{dirty}, {h['date'][:10]}"
 
@@ -129,7 +138,7 @@ def training_table(run: Results) -> str:
 def _step_cell(row: Row | None) -> str:
     if row is None or row.median is None:
         return row.status if row else ""
-    if row.role == "base":
+    if row.role == "base" or not row.base_ratios:
         return duration(row.median)
     return f"{row.to_base:.2f}x ({min(row.base_ratios):.2f} to {max(row.base_ratios):.2f})"
 
@@ -174,11 +183,16 @@ def where_not_fastest(run: Results) -> str:
 def floor_table(run: Results) -> str:
     """A line for each large case: how far forward and backward are from their floors, and the bytes saved."""
     lines = []
-    for case in FLOOR_CASES:
+    for case in GPU_FLOOR_CASES if on_gpu(run) else FLOOR_CASES:
         passes = [pick(run, pass_, case).get(OURS) for pass_ in PASSES[:2]]
         if all(passes):
-            lines.append([title(passes[0]), *(f"{floor_ratio(row)} ({cell(row)})" for row in passes)])
+            lines.append([title(passes[0]), *(_floor_cell(row) for row in passes)])
     return table(["B x D, K", "forward", "backward"], lines) if lines else ""
+
+
+def _floor_cell(row: Row) -> str:
+    """The ratio and the time that it is of, on a GPU the device's alone."""
+    return f"{floor_ratio(row)} ({duration(row.median)}{'~' * noisy(row.round_medians)})" if row.median else cell(row)
 
 
 def memory_sentence(run: Results) -> str:
@@ -216,7 +230,7 @@ def compile_times(run: Results) -> str:
 
 def summary(run: Results) -> str:
     """What the session prints at its end."""
-    parts = [where_from(run), TIME_CAPTION]
+    parts = [where_from(run), time_caption(run)]
     parts += [f"{pass_}\n{time_table(run, pass_, cases(run, pass_))}" for pass_ in PASSES if cases(run, pass_)]
     parts += [training_table(run), memory_table(run) if cases(run, "memory") else "", compile_times(run)]
     return "\n\n".join(filter(None, [*parts, where_not_fastest(run), refusals(run), f"{run.header['seconds']} s"]))
@@ -226,13 +240,20 @@ def machine_page(run: Results) -> str:
     """benchmarks/results/<machine>/README.md."""
     versions = ", ".join(f"{name} {version}" for name, version in run.header["versions"].items())
     rates = run.header["matrix_product_flops_per_second"]
+    if on_gpu(run):
+        rates = {unit: rate for units in run.header["matrix_product_units"].values() for unit, rate in units.items()}
     rate = ", ".join(f"{x / 1e9:,.0f} Gflop/s ({dtype})" for dtype, x in rates.items())
+    copied = run.header.get("copy_bytes_per_second")
+    copy = f" Copy: {copied / 1e12:.2f} TB/s, read and written." if copied else ""
     parts = [
         f"# {run.header['machine']}",
-        f"Written by `make report`. {where_from(run)}; {versions}. Best matrix product: {rate}.",
+        f"Written by `make report`. {where_from(run)}; {versions}. Best matrix product: {rate}.{copy}",
     ]
     for pass_ in PASSES:
-        parts += [f"## {pass_.capitalize()}", TIME_CAPTION, time_table(run, pass_, cases(run, pass_))]
+        if cases(run, pass_):
+            parts += [f"## {pass_.capitalize()}", time_caption(run), time_table(run, pass_, cases(run, pass_))]
+    if on_gpu(run) and floor_table(run):
+        parts += ["## Over the floor", floor_caption(run), floor_table(run)]
     parts += [compile_times(run), where_not_fastest(run), refusals(run)]
     parts += ["![Time against K and against B](time.svg)", "![Distance to the floor, memory](floor-and-memory.svg)"]
     parts += ["## VAE step", STEP_CAPTION, training_table(run), "## Memory", memory_caption(run), memory_table(run)]
@@ -247,11 +268,29 @@ TIME_CAPTION = (
     f"more than {NOISY} times the fastest. The last column has no ratio where the floor is under "
     f"{1e6 * LEAST_FLOOR:.0f} us, a function call."
 )
+GPU_TIME_CAPTION = (
+    "Times are by the clock, of calls in a row until the device has done the last: medians of the rounds' medians; in "
+    "parentheses: the median over the rounds of the ratio to vvae_fast in the same round. `~`: the slowest round took "
+    f"more than {NOISY} times the fastest. The floor is the time that the memory traffic or the arithmetic alone "
+    "takes, docs/math.md (19), at the bandwidth of a copy of 512 MiB timed in the same rounds and the larger rate of "
+    "that run's float32 matrix products: by fused multiply-adds, or a third of that in TF32. The last column divides "
+    "the time on the device alone (events around a call that was queued, its inputs in no cache) by the floor; it has "
+    f"no ratio where that is under {1e6 * LEAST_FLOOR:.0f} us. The no-op clones z and does no other work."
+)
 FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
+GPU_FLOOR_CAPTION = "Time on the device over the floor, in parentheses the time:"
 NO_GPU = "Not measured on a GPU."
 STEP_CAPTION = (
     "784-400-40, B = 100, as a ratio to the vanilla step of the same round: median of the rounds, smallest to largest."
 )
+
+
+def time_caption(run: Results) -> str:
+    return GPU_TIME_CAPTION if on_gpu(run) else TIME_CAPTION
+
+
+def floor_caption(run: Results) -> str:
+    return GPU_FLOOR_CAPTION if on_gpu(run) else FLOOR_CAPTION
 
 
 def memory_caption(run: Results) -> str:
@@ -265,11 +304,11 @@ def readme_section(run: Results, machine: str) -> str:
     """What stands between the README's markers, for one machine."""
     folder = f"benchmarks/results/{machine}"
     parts = [
-        f"{where_from(run)}. Forward + backward, float32, constraint included. {TIME_CAPTION}",
+        f"{where_from(run)}. Forward + backward, float32, constraint included. {time_caption(run)}",
         time_table(run, "forward+backward", HEADLINE),
         " ".join(filter(None, [where_not_fastest(run), compile_times(run)])),
         f"![Time against K and against B]({folder}/time.svg)",
-        FLOOR_CAPTION,
+        floor_caption(run),
         floor_table(run),
         memory_sentence(run),
         f"A VAE step, {STEP_CAPTION}",
@@ -282,7 +321,7 @@ def readme_section(run: Results, machine: str) -> str:
 def with_section(readme: str, runs: dict[str, Results]) -> str:
     """The README with its section written from the newest run of each machine."""
     parts = [readme_section(run, machine) for machine, run in runs.items()]
-    if all(run.header["device"] != "cuda" for run in runs.values()):
+    if not any(on_gpu(run) for run in runs.values()):
         parts.append(f"{NO_GPU}\n")
     section = "\n".join(parts)
     return re.sub(f"{START}.*?{END}", lambda _: f"{START}{section}{END}", readme, flags=re.S)

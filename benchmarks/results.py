@@ -49,24 +49,35 @@ class Row:
     num_steps: int | None
     amortized: bool | None
     dtype: str
-    median: float | None = None  # of the rounds' medians; device events on a GPU
+    median: float | None = None  # of the rounds' medians; device events on a GPU, but for a training step
     p10: float | None = None  # of all calls, as is p90
     p90: float | None = None
-    host_median: float | None = None  # by the clock, device synchronised
+    host_median: float | None = None  # by the clock: on a GPU of calls in a row, until the device is done
     calls: int | None = None
     page_faults: float | None = None  # a call
     round_medians: list[float] = field(default_factory=list)
+    host_round_medians: list[float] = field(default_factory=list)  # where they are others
     floor: float | None = None
     to_floor: float | None = None
     fastest_peer: str | None = None
-    to_fastest_peer: float | None = None  # median over the fastest peer's: below 1 is faster
+    to_fastest_peer: float | None = None  # host_median over the fastest peer's: below 1 is faster
     base: str | None = None  # the vanilla step, or the fastest of ours
-    base_ratios: list[float] = field(default_factory=list)  # of each round, over the base in the same round
+    base_ratios: list[float] = field(default_factory=list)  # of each round by the clock, over the base's in the same
     to_base: float | None = None  # their median
     compile_seconds: float | None = None
     saved_bytes: int | None = None
     saved_beside_inputs_bytes: int | None = None
     peak_bytes: int | None = None
+
+    @property
+    def wall(self) -> float | None:
+        """By the clock: what a user waits."""
+        return self.host_median or self.median
+
+    @property
+    def wall_rounds(self) -> list[float]:
+        """The same of each round."""
+        return self.host_round_medians or self.round_medians
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,17 @@ def _row(run: Run, group, pass_: str, name: str, role: str) -> Row:
     times = [seconds for block in timing.rounds for seconds in block]
     deciles = quantiles(times, n=10, method="inclusive")
     round_medians = [median(block) for block in timing.rounds]
+    host_round_medians = [median(block) for block in timing.host_rounds]
     return dataclasses.replace(
         row,
         median=_rounded(median(round_medians)),
         p10=_rounded(deciles[0]),
         p90=_rounded(deciles[-1]),
-        host_median=_rounded(median(median(block) for block in timing.host_rounds)),
+        host_median=_rounded(median(host_round_medians)),
         calls=len(times),
-        page_faults=_rounded(median(timing.page_faults)),
+        page_faults=_rounded(median(timing.page_faults)) if timing.page_faults else None,
         round_medians=[_rounded(seconds) for seconds in round_medians],
+        host_round_medians=[_rounded(x) for x in host_round_medians] if host_round_medians != round_medians else [],
     )
 
 
@@ -137,22 +150,20 @@ def _floor(run: Run, group, pass_: str, found: list[Row]) -> float | None:
 
 def _with_ratios(found: list[Row], floor: float | None) -> list[Row]:
     timed = [row for row in found if row.median]
-    peer = min((row for row in timed if row.role == "peer"), key=lambda row: row.median, default=None)
+    peer = min((row for row in timed if row.role == "peer"), key=lambda row: row.wall, default=None)
     bases = [row for row in timed if row.role == "base"] or [row for row in timed if row.role == "ours"]
-    base = min(bases, key=lambda row: row.median, default=None)
+    base = min(bases, key=lambda row: row.wall, default=None)
     return [_with_its_ratios(row, floor, peer, base) if row.median else row for row in found]
 
 
 def _with_its_ratios(row: Row, floor: float | None, peer: Row | None, base: Row | None) -> Row:
-    ratios = []
-    if base and len(base.round_medians) == len(row.round_medians):
-        ratios = [x / y for x, y in zip(row.round_medians, base.round_medians, strict=True)]
+    ratios = [x / y for x, y in zip(row.wall_rounds, base.wall_rounds, strict=False)] if base else []
     return dataclasses.replace(
         row,
         floor=_rounded(floor),
         to_floor=_rounded(row.median / floor) if floor and row.role != "copy" else None,
         fastest_peer=peer.contestant if peer else None,
-        to_fastest_peer=_rounded(row.median / peer.median if peer else None),
+        to_fastest_peer=_rounded(row.wall / peer.wall if peer else None),
         base=base.contestant if base else None,
         base_ratios=[_rounded(ratio) for ratio in ratios],
         to_base=_rounded(median(ratios) if ratios else None),
@@ -164,11 +175,15 @@ def _rounded(x: float | None) -> float | None:
     return None if x is None or not math.isfinite(x) else float(f"{x:.5g}")
 
 
-def header(run: Run, kind: str, seconds: float) -> dict[str, object]:
-    """Where, when and with what the run was made; kind is full, quick or partial."""
+def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> dict[str, object]:
+    """Where, when and with what the run was made; kind is full, quick or partial, `commit` as in `git describe --always
+    --dirty` for a copy of the files that git knows nothing of."""
     cuda = run.device.type == "cuda"
     info = vvae_fast.info()
     status = _git("status", "--porcelain", "--untracked-files=no")
+    head, dirty = _git("rev-parse", "--short=10", "HEAD") or "unknown", status is None or bool(status)
+    if status is None and commit:
+        head, dirty = commit.removesuffix("-dirty"), commit.endswith("-dirty")
     return {
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -181,12 +196,26 @@ def header(run: Run, kind: str, seconds: float) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vvae_fast": vvae_fast.__version__,
-        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "dirty": status is None or bool(status),
+        "commit": head,
+        "dirty": dirty,
         "matrix_product_flops_per_second": {dtype: _rounded(rate) for dtype, rate in run.rates.items()},
+        "matrix_product_units": {
+            dtype: {unit: _rounded(rate) for unit, rate in rates.items()} for dtype, rates in run.unit_rates.items()
+        },
+        **({"copy_bytes_per_second": _copy_bandwidth(run)} if cuda else {}),
         "peak_bytes_method": memory.GPU_METHOD if cuda else memory.CPU_METHOD,
-        "versions": _versions("normflows", "pyro-ppl", "pythae"),
+        "versions": _versions("normflows", "pyro-ppl", "pythae", *["triton"] * cuda),
     }
+
+
+def _copy_bandwidth(run: Run) -> float | None:
+    """The best of the run: on a GPU every case copies as much."""
+    found = [
+        run.copy_bytes[group] / median(median(block) for block in timing.rounds)
+        for (group, _, name), timing in run.timings.items()
+        if name == COPY and timing.rounds
+    ]
+    return _rounded(max(found, default=None))
 
 
 def cpu_name() -> str:
@@ -227,7 +256,8 @@ def write(run: Results, folder: Path = FOLDER) -> Path:
     """Writes JSON and CSV and returns the JSON's path."""
     h = run.header
     prefix = "" if h["kind"] == "full" else f"{h['kind']}-"
-    path = folder / slug(h) / f"{prefix}torch-{h['torch']}-{h['commit']}{'-dirty' * bool(h['dirty'])}.json"
+    version = str(h["torch"]).replace("+", "-")
+    path = folder / slug(h) / f"{prefix}torch-{version}-{h['commit']}{'-dirty' * bool(h['dirty'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(json.dumps(_compact(row)) for row in run.rows)  # a row a line: diffs stay readable
     path.write_text(f'{{"header": {json.dumps(h, indent=1)},\n"rows": [\n{body}\n]}}\n')

@@ -18,6 +18,19 @@ from vvae_fast import ops
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not."""
+    for item in items:
+        if item.path.name.startswith("test_triton") and torch.cuda.is_available():
+            item.add_marker("gpu")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -29,8 +29,8 @@ class Problem(NamedTuple):
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self[:4]
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        return Problem(*(t.detach().to(dtype) for t in self))
+    def to(self, where: torch.dtype | torch.device | str) -> "Problem":
+        return Problem(*(t.detach().to(where) for t in self))
 
 
 def random_problem(
@@ -72,7 +72,7 @@ def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list
     """The relative L2 error of each tensor, in float64; 0 where both are zero or empty, inf where either has a NaN."""
     errors = []
     for x, y in zip(got, wanted, strict=True):
-        difference, size = (x.double() - y).norm().item(), y.norm().item()
+        difference, size = (x.to(y.device).double() - y).norm().item(), y.norm().item()
         error = difference / size if size > 0 else difference
         errors.append(math.inf if math.isnan(error) else error)  # max() would pass over a NaN
     return errors
@@ -88,18 +88,67 @@ def on_each_isa(answer: Callable[[], T]) -> dict[str, T]:
     return answers
 
 
-def error_ratios(problems: list[Problem]) -> dict[str, Tensor]:
-    """[draws, 6] of each instruction set: float32 errors against the float64 oracle, over those of the eager loop."""
+def error_ratios(problems: list[Problem], backend: str = "cpp", device: str = "cpu") -> dict[str, Tensor]:
+    """[draws, 6] of each instruction set, or of another backend: float32 errors against the float64 oracle on the CPU,
+    over those of the eager loop on the device."""
     rows = {}
     for p in problems:
-        wanted = oracle(p.to(torch.float64))
+        wanted, p = oracle(p.to(torch.float64)), p.to(device)
         eager = relative_errors(run(p, backend="reference"), wanted)
-        for level, got in on_each_isa(partial(run, p, backend="cpp")).items():
+        answer = partial(run, p, backend=backend)
+        for level, got in (on_each_isa(answer) if backend == "cpp" else {backend: answer()}).items():
             ours = relative_errors(got, wanted)
             rows.setdefault(level, []).append([x / max(y, ERROR_FLOOR) for x, y in zip(ours, eager, strict=True)])
     return {level: torch.tensor(ratios, dtype=torch.float64) for level, ratios in rows.items()}
 
 
-def assert_close_to_oracle(p: Problem, constraint: str, tolerance: float) -> None:
-    errors = relative_errors(run(p, constraint, "cpp"), oracle(p.to(torch.float64), constraint))
+def assert_accuracy_rule(
+    case: tuple[int, int, int, float, tuple[int, ...]],
+    mean: float,
+    most: float,
+    draws: int = 8,
+    backend: str = "cpp",
+    device: str = "cpu",
+) -> None:
+    """`case` is rows, K, D, scale, params: the ratios' geometric mean over the draws, and the largest of them."""
+    rows, num_steps, dim, scale, params = case
+    problems = [random_problem((rows,), num_steps, dim, params, scale, seed=seed) for seed in range(draws)]
+    for level, ratios in error_ratios(problems, backend, device).items():
+        means = ratios.clamp(min=1e-3).log().mean(0).exp()
+        worst = ratios.max(0).values
+        report = {n: f"{m:.2f} {w:.2f}" for n, m, w in zip(NAMES, means.tolist(), worst.tolist(), strict=True)}
+        assert (means <= mean).all(), (level, report)
+        assert (worst <= most).all(), (level, report)
+
+
+def assert_close_to_oracle(
+    p: Problem, constraint: str, tolerance: float, backend: str = "cpp", device: str = "cpu"
+) -> None:
+    """The oracle runs on the CPU."""
+    errors = relative_errors(run(p.to(device), constraint, backend), oracle(p.to(torch.float64), constraint))
     assert max(errors) < tolerance, dict(zip(NAMES, errors, strict=True))
+
+
+def assert_right_at_an_edge(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    """float32 against float64; log_det has its own bound: at alpha = log(e - 1) it is a rounding error itself."""
+    assert all(t.isfinite().all() for t in got)
+    log_det, exact = got[1].to(wanted[1].device).double(), wanted[1]
+    assert ((log_det - exact).abs() <= 1e-5 * exact.abs().clamp(min=1)).all()
+    names = [name for name in NAMES if name != "log_det"]
+    errors = relative_errors((got[0], *got[2:]), (wanted[0], *wanted[2:]))
+    assert max(errors) < 1e-5, dict(zip(names, errors, strict=True))
+
+
+def saved_for_backward(p: Problem, backend: str) -> int:
+    """Bytes of the storages that a forward saves."""
+    inputs = [t.detach().requires_grad_() for t in p.inputs]
+    saved = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = vvae_fast.planar_flow(*inputs, backend=backend)  # kept: a freed storage's address may come again
+    del outputs
+    return sum(saved.values())

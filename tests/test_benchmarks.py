@@ -151,7 +151,7 @@ def test_wrong_flow_of_the_vae_step_is_refused():
 def timed_run(seconds: dict[str, list[float]]) -> Run:
     """A run in which each contestant's rounds gave these medians."""
     run = Run(torch.device("cpu"))
-    run.rates["float32"], run.copy_bytes[SMALL] = 1e12, 1_000
+    run.unit_rates["float32"], run.copy_bytes[SMALL] = {"float32": 1e12}, 1_000
     for name, rounds in seconds.items():
         timing = run.timings[SMALL, "forward", name]
         timing.rounds = timing.host_rounds = [[x, x, x] for x in rounds]

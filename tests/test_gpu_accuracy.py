@@ -1,0 +1,160 @@
+"""The op suite of test_planar_flow.py for the Triton backend on a GPU, against the float64 oracle on the CPU."""
+
+import pytest
+import torch
+from problems import (
+    Problem,
+    assert_accuracy_rule,
+    assert_close_to_oracle,
+    assert_right_at_an_edge,
+    oracle,
+    random_problem,
+    relative_errors,
+    run,
+    saved_for_backward,
+)
+from test_planar_flow import (
+    ACCURACY_CASES,
+    AMPLIFYING_CASES,
+    BATCHES,
+    EDGES,
+    EMPTY_OR_SMALL,
+    SMALL_DIM_CASES,
+    STEPS_AND_DIMS,
+    edge_problem,
+    expand_cases,
+    strided_views,
+)
+
+pytestmark = pytest.mark.gpu
+ON_GPU = {"backend": "triton", "device": "cuda"}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("constraint", ["softplus", "none"])
+@pytest.mark.parametrize(("batch", "params"), BATCHES)
+def test_float64_is_the_oracle(batch, params, constraint):
+    for num_steps, dim in STEPS_AND_DIMS:
+        p = random_problem(batch, num_steps, dim, params, scale=0.5, dtype=torch.float64)
+        assert_close_to_oracle(p, constraint, 1e-10, **ON_GPU)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("params", [(), (21,)])
+@pytest.mark.parametrize(("num_steps", "dim"), [(256, 300), (300, 17), (20, 513)])
+def test_large_steps_and_dims(num_steps, dim, params):
+    p = random_problem((21,), num_steps, dim, params, scale=0.5, dtype=torch.float64)
+    assert_close_to_oracle(p, "softplus", 1e-9, **ON_GPU)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("batch", "params"), [((20_011,), ()), ((2500,), (2500,)), ((80, 3), (3,)), ((300, 19), (19,))]
+)
+def test_many_rows(batch, params):
+    """More rows than the programs of a backward take at once, and sets with many samples."""
+    p = random_problem(batch, 18, 6, params, scale=0.5, dtype=torch.float64)
+    assert_close_to_oracle(p, "softplus", 1e-10, **ON_GPU)
+
+
+@pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))
+def test_float32_accuracy(case):
+    assert_accuracy_rule(case, mean=1.6, most=4.0, **ON_GPU)
+
+
+@pytest.mark.parametrize("case", expand_cases(SMALL_DIM_CASES))
+def test_float32_accuracy_in_few_dimensions(case):
+    assert_accuracy_rule(case, mean=2.5, most=10.0, **ON_GPU)
+
+
+@pytest.mark.parametrize("case", expand_cases(AMPLIFYING_CASES))
+def test_amplifying_flows(case):
+    assert_accuracy_rule(case, mean=1.6, most=float("inf"), draws=16, **ON_GPU)
+
+
+@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@pytest.mark.parametrize("alpha", EDGES)
+def test_edges_of_the_constraint(alpha, amortized):
+    got = run(edge_problem(alpha, torch.float32, amortized).to("cuda"), backend="triton")
+    assert_right_at_an_edge(got, oracle(edge_problem(alpha, torch.float64, amortized)))
+
+
+@pytest.mark.parametrize("params", [(), (9,)])
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1e-14])
+def test_small_w(params, size):
+    p = random_problem((9,), 3, 4, params)
+    p = p._replace(w=p.w * size)
+    got, wanted = run(p.to("cuda"), backend="triton"), oracle(p.to(torch.float64))
+    assert all(t.isfinite().all() for t in got)
+    assert max(relative_errors((got[0], *got[2:]), (wanted[0], *wanted[2:]))) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("params", [(), (20,)])
+def test_half_precisions_compute_in_float32(dtype, params):
+    p = random_problem((20,), 10, 6, params).to(dtype)
+    p = p._replace(grad_log_det=p.grad_log_det.float())
+    got = run(p.to("cuda"), backend="triton")
+    assert [t.dtype for t in got] == [dtype, torch.float32, *4 * [dtype]]
+    errors = relative_errors(got, oracle(p.to(torch.float64)))
+    assert errors.pop(1) < 1e-5  # log_det
+    assert max(errors) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("params", [(), (70,)])
+def test_strides_are_taken_as_they_are(params):
+    p = random_problem((70,), 18, 6, params)
+    wanted = oracle(p.to(torch.float64))
+    for name, view in strided_views(p.to("cuda")).items():
+        assert max(relative_errors(run(view, backend="triton"), wanted)) < 1e-5, name
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("batch", "params"), EMPTY_OR_SMALL)
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_no_steps_and_empty_batches(batch, params, num_steps):
+    p = random_problem(batch, num_steps, 4, params, dtype=torch.float64)
+    for x, y in zip(run(p.to("cuda"), backend="triton"), oracle(p), strict=True):
+        torch.testing.assert_close(x.cpu(), y)
+
+
+@pytest.mark.parametrize(("batch", "params"), [((20_011,), ()), ((3, 1000), (1000,))])
+def test_same_bits_on_every_run(batch, params):
+    p = random_problem(batch, 33, 20, params, scale=0.5).to("cuda")
+    first = run(p, backend="triton")
+    for _ in range(5):
+        for x, y in zip(run(p, backend="triton"), first, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("params", "sets"), [((), 1), ((100,), 100)])
+def test_saved_for_backward_is_z_and_a_number_a_step(params, sets):
+    rows, num_steps, dim = 100, 16, 40
+    p = random_problem((rows,), num_steps, dim, params).to("cuda")
+    assert saved_for_backward(p, "triton") == 4 * (rows * (dim + num_steps) + sets * num_steps * (2 * dim + 1))
+
+
+@pytest.mark.parametrize("num_steps", [2, 65])
+def test_more_elements_than_32_bits_count(num_steps):
+    """z and, with 65 steps, the pre-activations have more than 2^31. Rows between the ends are 0 and add nothing."""
+    rows, dim, end = 2**25 + 1001, 64, 100
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("less than 60 GB free on the GPU")
+    small = random_problem((2 * end,), num_steps, dim, scale=0.3).to(torch.bfloat16)
+    small = small._replace(grad_log_det=small.grad_log_det.float())
+
+    def spread(t):
+        whole = torch.zeros(rows, *t.shape[1:], dtype=t.dtype, device="cuda")
+        whole[:end], whole[-end:] = t[:end], t[end:]
+        return whole
+
+    large = Problem(*(spread(t) if len(t) == 2 * end else t.to("cuda") for t in small))
+    answers = [
+        [torch.cat([t[:end], t[-end:]]) if len(t) == rows else t for t in run(large, backend="triton")]
+        for _ in range(2)
+    ]
+    errors = relative_errors(answers[0], oracle(small.to(torch.float64)))
+    assert errors.pop(1) < 1e-4  # log_det
+    assert max(errors) < 2 * torch.finfo(torch.bfloat16).eps
+    for x, y in zip(*answers, strict=True):
+        assert torch.equal(x, y)

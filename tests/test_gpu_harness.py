@@ -1,0 +1,286 @@
+"""`make gpu` where there is no GPU: its steps, its clock, its table, and the report of a run that nobody made."""
+
+import contextlib
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
+
+import bars
+import ceilings
+import gpu
+import gpu_clock
+import report
+import results
+import session
+from cases import GPU_CASES, GPU_MEMORY_CASES, Case
+from measure import COPY, Block, Refused, Run, time_limit
+from test_benchmarks import stored_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def steps(tmp_path):
+    with (tmp_path / "gpu.log").open("w") as log:
+        yield gpu.Steps(log)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_fails(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"environment: missing: PyTorch sees no GPU \(\d+\.\d s\)\n", done.stdout), done
+    assert (tmp_path / "gpu.log").read_text() == done.stdout
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+def test_a_step_is_a_line(steps, capsys):
+    steps.step("a", lambda: None)
+    steps.step("b", lambda: "a note")
+    steps.step("c", raising(gpu.Missing("nvcc")))
+    assert steps.exit_status == 0
+    steps.step("d", raising(gpu.Failed("exit status 2")))
+    steps.step("e", raising(ZeroDivisionError("by zero")))
+    lines = capsys.readouterr().out.splitlines()
+    wanted = ["a: PASS (T)", "b: PASS (T), a note", "c: missing: nvcc (T)"]
+    wanted += ["d: FAIL (T), exit status 2", "e: FAIL (T), ZeroDivisionError: by zero"]
+    assert [re.sub(r"\(\d+\.\d s\)", "(T)", line) for line in lines] == wanted
+    assert steps.exit_status == 1
+
+
+def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys):
+    assert steps.command([sys.executable, "-c", "print('one'); print('two')"], 60) == ["one", "two"]
+    with pytest.raises(gpu.Failed, match="exit status 3: last words"):
+        steps.command([sys.executable, "-c", "import sys; print('last words'); sys.exit(3)"], 60)
+    worker = (
+        "import subprocess, sys; print('up'); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    start = time.monotonic()
+    with pytest.raises(gpu.Failed, match="not done in 2 s"):
+        steps.command([sys.executable, "-c", worker], 2)
+    assert time.monotonic() - start < 30
+    assert (tmp_path / "gpu.log").read_text().split() == ["one", "two", "last", "words", "up"]
+    assert capsys.readouterr().out == (tmp_path / "gpu.log").read_text()
+
+
+def test_a_failing_step_stops_none_behind_it(steps, tmp_path, monkeypatch):
+    for name in ("environment", "nvcc"):
+        monkeypatch.setattr(gpu, name, lambda: "here")
+    monkeypatch.setattr(steps, "command", raising(gpu.Failed("exit status 1")))
+    assert gpu.run(steps, tmp_path, None) == 1
+    assert list(steps.outcomes) == ["environment", "nvcc", "build", "tests", "benchmarks", "memory", "table"]
+    assert [outcome for outcome in steps.outcomes.values() if outcome != "PASS"] == 5 * ["FAIL"]
+
+
+def test_every_test_of_the_gpu_is_in_a_file_that_the_harness_runs():
+    marked = [path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()]
+    assert all(name.startswith(("test_gpu", "test_triton")) for name in marked)
+
+
+def test_wall_seconds_wait_for_the_device_twice_and_set_up_before():
+    events = []
+
+    def setup():
+        events.append("setup")
+        return (len(events),), {}
+
+    seconds = gpu_clock.wall_seconds(lambda at: events.append("call"), setup, 3, lambda: events.append("wait"))
+    assert events == [*3 * ["setup"], "wait", *3 * ["call"], "wait"]
+    assert 0 < seconds < 1
+
+
+class Event:
+    """Stands in for torch.cuda.Event: the clock ticks at every record."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_device_seconds_are_between_the_events_of_queued_calls(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(gpu_clock, "_flushed", lambda: torch.empty(8))
+    times = gpu_clock.device_seconds(lambda: order.append("call"), None, seconds=1e-3, wall=1e-4)
+    assert times == [1e-3] * 3
+    assert order == [*3 * ["sleep", "call"], "wait"]
+    assert len(gpu_clock.device_seconds(lambda: None, None, seconds=10, wall=1e-6)) == gpu_clock.MOST_CALLS
+
+
+SHAPE = Case(128, 40, 80)
+
+
+def gpu_run() -> Run:
+    """A run in which the device takes a tenth of what the clock says."""
+    run = Run(torch.device("cpu"))
+    run.unit_rates["float32"] = {"float32": 4e13, "tf32 / 3": 1e14}
+    run.copy_bytes[SHAPE] = 10**9
+    for name, wall in ((COPY, 1e-3), ("vvae_fast cpp", 1e-4), ("eager loop", 6e-3), ("torch.compile", 2.5e-4)):
+        timing = run.timings[SHAPE, "forward+backward", name]
+        timing.rounds, timing.host_rounds = 3 * [[wall / 10] * 5], 3 * [[wall] * 3]
+    return run
+
+
+def test_ratios_to_peers_are_by_the_clock_and_to_the_floor_on_the_device():
+    rows = {row.contestant: row for row in results.rows(gpu_run(), session.Bench("cpu", quick=True).contestants)}
+    mine = rows["vvae_fast cpp"]
+    assert (mine.median, mine.wall, mine.wall_rounds) == (1e-5, 1e-4, [1e-4] * 3)
+    assert mine.floor == pytest.approx(SHAPE.floor("forward+backward", 1e13, 1e14), rel=1e-4)
+    assert mine.to_floor == pytest.approx(1e-5 / mine.floor, rel=1e-4)
+    assert (mine.fastest_peer, mine.to_fastest_peer) == ("torch.compile", 0.4)
+    assert (rows["eager loop"].to_base, rows["eager loop"].page_faults) == (60.0, None)
+
+
+def fabricated() -> results.Results:
+    """A row for everything that a GPU run has; the numbers are nobody's."""
+    rows = []
+    for case in (*GPU_CASES, *GPU_MEMORY_CASES):
+        shape = {"case": str(case), "rows": case.rows, "dim": case.dim, "num_steps": case.num_steps}
+        shape |= {"amortized": case.amortized, "dtype": case.dtype}
+        ours = results.Row(**shape, pass_="memory", contestant="vvae_fast triton", role="ours", status="ok")
+        refused = dataclasses.replace(ours, contestant="vvae_fast cpp", status="not run: runs on cpu tensors")
+        if not case.passes:
+            rows += [refused, dataclasses.replace(ours, saved_bytes=3_000, peak_bytes=5_000)]
+        for pass_ in case.passes:
+            times = {"median": 1e-5, "round_medians": [1e-5], "host_median": 1e-4, "host_round_medians": [1e-4]}
+            times |= {"floor": 8e-6, "to_floor": 1.25, "fastest_peer": "eager loop", "to_fastest_peer": 0.01}
+            timed = dataclasses.replace(ours, pass_=pass_, base_ratios=[1.0], to_base=1.0, **times)
+            eager = dataclasses.replace(timed, contestant="eager loop", role="peer", host_median=1e-2, to_base=100.0)
+            peer = dataclasses.replace(
+                refused, pass_=pass_, contestant="torch.compile", role="peer", status="missing: x"
+            )
+            rows += [
+                dataclasses.replace(refused, pass_=pass_),
+                timed,
+                eager,
+                *[peer] * ("torch.compile" in case.contestants),
+            ]
+    for name, median in (("vanilla", 1e-3), ("vvae_fast triton K=80", 1.1e-3)):
+        step = {"case": "VAE-step-Adam", "pass_": "step", "rows": 100, "dim": 40, "num_steps": None, "amortized": None}
+        step |= {"role": "base" if name == "vanilla" else "ours", "status": "ok", "dtype": "float32"}
+        rows.append(results.Row(**step, contestant=name, median=median, to_base=median / 1e-3, base_ratios=[1.0, 1.2]))
+    header = results.header(gpu_run(), "full", 200.0, commit="0123456789")
+    header |= {"device": "cuda", "machine": "A GPU", "copy_bytes_per_second": 4e12, "torch": "2.11.0+cu130"}
+    return results.Results(header, rows)
+
+
+def test_the_table_is_short_and_has_every_case_and_the_bars():
+    lines = bars.table(fabricated()).splitlines()
+    assert len(lines) <= 30
+    assert lines[1] == "copy 4.00 TB/s; 40.0 Tflop/s float32; 100.0 Tflop/s tf32 / 3"
+    for case in GPU_CASES:
+        (line,) = (x for x in lines if x.startswith(f"{report.title(case)}  "))
+        assert "100 us" in line
+        assert "10.0 us (1.25x)" in line
+    assert "VAE-step-Adam: vanilla 1.00x, vvae_fast triton K=80 1.10x" in lines
+    assert "memory shared-B4096-D64-K32: saved 3.0 kB (eager -), peak 5.0 kB (eager -)" in lines
+    assert lines[-3:] == [
+        "128 x 40, K = 80, times the eager loop, 50 wanted: met, 100.00",
+        "128 x 40, K = 80, times torch.compile, 3 wanted: not measured",
+        "4,096 x 40, K = 16, amortized, forward, part of the copy's bandwidth, 0.6 wanted: met, 0.80",
+    ]
+
+
+def test_bars_are_met_from_their_number_on():
+    run = fabricated()
+    for bar, field, least, below in ((bars.BARS[0], "to_base", 50.0, 49.99), (bars.BARS[2], "to_floor", 1 / 0.6, 1.7)):
+        verdicts = []
+        for value in (least, below):
+            rows = [dataclasses.replace(row, **{field: value}) if row.median else row for row in run.rows]
+            verdicts.append(bar.verdict(results.Results(run.header, rows)))
+        assert ": met, " in verdicts[0]
+        assert ": not met, " in verdicts[1]
+    assert all(bar.verdict(results.Results(run.header, [])).endswith("not measured") for bar in bars.BARS)
+
+
+def test_the_report_takes_a_gpu_beside_the_cpu(tmp_path):
+    run, cpu = fabricated(), stored_run()
+    paths = [results.write(x, tmp_path) for x in (run, cpu)]
+    assert re.fullmatch(r"a-gpu/torch-2\.11\.0-cu130-[A-Za-z0-9-]+\.json", str(paths[0].relative_to(tmp_path)))
+    assert results.read(paths[0]) == run
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}{report.END}after\n")
+    assert report.main(tmp_path, readme) == 0
+    page = readme.read_text()
+    assert report.NO_GPU not in page
+    assert report.readme_section(cpu, paths[1].parent.name) in page
+    assert "| 128 x 40, K = 80 | 100 us | missing | 10.0 ms (100x) | 8.00 us | 1.25x |" in page
+    assert "| 65,536 x 64, K = 32 | 1.25x (10.0 us) | 1.25x (10.0 us) |" in page
+    assert "| 4,096 x 64, K = 32 | 3.0 kB |" in (tmp_path / "a-gpu" / "README.md").read_text()
+    assert "Copy: 4.00 TB/s" in (tmp_path / "a-gpu" / "README.md").read_text()
+    assert (tmp_path / "a-gpu" / "time.svg").exists()
+
+
+def test_the_memory_step_reads_the_run(tmp_path):
+    run = fabricated()
+    with pytest.raises(gpu.Failed, match="no results"):
+        gpu.memory(tmp_path, 0.0)
+    path = results.write(run, tmp_path)
+    assert "shared-B65536-D64-K32 saves 0.0 MB" in gpu.memory(tmp_path, 0.0)
+    with pytest.raises(gpu.Failed, match="no results"):
+        gpu.memory(tmp_path, path.stat().st_mtime + 1)
+    results.write(results.Results(run.header, [row for row in run.rows if row.pass_ != "memory"]), tmp_path)
+    with pytest.raises(gpu.Failed, match="lacks the bytes"):
+        gpu.memory(tmp_path, 0.0)
+
+
+def test_a_session_whose_time_is_up_keeps_what_it_has():
+    bench = session.Bench("cpu", quick=True, seconds=-1.0)
+    begun, late = (Block(SHAPE, "forward", name, 1) for name in ("eager loop", "no-op"))
+    bench.run.timings[SHAPE, "forward", "eager loop"].rounds.append([1.0])
+    for block in (begun, late):
+        with pytest.raises(pytest.skip.Exception), bench.recording(block):
+            pytest.fail("it was run")
+    statuses = {name: timing.status for (_, _, name), timing in bench.run.timings.items()}
+    assert statuses == {"eager loop": "ok", "no-op": session.OUT_OF_TIME}
+    assert bench.cut_short
+
+
+def test_what_takes_too_long_to_prepare_is_refused():
+    def compile_for_ever():
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(0.01)
+
+    with pytest.raises(Refused, match="not ready after 0 s"), time_limit(0.05):
+        compile_for_ever()
+    with time_limit(math.inf):
+        pass
+
+
+def test_a_commit_is_named_where_git_knows_none(monkeypatch):
+    monkeypatch.setattr(results, "_git", lambda *_: None)
+    for named, wanted in ((None, ("unknown", True)), ("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
+        header = results.header(Run(torch.device("cpu")), "full", 1.0, named)
+        assert (header["commit"], header["dirty"]) == wanted
+
+
+def test_rates_have_the_name_of_their_unit():
+    (name,) = ceilings.matrix_product_rates(torch.float64, torch.device("cpu"), repeats=1, size=64)
+    assert name == "float64"
