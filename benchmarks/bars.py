@@ -48,6 +48,14 @@ BARS = (
     Bar("128 x 40, K = 80, times the eager loop, 50 wanted", 50, _times_faster("shared-B128-D40-K80", "eager loop")),
     Bar("128 x 40, K = 80, times torch.compile, 3 wanted", 3, _times_faster("shared-B128-D40-K80", "torch.compile")),
     Bar(
+        "65,536 x 64, K = 32, forward, floor / time, 0.5 wanted", 0.5, _of_the_floor("shared-B65536-D64-K32", "forward")
+    ),
+    Bar(
+        "65,536 x 64, K = 32, backward, floor / time, 0.33 wanted",
+        1 / 3,
+        _of_the_floor("shared-B65536-D64-K32", "backward"),
+    ),
+    Bar(
         "4,096 x 40, K = 16, amortized, forward, part of the copy's bandwidth, 0.6 wanted",
         0.6,
         _of_the_floor("amortized-B4096-D40-K16", "forward"),

@@ -26,6 +26,8 @@ from test_planar_flow import (
     strided_views,
 )
 
+from vvae_fast.kernels import _heuristics
+
 pytestmark = pytest.mark.gpu
 ON_GPU = {"backend": "triton", "device": "cuda"}
 
@@ -59,6 +61,22 @@ def test_many_rows(batch, params):
 
 @pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))
 def test_float32_accuracy(case):
+    assert_accuracy_rule(case, mean=1.6, most=4.0, **ON_GPU)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (200, 32, 64, 0.3, ()),
+        (200, 32, 64, 0.7, ()),
+        (300, 32, 40, 0.7, ()),
+        (100, 64, 512, 0.7, ()),
+        (40, 20, 100, 0.7, ()),
+    ],
+)
+def test_float32_accuracy_of_the_compact_form(case, monkeypatch):
+    """Its matrix products are three in tf32 each."""
+    monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: True)
     assert_accuracy_rule(case, mean=1.6, most=4.0, **ON_GPU)
 
 
@@ -125,6 +143,18 @@ def test_same_bits_on_every_run(batch, params):
     for _ in range(5):
         for x, y in zip(run(p, backend="triton"), first, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dim", [2, 6, 20, 40, 100])
+@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+def test_bits_of_a_row_do_not_depend_on_the_batch(dim, amortized, monkeypatch):
+    """Few rows and many have other blocks; the direct form sums a row in one order in both."""
+    monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: False)
+    rows = 10_000
+    p = random_problem((rows,), 8, dim, (rows,) if amortized else (), scale=0.5).to("cuda")
+    part = Problem(*(t[:77] if t.shape[0] == rows else t for t in p))
+    for x, y in zip(run(part, backend="triton")[:3], run(p, backend="triton")[:3], strict=True):
+        assert torch.equal(x, y[:77])
 
 
 @pytest.mark.parametrize(("params", "sets"), [((), 1), ((100,), 100)])
