@@ -123,7 +123,7 @@ def test_instruction_set_from_the_environment():
 def test_import_needs_torch_alone_and_prints_nothing():
     code = (
         "import sys; import vvae_fast; "
-        "extras = {'lightning', 'matplotlib', 'sklearn', 'rich', 'tensorboard'} & set(sys.modules); "
+        "extras = {'lightning', 'matplotlib', 'sklearn', 'rich', 'tensorboard', 'triton'} & set(sys.modules); "
         "sys.exit(str(extras) if extras else 0)"
     )
     done = python(code)
@@ -143,3 +143,26 @@ def test_a_missing_extension_is_said_and_the_reference_serves():
     assert "'available': False" in done.stdout
     assert "did not load" in done.stdout
     assert "RuntimeError: the backend 'cpp' was asked for and cannot run" in done.stderr
+
+
+def test_triton_is_refused_with_the_reason_where_it_cannot_run():
+    code = (
+        "import torch, vvae_fast\n"
+        "print(vvae_fast.info()['backends']['triton'])\n"
+        "vvae_fast.PlanarFlow(2, 3, backend='triton')(torch.zeros(4, 2))\n"
+    )
+    done = python(code, CUDA_VISIBLE_DEVICES="")
+    assert "'available': False" in done.stdout
+    assert "RuntimeError: the backend 'triton' was asked for and cannot run: PyTorch sees no GPU here" in done.stderr
+
+
+def test_interpreted_kernels_are_chosen_by_name_only():
+    code = (
+        "import torch, vvae_fast\n"
+        "from vvae_fast import backends, shapes\n"
+        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), 'tanh', 'softplus')\n"
+        "print(backends.select(p, None), backends.select(p, 'triton'))\n"
+    )
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = python(code, TRITON_INTERPRET="1")
+    assert done.stdout == "cpp triton\n", done.stderr
