@@ -40,8 +40,9 @@ def matrix_product_rates(
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
     settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    before = settings.fp32_precision
     try:
+        settings.fp32_precision = "tf32"
         yield
     except RuntimeError:  # a PyTorch that objects to the setting costs this rate, not the run
         return

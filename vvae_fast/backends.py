@@ -99,11 +99,11 @@ def select(problem: Problem, name: str | None) -> str:
     if name is None:
         name, source = environment_name, "the environment variable VVAE_FAST_BACKEND"
     if name == AUTO:
-        if ops.load_error and not torch.compiler.is_compiling():
-            _warn_once()
         for backend in _BACKENDS.values():
             interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
             if not interpreted and not _reasons(backend, problem):
+                if backend.name == "reference" and problem.device_type == "cpu":
+                    _warn_of_the_reference(problem)
                 return backend.name
     check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
@@ -123,9 +123,14 @@ def info() -> dict[str, object]:
     }
 
 
+def _warn_of_the_reference(problem: Problem) -> None:
+    if ops.load_error and not problem.inverse and not torch.compiler.is_compiling():
+        _warn_once()
+
+
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"planar flows run on the slow reference: {ops.load_error}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"planar flows run on the slow reference: {ops.load_error}", RuntimeWarning, stacklevel=5)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:

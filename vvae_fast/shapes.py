@@ -59,6 +59,7 @@ def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             "z must be [R, D], u and w [K, D] or [P, K, D], b [K] or [P, K], with K D < 2^31 and R a multiple of P, "
             f"got z {tuple(z.shape)}, u {tuple(u.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}"
         )
+    _check_device(z, u=u, w=w, b=b)
     if not z.dtype == u.dtype == w.dtype == b.dtype or z.dtype not in DTYPES:
         raise TypeError(
             f"z, u, w and b must share a dtype of {DTYPES}, got z {z.dtype}, u {u.dtype}, w {w.dtype}, b {b.dtype}"
@@ -67,6 +68,7 @@ def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
 
 def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_steps: int) -> None:
     """Raises ValueError where grad_z [R, D], grad_log_det [R] or the pre-activations a [K, R] do not fit z [R, D]."""
+    _check_device(z, grad_z=grad_z, grad_log_det=grad_log_det, a=a)
     rows, dtype = z.shape[0], compute_dtype(z.dtype)
     fits = grad_z.shape == z.shape and grad_log_det.shape == (rows,) and a.shape == (num_steps, rows)
     if not fits or not a.is_contiguous() or (grad_z.dtype, grad_log_det.dtype, a.dtype) != (z.dtype, dtype, dtype):
@@ -115,7 +117,11 @@ def _check_kinds(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             )
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: convert it with .to_dense()")
-    for name, tensor in tensors[1:]:
+    _check_device(z, u=u, w=w, b=b)
+
+
+def _check_device(z: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
         if tensor.device != z.device:
             raise ValueError(
                 f"{name} must be on z's device {z.device}, got {tensor.device}: move it with .to(z.device)"

@@ -1,4 +1,4 @@
-"""The Triton kernels: one file an operation, kernel and launcher. They and Triton are imported by the first call.
+"""The Triton kernels: a file for each form and pass, kernel and launcher. They and Triton are imported by the first call.
 
 `planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps.
 """
@@ -20,7 +20,7 @@ _installed = importlib.util.find_spec("triton") is not None
 def unavailable() -> list[str]:
     """Why the kernels cannot run on this machine."""
     if not _installed:
-        return ["Triton is not installed: PyTorch's builds for GPUs bring it, or `pip install triton`"]
+        return ["Triton is not installed: PyTorch's builds for GPUs bring it, or `pip install 'triton>=3.6'`"]
     if interpreted or torch.cuda.is_initialized() or torch.cuda.is_available():
         return []
     return ["PyTorch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on the CPU, for debugging)"]

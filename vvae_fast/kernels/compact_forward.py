@@ -162,7 +162,7 @@ def launch_compact_forward(
     rows_per_set, dtype = rows // num_sets, log_det.dtype
     config = _heuristics.compact("forward", rows, dim, dtype)
     num_blocks = ceil_div(rows_per_set, config.block_rows)
-    z, u, w = (unit_columns(t) for t in (z, u, w))
+    z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
     a = a if save else z.new_empty(CHUNK.value, rows, dtype=dtype)
     scratch = z.new_empty(num_sets * num_blocks, GRAM.value, dtype=dtype)
     state = z_K if config.in_registers or z_K.dtype == dtype else torch.empty_like(z_K, dtype=dtype)

@@ -94,7 +94,7 @@ def launch_direct_forward(
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
     config = _heuristics.direct("forward", rows, dim, num_sets == 1, log_det.dtype)
-    z, u, w = (unit_columns(t) for t in (z, u, w))
+    z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
     launch(
         direct_forward_kernel,
         (ceil_div(rows, config.block_rows),),

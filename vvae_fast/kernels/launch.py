@@ -35,6 +35,8 @@ def set_strides(t: Tensor, num_dims: int) -> tuple[int, ...]:
 def unit_columns(t: Tensor) -> Tensor:
     """t, copied where its last stride is neither 0 nor 1: kernels are compiled for their strides, and such a one may be
     the batch size."""
+    if t.shape[-1] == 1:
+        return t.as_strided(t.shape, (*t.stride()[:-1], 1))
     return t if t.stride(-1) in (0, 1) else t.contiguous()
 
 

@@ -44,7 +44,9 @@ def planar_backward_packed(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
 ) -> tuple[Tensor, Tensor]:
     """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db lie behind one another."""
-    num_steps, dim = a.shape[0], z.shape[-1]
+    if z.dim() != 2 or a.dim() != 2:
+        raise ValueError(f"z must be [R, D] and a [K, R], got {tuple(z.shape)} and {tuple(a.shape)}")
+    num_steps, dim = a.shape[0], z.shape[1]
     if packed.dim() != 2 or packed.shape[1] != num_steps * (2 * dim + 1):
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
