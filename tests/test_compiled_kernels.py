@@ -41,7 +41,7 @@ def compile_all(target: str) -> list[dict]:
         sys.executable,
         str(script),
         json.dumps(TARGETS[target]),
-        json.dumps(cases(amd=TARGETS[target][0] == "hip")),
+        json.dumps(cases(target)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=script.parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
