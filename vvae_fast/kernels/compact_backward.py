@@ -10,7 +10,6 @@ from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import (
     CHUNK,
     GRAM,
-    SATURATED,
     constrain_chunk,
     dot,
     load_params,
@@ -21,7 +20,7 @@ from vvae_fast.kernels.compact_chunk import (
 )
 from vvae_fast.kernels.compact_gradients import launch_compact_gradients
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import activate, determinant, h_second
+from vvae_fast.kernels.math import SATURATED, activate, determinant, h_second
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])

@@ -1,7 +1,9 @@
 """What the compact form does with one chunk of steps, docs/math.md (9) to (12), on Triton tensors.
 
 The scans run with a thread a row: the tile of a chunk goes through memory and comes back as CHUNK vectors [R], so that
-no step waits for another thread. Every dot product of a step, an H, a delta, is a tile again.
+no step waits for another thread. Every dot product of a step, an H, a delta, is a tile again. Where a program has
+more threads than rows, the others repeat the scan of a row and may find it overwritten already: nothing that they
+compute is stored or, since all vectors [R] have one layout, passed on.
 """
 
 import triton
@@ -11,7 +13,6 @@ from vvae_fast.kernels.math import activate, constrain
 
 CHUNK = tl.constexpr(16)  # steps
 GRAM = tl.constexpr(16 * 16)  # numbers of a chunk's Gram matrix
-SATURATED = tl.constexpr(1000.0)  # the pre-activation of rows behind the last: h' = 0, and the determinant is 1
 
 
 @triton.jit

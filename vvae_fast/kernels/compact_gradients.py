@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import CHUNK, SATURATED, dot, rows_of
+from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides
-from vvae_fast.kernels.math import activate, constrain, constrain_backward, determinant
+from vvae_fast.kernels.math import SATURATED, activate, constrain, constrain_backward, determinant
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_slices", "num_blocks"])
@@ -159,6 +159,7 @@ def compact_finish_kernel(
         alpha += tl.sum(w_k * u_k, 0)
         n += tl.sum(w_k * w_k, 0)
         q += tl.sum(v * w_k, 0)
+        tl.debug_barrier()  # no thread adds the first slice any more, which v replaces
         tl.store(partials + k * D + at, v, mask)
     gamma = sum_slices(sums + num_steps, size, num_slices, 1, BLOCK_SLICES, k + one, one < 1)  # [1]
     _, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINED)  # [1]

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import activate, constrain, constrain_backward, determinant, h_second
-
-_SATURATED = tl.constexpr(1000.0)  # the pre-activation of rows behind the last: h' = 0, and the determinant is 1
+from vvae_fast.kernels.math import SATURATED, activate, constrain, constrain_backward, determinant, h_second
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])
@@ -90,7 +88,7 @@ def direct_backward_kernel(
             u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
             w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
             _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
-            h, _ = activate(tl.load(a_at, inside, _SATURATED))  # [R]
+            h, _ = activate(tl.load(a_at, inside, SATURATED))  # [R]
             z_k += (u_k + (rho * inv_n)[:, None] * w_k) * h[:, None]
             u_at += u_step
             w_at += w_step
@@ -109,7 +107,7 @@ def direct_backward_kernel(
             alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
             c, s, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINED)  # [S]
             u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-            h, h_prime = activate(tl.load(a_at, inside, _SATURATED))  # [R]
+            h, h_prime = activate(tl.load(a_at, inside, SATURATED))  # [R]
             r = lambda_ / determinant(h, h_prime, c, s)  # [R]
             e = tl.sum(g * u_hat, 1)  # [R]
             delta = e * h_prime + r * c * h_second(h, h_prime)  # [R]

@@ -7,6 +7,7 @@ and exp, which miss the accuracy rule: tanh comes from e^x - 1 at full relative 
 import triton
 import triton.language as tl
 
+SATURATED = tl.constexpr(1000.0)  # for `activate`, of rows behind the last: h' = 0, and the determinant is 1
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
