@@ -101,7 +101,7 @@ def environment() -> str:
     try:
         import torch
     except ImportError as error:
-        raise Missing(f"PyTorch, for {sys.executable}") from error
+        raise Missing(f"PyTorch, for {sys.executable}: make gpu PYTHON=...") from error
     if not torch.cuda.is_available():
         raise Missing("PyTorch sees no GPU")
     driver = "unknown"

@@ -183,7 +183,7 @@ def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> di
     status = _git("status", "--porcelain", "--untracked-files=no")
     head, dirty = _git("rev-parse", "--short=10", "HEAD") or "unknown", status is None or bool(status)
     if status is None and commit:
-        head, dirty = commit.removesuffix("-dirty"), commit.endswith("-dirty")
+        head, dirty = commit.removesuffix("-dirty").replace("/", "-"), commit.endswith("-dirty")
     return {
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import tune_triton
 from tune_triton import Entry
 
-from vvae_fast.kernels import _table
+from vvae_fast.kernels import _heuristics, _table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRY = Entry("DIRECT", ("backward", "shared", 4), 0)
@@ -49,6 +49,22 @@ def test_candidates_are_launches_that_keep_the_bits_of_a_row(entry):
         assert min(second, third) >= 1
         if entry.form == "DIRECT" and rows > 1:
             assert rows * entry.key[-1] >= _table.LEAST_ELEMENTS * 32 * second
+
+
+@pytest.mark.parametrize("entry", tune_triton.entries(), ids=str)
+def test_an_entry_is_timed_on_a_problem_that_reads_it(entry, monkeypatch):
+    z, u, *_ = tune_triton.problem_of(entry, "meta")
+    for form in ("DIRECT", "COMPACT"):
+        monkeypatch.setattr(_table, form, dict(getattr(_table, form)))
+    before = launches(entry, z, u)
+    entry.set((7, 7, 7))
+    assert launches(entry, z, u) != before
+
+
+def launches(entry, z, u) -> tuple:
+    if entry.form == "COMPACT":
+        return _heuristics.compact(entry.key[0], len(z), z.shape[1], torch.float32)
+    return _heuristics.direct(entry.key[0], len(z), z.shape[1], u.dim() == 2, torch.float32)
 
 
 def scripted(times: dict[tuple, float]):

@@ -2,7 +2,7 @@
 
 VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
 VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).
-TRITON_INTERPRET: Triton's own; "1" runs the kernels of the Triton backend on the CPU, in Python, for debugging: slow, and in one thread only.
+TRITON_INTERPRET: Triton's own; "1" runs the kernels of the Triton backend on the CPU, in Python and in one thread.
 """
 
 import os

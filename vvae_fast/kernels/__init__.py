@@ -1,4 +1,4 @@
-"""The Triton kernels: a file for each form and pass, kernel and launcher. They and Triton are imported by the first call.
+"""The Triton kernels: a file for each form and pass, kernel and launcher. The first call imports them, and Triton.
 
 `planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps.
 """

@@ -66,7 +66,7 @@ FEW_COMPACT_ROWS = 16384
 # The compact form. (pass, D): rows of a program, columns at a time, warps. 64 stands for all D up to there, where the
 # forward keeps z in registers, 512 for all other. For few rows and for many.
 COMPACT = {
-    ("forward", 64): ((16, 16, 1), (64, 16, 4)),
+    ("forward", 64): ((16, 16, 2), (64, 16, 4)),
     ("forward", 512): ((16, 16, 1), (64, 32, 4)),
     ("backward", 512): ((16, 16, 1), (64, 16, 8)),
 }

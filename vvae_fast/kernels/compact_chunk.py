@@ -1,9 +1,7 @@
 """What the compact form does with one chunk of steps, docs/math.md (9) to (12), on Triton tensors.
 
 The scans run with a thread a row: the tile of a chunk goes through memory and comes back as CHUNK vectors [R], so that
-no step waits for another thread. Every dot product of a step, an H, a delta, is a tile again. Where a program has
-more threads than rows, the others repeat the scan of a row and may find it overwritten already: nothing that they
-compute is stored or, since all vectors [R] have one layout, passed on.
+no step waits for another thread. Every dot product of a step, an H, a delta, is a tile again.
 """
 
 import triton
@@ -84,6 +82,7 @@ def scan(a, scratch, rows, left):
     products = ()
     for k in tl.static_range(CHUNK):
         products += (tl.load(a + k * rows, left > k, 0),)
+    tl.debug_barrier()  # a row may be that of several threads, of which one stores
     h = ()
     for k in tl.static_range(CHUNK):
         a_k = products[k]
@@ -96,13 +95,16 @@ def scan(a, scratch, rows, left):
 @triton.jit
 def scan_back(delta, slope, scratch, rows, left, BLOCK_ROWS: tl.constexpr):
     """delta (12) in the place of delta without the sum in (11); `slope` [R] points to h' of the first step."""
+    products = ()
+    for k in tl.static_range(CHUNK):
+        products += (tl.load(delta + k * rows, left > k, 0),)
+    tl.debug_barrier()  # a row may be that of several threads, of which one stores
     scanned = ()  # from the last step to the first
     for k in tl.static_range(CHUNK - 1, -1, -1):
-        delta_k = tl.load(delta + k * rows, left > k, 0)
         h_prime = tl.load(slope + k * BLOCK_ROWS)
         e = tl.zeros_like(h_prime)
         for j in tl.static_range(CHUNK - 1, k, -1):
             e += tl.load(scratch + (k * CHUNK + j)) * scanned[CHUNK - 1 - j]
-        delta_k += h_prime * e
+        delta_k = products[k] + h_prime * e
         scanned += (delta_k,)
         tl.store(delta + k * rows, delta_k, left > k)

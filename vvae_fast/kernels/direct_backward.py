@@ -136,29 +136,36 @@ def direct_backward_kernel(
             tl.debug_barrier()  # another thread may read these sums in the next block
 
 
-@triton.jit(do_not_specialize=["num_partials", "matrix", "size"])
+@triton.jit(do_not_specialize=["num_partials", "matrix", "size", "blocks"])
 def add_partials_kernel(
-    partials,  # [num_partials, partial]: du, dw and db behind one another
-    du,  # [K, D], contiguous
-    dw,  # [K, D], contiguous
-    db,  # [K]
+    partials,  # [sets, num_partials, partial]: du, dw and db behind one another
+    du,  # [sets, K, D], a set's steps contiguous
+    dw,  # [sets, K, D], a set's steps contiguous
+    db,  # [sets, K]
     num_partials,
     partial,
     matrix,  # K D
     size,  # K (2 D + 1)
+    blocks,  # of a set
+    du_set: tl.constexpr,
+    dw_set: tl.constexpr,
+    db_set: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds the partial sums in a fixed order, BLOCK elements a program."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    """Adds a set's partial sums in a fixed order, BLOCK elements a program."""
+    program = tl.program_id(0).to(tl.int64)
+    owner = program // blocks
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    partials += owner * num_partials * partial
     total = tl.zeros([BLOCK], partials.dtype.element_ty)
     for first in tl.range(0, num_partials, BLOCK_PARTIALS):
         which = first + tl.arange(0, BLOCK_PARTIALS)  # [BLOCK_PARTIALS]
         mask = (which < num_partials)[:, None] & (i < size)[None, :]
         total += tl.sum(tl.load(partials + which.to(tl.int64)[:, None] * partial + i[None, :], mask, 0), 0)
-    tl.store(du + i, total, i < matrix)
-    tl.store(dw + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
-    tl.store(db + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
+    tl.store(du + owner * du_set + i, total, i < matrix)
+    tl.store(dw + owner * dw_set + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
+    tl.store(db + owner * db_set + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
 
 
 def launch_direct_backward(
@@ -191,7 +198,8 @@ def launch_direct_backward(
     if in_partials:
         partials = z.new_empty(programs if shared else num_sets, partial, dtype=a.dtype)
         to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
-    to_sets = tuple(partial if in_partials else set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
+    sets = tuple(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
+    to_sets = (0, 0, 0) if shared else (partial,) * 3 if in_partials else sets
     grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
     launches = [(0, num_blocks)] if BARRIER_ORDERS_MEMORY else [(block, 1) for block in range(num_blocks)]
     for first_block, of_launch in launches:
@@ -202,20 +210,19 @@ def launch_direct_backward(
             *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db),
             *(rows, num_steps, num_sets, first_block, of_launch, partial),
             *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-            *((0, 0, 0) if shared else to_sets),
+            *to_sets,
             *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
             num_warps=config.num_warps,
             capped=True,
         )
-    if shared and in_partials:
-        block = 32
+    if in_partials:
+        block, num_partials = 32, programs if shared else 1
+        blocks = ceil_div(size, block)
         launch(
             add_partials_kernel,
-            (ceil_div(size, block),),
+            (num_sets * blocks,),
             z,
-            *(partials, du, dw, db, programs, partial, num_steps * dim, size, 128, block),
-            num_warps=8,
+            *(partials, du, dw, db, num_partials, partial, num_steps * dim, size, blocks, *sets),
+            *(128 if shared else 1, block),
+            num_warps=8 if shared else 1,
         )
-    elif in_partials:
-        for t, sums in ((du, to_du), (dw, to_dw), (db, to_db)):
-            t.copy_(sums[:, : t[0].numel()].view(t.shape))
