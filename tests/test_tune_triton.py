@@ -63,7 +63,7 @@ def test_an_entry_is_timed_on_a_problem_that_reads_it(entry, monkeypatch):
 
 def launches(entry, z, u) -> tuple:
     if entry.form == "COMPACT":
-        return _heuristics.compact(entry.key[0], len(z), z.shape[1], torch.float32)
+        return _heuristics.compact(entry.key[0], len(z), z.shape[1], True, torch.float32)
     return _heuristics.direct(entry.key[0], len(z), z.shape[1], u.dim() == 2, torch.float32)
 
 

@@ -80,11 +80,11 @@ class CompactGradients(NamedTuple):
     finish_block_dim: int  # columns at a time of the launch that adds the partial sums
 
 
-def compact(pass_: str, rows: int, dim: int, dtype: torch.dtype) -> Compact:
+def compact(pass_: str, rows: int, dim: int, shared: bool, dtype: torch.dtype) -> Compact:
     """For pass_ "forward" or "backward" and the dtype of computation."""
     if dtype == torch.float64:  # a number is two registers
         return Compact(16, 16, 1 if pass_ == "forward" else 4, False, "ieee")
-    in_registers = pass_ == "forward" and dim <= 64
+    in_registers = pass_ == "forward" and shared and dim <= 64  # with rows apart, addresses take too many
     few, many = _table.COMPACT[pass_, 64 if in_registers else 512]
     return Compact(*(few if rows <= _table.FEW_COMPACT_ROWS else many), in_registers, _PRECISION)
 

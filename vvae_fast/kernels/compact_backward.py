@@ -136,7 +136,7 @@ def launch_compact_backward(
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
     rows_per_set = rows // num_sets
-    config = _heuristics.compact("backward", rows, dim, a.dtype)
+    config = _heuristics.compact("backward", rows, dim, num_sets == 1, a.dtype)
     num_blocks = ceil_div(rows_per_set, config.block_rows)
     grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
     delta = torch.empty_like(a)

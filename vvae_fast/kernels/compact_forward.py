@@ -160,7 +160,7 @@ def launch_compact_forward(
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
     rows_per_set, dtype = rows // num_sets, log_det.dtype
-    config = _heuristics.compact("forward", rows, dim, dtype)
+    config = _heuristics.compact("forward", rows, dim, num_sets == 1, dtype)
     num_blocks = ceil_div(rows_per_set, config.block_rows)
     z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
     a = a if save else z.new_empty(CHUNK.value, rows, dtype=dtype)

@@ -233,4 +233,5 @@ def launch_compact_gradients(
         *(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2))),
         *(dim, config.finish_block_dim, 8, constrained),
         num_warps=4,
+        capped=True,
     )
