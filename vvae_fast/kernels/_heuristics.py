@@ -1,5 +1,5 @@
-"""How each problem is launched: blocks, warps and stages from `_table.py`, by shape and dtype alone, so that a problem
-gives the same bits on every GPU."""
+"""How each problem is launched: blocks, warps and stages from `_table.py`, by shape and dtype alone, whatever GPU
+there is."""
 
 from typing import NamedTuple
 
