@@ -3,6 +3,8 @@
 `planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 from types import ModuleType
 
@@ -15,6 +17,14 @@ from vvae_fast.shapes import Problem
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
+
+
+def version() -> str | None:
+    """Triton's, without importing it; None where it is not installed under one of its names."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def unavailable() -> list[str]:
