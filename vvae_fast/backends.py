@@ -116,7 +116,7 @@ def info() -> dict[str, object]:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "triton": kernels.version(),
+        "triton_version": kernels.version(),
         "backends": backends,
         "build": ops.build_facts(),
         "isa": ops.isa(),
