@@ -23,7 +23,6 @@ from vvae_fast.kernels import _table
 NUM_STEPS = 16
 FEW, MANY = 1024, 65536  # rows at which the two entries of a key are timed
 GAIN = 0.97  # of the time of the entry that stands
-PASSES = ("forward", "backward")
 
 
 class Entry(NamedTuple):

@@ -47,7 +47,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend, save=True)
+        z_K, log_det, a = _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), constraint, backend, save=True)
         ctx.save_for_backward(z, packed, a)
         ctx.num_steps, ctx.constraint, ctx.backend = num_steps, constraint, backend
         ctx.set_materialize_grads(False)
@@ -60,7 +60,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
         z, packed, a = ctx.saved_tensors
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
-            u, w, b = unpack(packed, ctx.num_steps, z.shape[-1])
+            u, w, b = ops.unpack(packed, ctx.num_steps, z.shape[-1])
             dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
             return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
         dz, dpacked = ops.OPERATORS[ctx.backend].planar_backward_packed(
@@ -74,18 +74,12 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
         return dz.view(z.shape), dpacked.view(packed.shape), None, None, None
 
 
-def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
-    u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], dim=-1)
-    return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
-
-
 def packed_planar_flow(
     z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """`planar_flow` with the parameters that `unpack` finds in packed [*params, K (2 D + 1)]."""
+    """`planar_flow` with the parameters that `ops.unpack` finds in packed [*params, K (2 D + 1)]."""
     if backend == "reference" or not torch.is_grad_enabled():
-        return planar_flow(z, *unpack(packed, num_steps, z.shape[-1]), constraint, backend)
+        return planar_flow(z, *ops.unpack(packed, num_steps, z.shape[-1]), constraint, backend)
     return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint, backend)
 
 

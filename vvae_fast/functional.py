@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vvae_fast import autograd, backends, reference, shapes
+from vvae_fast import autograd, backends, ops, reference, shapes
 
 
 def planar_flow(
@@ -53,7 +53,7 @@ def packed_planar_flow(
     """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
-    problem = shapes.check(z, *autograd.unpack(packed.detach(), num_steps, dim), "tanh", constraint)
+    problem = shapes.check(z, *ops.unpack(packed.detach(), num_steps, dim), "tanh", constraint)
     chosen = _choose(problem, backend)
     if z.dtype != packed.dtype or not backends.computes_halves(chosen):
         z_K, log_det = autograd.packed_planar_flow(

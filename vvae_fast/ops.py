@@ -91,6 +91,12 @@ OPERATORS = {"cpp": _define(""), "triton": _define("triton_")}
 planar_forward, planar_backward, planar_backward_packed = OPERATORS["cpp"]
 
 
+def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
+    u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], dim=-1)
+    return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
+
+
 def build_facts() -> dict[str, object]:
     """How the extension was built; empty where it did not load."""
     return dict(_C.build_facts()) if _C is not None else {}

@@ -48,13 +48,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def num_sets(u: Tensor) -> int:
+    """P of u [P, K, D], and 1 of u [K, D]."""
+    return u.shape[0] if u.dim() == 3 else 1
+
+
 def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
     """Raises ValueError where z [R, D], u, w [K, D] or [P, K, D] and b [K] or [P, K] do not fit: a kernel would read
     other memory. For operators that are called past `check`."""
     fits = z.dim() == 2 and u.dim() in (2, 3) and u.shape[-1] == z.shape[1] and u.shape[-2:].numel() < 2**31
     fits = fits and w.shape == u.shape and b.shape == u.shape[:-1]
-    num_sets = u.shape[0] if u.dim() == 3 else 1
-    if not fits or (z.shape[0] % num_sets if num_sets else z.shape[0]):
+    sets = num_sets(u)
+    if not fits or (z.shape[0] % sets if sets else z.shape[0]):
         raise ValueError(
             "z must be [R, D], u and w [K, D] or [P, K, D], b [K] or [P, K], with K D < 2^31 and R a multiple of P, "
             f"got z {tuple(z.shape)}, u {tuple(u.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}"

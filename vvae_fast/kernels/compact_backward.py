@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import (
     CHUNK,
@@ -134,7 +135,7 @@ def launch_compact_backward(
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     rows_per_set = rows // num_sets
     config = _heuristics.compact("backward", rows, dim, num_sets == 1, a.dtype)
     num_blocks = ceil_div(rows_per_set, config.block_rows)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import (
     CHUNK,
@@ -158,7 +159,7 @@ def launch_compact_forward(
 ) -> None:
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
     rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     rows_per_set, dtype = rows // num_sets, log_det.dtype
     config = _heuristics.compact("forward", rows, dim, num_sets == 1, dtype)
     num_blocks = ceil_div(rows_per_set, config.block_rows)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides
@@ -206,7 +207,7 @@ def launch_compact_gradients(
 ) -> None:
     """Fills du, dw and db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     rows_per_set = rows // num_sets
     config = _heuristics.compact_gradients(rows_per_set, num_sets, dim, num_steps, a.dtype)
     chunks = ceil_div(num_steps, CHUNK.value)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
 from vvae_fast.kernels.math import SATURATED, activate, constrain, constrain_backward, determinant, h_second
@@ -183,7 +184,7 @@ def launch_direct_backward(
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     shared = num_sets == 1
     config = _heuristics.direct("backward", rows, dim, shared, a.dtype)
     size = num_steps * (2 * dim + 1)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
 from vvae_fast.kernels.math import activate, constrain, log_abs_determinant
@@ -92,7 +93,7 @@ def launch_direct_forward(
 ) -> None:
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
     rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], u.shape[0] if u.dim() == 3 else 1
+    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     config = _heuristics.direct("forward", rows, dim, num_sets == 1, log_det.dtype)
     z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
     launch(

@@ -6,7 +6,7 @@ Shapes as in vvae_fast/ops.py. With no rows or no steps there is nothing to laun
 import torch
 from torch import Tensor
 
-from vvae_fast import shapes
+from vvae_fast import ops, shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
@@ -51,19 +51,13 @@ def planar_backward_packed(
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
     dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    params, gradients = (_unpack(t, num_steps, dim) for t in (packed, dpacked))
+    params, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
     return _backward(grad_z, grad_log_det, z, *params, a, *gradients, constrained), dpacked
 
 
 def _is_compact(z: Tensor, u: Tensor) -> bool:
-    num_sets = u.shape[0] if u.dim() == 3 else 1
-    return _heuristics.is_compact(z.shape[0] // num_sets, z.shape[1], u.shape[-2], shapes.compute_dtype(z.dtype))
-
-
-def _unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views u, w [P, K, D] and b [P, K] of packed [P, K (2 D + 1)]."""
-    u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], 1)
-    return u.unflatten(1, (num_steps, dim)), w.unflatten(1, (num_steps, dim)), b
+    rows_per_set = z.shape[0] // shapes.num_sets(u)
+    return _heuristics.is_compact(rows_per_set, z.shape[1], u.shape[-2], shapes.compute_dtype(z.dtype))
 
 
 def _backward(

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.autograd import unpack
 from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
+from vvae_fast.ops import unpack
 from vvae_fast.shapes import check_size, is_trailing
 
 # softplus(w . u) = 1 at w . u = log(e - 1), and there u_hat = 0: the flow starts as the identity, docs/math.md (4).
