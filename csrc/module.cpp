@@ -23,7 +23,7 @@ pybind11::dict build_facts() {
   facts["compiler"] = compiler();
   facts["torch_headers"] = VVAE_FAST_TORCH_VERSION;
   facts["torch_abi"] = VVAE_EXPAND(TORCH_TARGET_VERSION);
-  facts["cuda"] = false;
+  facts["cuda_build"] = VVAE_FAST_CUDA_BUILD;
   return facts;
 }
 

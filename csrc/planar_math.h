@@ -1,12 +1,12 @@
 // The scalar formulas of a planar step, once, for every kernel. Equation numbers are those of docs/math.md.
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
-// primitives splat, select, abs, copy_sign, exp_both, log, product_error, outside and any and the constants tiny and
-// saturated on it. No torch, no memory; one branch on data, rarely taken.
+// primitives splat, select, abs, copy_sign, exp_both, log, quotient (by a number in [1, 2]), product_error, outside and
+// any and the constants tiny and saturated on it. No torch, no memory; one branch on data, rarely taken.
 #pragma once
 
 #if defined(__CUDACC__)
-#define PLANAR_FN static __host__ __device__ __forceinline__
+#define PLANAR_FN static __device__ __forceinline__
 #else
 #define PLANAR_FN static inline __attribute__((always_inline))
 #endif
@@ -75,7 +75,7 @@ PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typen
 template <class L>
 PLANAR_FN Activated<L> activate(typename L::V a) {
   const auto e = L::exp_both(-2 * L::abs(a));
-  const auto magnitude = -e.minus_one / (2 + e.minus_one);
+  const auto magnitude = L::quotient(-e.minus_one, 2 + e.minus_one);
   const auto root = 1 + magnitude;
   const auto h_prime = L::select(L::abs(a) > L::saturated(), L::splat(0), e.value * (root * root));
   return {L::copy_sign(magnitude, a), h_prime};

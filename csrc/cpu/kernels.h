@@ -5,18 +5,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../chunks.h"
+
 namespace vvae {
 
 constexpr int kTile = 64;       // samples of a tile: z, the pre-activations and H of one tile stay in L2
-constexpr int kChunk = 16;      // the most steps of a chunk of the compact form, docs/math.md (9)
 constexpr int kMaxLanes = 16;   // the widest vector: 64 bytes of float
 static_assert(kTile % kChunk == 0, "no chunk of steps lies in two tiles of steps");
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Steps of a chunk: many more than dim would sum more vectors than the space has dimensions, and cancel.
-constexpr int64_t chunk_of(int64_t dim) { return dim >= 16 ? kChunk : dim >= 8 ? 8 : 4; }
 
 // Steps of a span of chunks: the backward keeps z where a span starts, and reaches the rest through the triangle of
 // (14). No more steps than dimensions, for the same reason, and no more than the triangle is worth.

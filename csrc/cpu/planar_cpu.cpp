@@ -3,22 +3,17 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <tuple>
 
+#include "../allocate.h"
+#include "../checks.h"
 #include "passes.h"
 
 namespace vvae {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr const Isa* kIsas[] = {&isa_avx512, &isa_avx2, &isa_baseline};
 
@@ -35,46 +30,15 @@ std::atomic<const Isa*>& chosen_isa() {
 // blocks fresh from the system, whose zeroing has just brought their pages into the caches.
 constexpr int64_t kStreamBytes = int64_t(1) << 23, kFreshBytes = int64_t(1) << 25;
 
-constexpr int64_t kMostParameters = int64_t(1) << 40;  // of one set: beyond, sizes in bytes could overflow
-
-void check_rank(const Tensor& t, const char* name, int64_t rank) {
-  STD_TORCH_CHECK(t.dim() == rank, "vvae_fast: ", name, " must have rank ", rank, ", got ", t.dim());
-}
-
-void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(t.size(dim) == size, "vvae_fast: ", name, " must have size ", size, " in dimension ", dim, ", got ",
-                  t.size(dim));
-}
-
 void check_kind(const Tensor& t, const char* name, ScalarType type) {
   STD_TORCH_CHECK(t.is_cpu(), "vvae_fast: ", name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == type, "vvae_fast: ", name, " must have z's dtype, float32 or float64");
 }
 
-void check_count(int64_t steps, int64_t dim) {
-  STD_TORCH_CHECK(dim <= kMostParameters && steps <= kMostParameters / std::max<int64_t>(1, dim),
-                  "vvae_fast: u must have at most 2^40 elements K x D, got ", steps, " x ", dim);
-}
-
-void check_problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b) {
+void check_arguments(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b) {
   const ScalarType type = z.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "vvae_fast: z must be float32 or float64");
-  check_rank(z, "z", 2);
-  STD_TORCH_CHECK(u.dim() == 2 || u.dim() == 3, "vvae_fast: u must be [K, D] or [P, K, D], got rank ", u.dim());
-  check_rank(w, "w", u.dim());
-  check_rank(b, "b", u.dim() - 1);
-  check_size(u, "u", u.dim() - 1, z.size(1));
-  for (int64_t i = 0; i < u.dim(); ++i) check_size(w, "w", i, u.size(i));
-  for (int64_t i = 0; i < b.dim(); ++i) check_size(b, "b", i, u.size(i));
-  check_kind(z, "z", type);
-  check_kind(u, "u", type);
-  check_kind(w, "w", type);
-  check_kind(b, "b", type);
-  const int64_t steps = u.size(u.dim() - 2), dim = z.size(1);
-  check_count(steps, dim);
-  const int64_t sets = u.dim() == 3 ? u.size(0) : 1;
-  STD_TORCH_CHECK(sets == 0 ? z.size(0) == 0 : z.size(0) % sets == 0, "vvae_fast: z must have a multiple of ", sets,
-                  " rows, one for each parameter set, got ", z.size(0));
+  check_problem(z, u, w, b, check_kind);
 }
 
 // The parameters of an operator call: u, w [K, D] and b [K], or u, w [P, K, D] and b [P, K].
@@ -92,15 +56,8 @@ struct Parameters {
   }
 };
 
-// An uninitialized contiguous tensor of like's dtype. The C interface itself: the dispatcher would cost a microsecond.
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int64_t strides[3] = {}, stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = stride;
-  int32_t dtype, device = aoti_torch_device_type_cpu();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, device, 0, &handle));
-  return Tensor(handle);
+  return new_contiguous(sizes, dtype_of(like), aoti_torch_device_type_cpu(), 0);
 }
 
 template <class T>
@@ -150,7 +107,7 @@ void forward_as(const Tensor& z, const Parameters& q, bool constrained, Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
                                                   bool constrained, bool save) {
-  check_problem(z, u, w, b);
+  check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0);
   Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det = new_empty(z, {rows});
@@ -179,22 +136,6 @@ void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor&
       q.amortized, *chosen_isa().load());
 }
 
-void check_backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, int64_t steps, const Tensor& a) {
-  const int64_t rows = z.size(0);
-  check_rank(grad_z, "grad_z", 2);
-  check_rank(grad_log_det, "grad_log_det", 1);
-  check_rank(a, "a", 2);
-  check_size(grad_z, "grad_z", 0, rows);
-  check_size(grad_z, "grad_z", 1, z.size(1));
-  check_size(grad_log_det, "grad_log_det", 0, rows);
-  check_size(a, "a", 0, steps);
-  check_size(a, "a", 1, rows);
-  STD_TORCH_CHECK(a.is_contiguous(), "vvae_fast: a must be contiguous, as planar_forward returned it");
-  check_kind(grad_z, "grad_z", z.scalar_type());
-  check_kind(grad_log_det, "grad_log_det", z.scalar_type());
-  check_kind(a, "a", z.scalar_type());
-}
-
 // A gradient's memory; amortized parameter sets that no row uses have the gradient zero.
 Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64_t rows) {
   Tensor gradient = new_empty(z, sizes);
@@ -204,10 +145,10 @@ Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                            const Tensor& z, const Tensor& u, const Tensor& w,
                                                            const Tensor& b, const Tensor& a, bool constrained) {
-  check_problem(z, u, w, b);
+  check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
-  check_backward(grad_z, grad_log_det, z, steps, a);
+  check_saved(grad_z, grad_log_det, z, steps, a, z.scalar_type(), check_kind);
   Tensor dz = new_empty(z, {rows, dim});
   const bool sets = q.amortized;
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
@@ -224,20 +165,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
 std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
                                                   const Tensor& packed, const Tensor& a, bool constrained) {
-  check_rank(z, "z", 2);
-  check_rank(packed, "packed", 2);
-  check_rank(a, "a", 2);
+  check_packed(z, packed, a);
   const int64_t rows = z.size(0), dim = z.size(1), steps = a.size(0), sets = packed.size(0);
-  check_count(steps, dim);
-  const int64_t width = steps * (2 * dim + 1);
-  check_size(packed, "packed", 1, width);
+  const int64_t width = packed.size(1);
   Tensor all = packed;
   const auto part = [&](int64_t start, int64_t size) { return torch::stable::narrow(all, 1, start, size); };
   const Tensor u = torch::stable::view(part(0, steps * dim), {sets, steps, dim});
   const Tensor w = torch::stable::view(part(steps * dim, steps * dim), {sets, steps, dim});
   const Tensor b = part(2 * steps * dim, steps);
-  check_problem(z, u, w, b);
-  check_backward(grad_z, grad_log_det, z, steps, a);
+  check_arguments(z, u, w, b);
+  check_saved(grad_z, grad_log_det, z, steps, a, z.scalar_type(), check_kind);
   const Parameters q(u, w, b);
   Tensor dz = new_empty(z, {rows, dim}), dpacked = new_gradient(z, {sets, width}, rows);
   with_type(z, [&](auto zero) {

@@ -5,37 +5,11 @@
 
 #include <stdint.h>
 
+#include "../exponential.h"
 #include "native.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
-
-template <class T>
-struct Ieee;
-
-template <>
-struct Ieee<float> {
-  using Bits = int32_t;
-  static constexpr int mantissa = 23, exp_terms = 7, log_terms = 5;
-  static constexpr Bits one = 0x3f800000, sqrt_half = 0x3f3504f3, infinity = 0x7f800000;
-  static constexpr float tiny = 0x1p-126f, round = 0x1.8p23f, exp_least = -87.0f, denormal_scale = 0x1p25f;
-  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr int denormal_shift = 25;
-};
-
-template <>
-struct Ieee<double> {
-  using Bits = int64_t;
-  static constexpr int mantissa = 52, exp_terms = 13, log_terms = 12;
-  static constexpr Bits one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd, infinity = 0x7ff0000000000000;
-  static constexpr double tiny = 0x1p-1022, round = 0x1.8p52, exp_least = -708.0, denormal_scale = 0x1p54;
-  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr int denormal_shift = 54;
-};
-
-constexpr double kInverseFactorial[] = {1,          1,           1. / 2,        1. / 6,         1. / 24,
-                                        1. / 120,   1. / 720,    1. / 5040,     1. / 40320,     1. / 362880,
-                                        1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 
 template <class T>
 struct Simd : Native<T> {
@@ -81,20 +55,9 @@ struct Simd : Native<T> {
     return ((as_bits(x) + eighth) ^ (2 * eighth)) & ~(2 * eighth - 1);
   }
 
-  // e^x and e^x - 1 for x <= 0, both at full relative precision; below exp_least the value stays there. NaN stays NaN.
-  PLANAR_FN Exp exp_both(V x) {
-    x = Native<T>::max(splat(Float::exp_least), x);
-    const V shifted = x * T(1.4426950408889634) + Float::round;
-    const V n = shifted - Float::round;
-    const V r = (x - n * Float::ln2_high) - n * Float::ln2_low;
-    V q = splat(T(kInverseFactorial[Float::exp_terms]));
-#pragma GCC unroll 16
-    for (int i = Float::exp_terms - 1; i >= 2; --i) q = q * r + T(kInverseFactorial[i]);
-    const V p = r * r * q + r;
-    const I exponent = (as_bits(shifted) - as_bits(splat(Float::round))) << Float::mantissa;
-    const V scale = as_float(exponent + Float::one);
-    return {scale * p + scale, scale * p + (scale - 1)};
-  }
+  PLANAR_FN V max(V a, V b) { return Native<T>::max(a, b); }
+  PLANAR_FN V quotient(V a, V b) { return a / b; }
+  PLANAR_FN Exp exp_both(V x) { return exp_and_minus_one<Simd, T>(x); }
 
   // log x for x >= 0, -inf at 0; NaN stays NaN.
   PLANAR_FN V log(V x) {

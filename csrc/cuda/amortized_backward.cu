@@ -1,0 +1,106 @@
+// The backward of rows with parameters of their own, docs/math.md (16): one launch, z recomputed to z_K and walked back
+// with g, both in registers. Where a set has several rows, its threads take them one after the other and keep the sums
+// of the gradients, in the precision of computation, in the workspace until the last.
+#include "partials.cuh"
+#include "staged.cuh"
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+template <class S>
+struct AmortizedBackward : BackwardView<S> {
+  GradientsView<S> to;
+  bool du_vector, dw_vector;
+  compute_t<S>* sums;  // [sets][K][2 D + 1]: u's, w's and b's gradient of a step
+
+  explicit AmortizedBackward(const Backward& f)
+      : BackwardView<S>(f), to(f), du_vector(writes_vectors<S>(f.du, f.p.dim)),
+        dw_vector(writes_vectors<S>(f.dw, f.p.dim)), sums(static_cast<compute_t<S>*>(f.workspace)) {}
+};
+
+// A step's gradients with those of the set's rows before.
+template <class Layout, class S, class T>
+__device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, int64_t set, int k, bool first,
+                                                bool last, Row<T, Layout> du, Row<T, Layout> dw, T db) {
+  const int dim = p.params.dim;
+  if (!(first && last)) {
+    T* sum = p.sums + (set * p.params.steps + k) * amortized_width(dim);
+    const Rows<T> of_u = {sum, 1, false}, of_w = {sum + dim, 1, false};
+    if (!first) {
+      du = add(du, T(1), load_row<Layout>(of_u, dim));
+      dw = add(dw, T(1), load_row<Layout>(of_w, dim));
+      if (lane_of_row<Layout>() == 0) db += sum[2 * dim];
+    }
+    if (!last) {
+      store_row<Layout>(sum, du, dim, false);
+      store_row<Layout>(sum + dim, dw, dim, false);
+      if (lane_of_row<Layout>() == 0) store(sum + 2 * dim, db);
+      return;
+    }
+  }
+  store_row<Layout>(p.to.du_of(set, k), du, dim, p.du_vector);
+  store_row<Layout>(p.to.dw_of(set, k), dw, dim, p.dw_vector);
+  if (lane_of_row<Layout>() == 0) {
+    S number;
+    narrow(db, number);
+    store(p.to.db_of(set, k), number);
+  }
+}
+
+template <class Layout, class S>
+__global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const AmortizedBackward<S> p) {
+  using T = compute_t<S>;
+  const int dim = p.params.dim, steps = p.params.steps;
+  const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
+  const bool inside = nth < p.sets;
+  const int64_t set = inside ? nth : p.sets - 1;
+  for (int64_t row = set; row < p.rows; row += p.sets) {
+    auto z = load_row<Layout>(p.z.from(row * p.z_row), dim);                 // [columns]
+    auto g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);       // [columns]
+    const T lambda = p.grad_log_det[row * p.grad_log_det_stride];
+    for (int k = 0; k < steps; ++k) {  // forward once more, (1)
+      const auto [u, w, b] = load_step<Layout>(p.params, set, k);
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
+      const T h = activate<Lane<T>>(p.a[k * p.rows + row]).h;
+      z = add(add(z, h, u), h * (q.rho * q.inv_n), w);
+    }
+    for (int k = steps - 1; k >= 0; --k) {
+      const auto [u, w, b] = load_step<Layout>(p.params, set, k);
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
+      const T g_u = dot(g, u), g_w = dot(g, w), of_w = q.rho * q.inv_n;
+      const auto act = activate<Lane<T>>(p.a[k * p.rows + row]);
+      const T r = lambda / determinant<Lane<T>>(act, q.c, q.s);
+      const T delta = (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<Lane<T>>(act);
+      const auto adjoint = constrain_backward<Lane<T>>(q, act.h * g_w, r * act.h_prime);  // (6)
+      z = add(add(z, -act.h, u), -act.h * of_w, w);
+      Row<T, Layout> du, dw;
+#pragma unroll
+      for (int i = 0; i < Layout::numbers; ++i) {
+        const T v = act.h * g.x[i];
+        du.x[i] = v + adjoint.dalpha * w.x[i];
+        dw.x[i] = delta * z.x[i] + adjoint.of_v * v + adjoint.dalpha * u.x[i] +
+                  adjoint.of_w_n * (q.inv_n * w.x[i]);
+      }
+      if (inside) write_gradients<Layout>(p, set, k, row == set, row + p.sets >= p.rows, du, dw, delta);
+      g = add(g, delta, w);
+    }
+    if (inside) store_row<Layout>(p.dz + row * dim, g, dim, dim % 4 == 0);
+  }
+}
+
+}  // namespace
+
+void launch_amortized_backward(const Backward& f, void* stream) {
+  with_type(f.p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    with_layout<compute_t<S>>(f.p.dim, [&](auto layout) {
+      using L = decltype(layout);
+      launch(amortized_backward_kernel<L, S>, "amortized_backward_kernel", ceil_div(f.p.sets * L::lanes, kThreads),
+             kThreads, 0, stream, AmortizedBackward<S>(f));
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace vvae

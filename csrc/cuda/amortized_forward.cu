@@ -1,0 +1,48 @@
+// The forward of rows with parameters of their own, docs/math.md (1) to (8): z in registers, one launch, u and w read
+// once. The next step's parameters are on their way while a step is computed.
+#include "staged.cuh"
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+template <class Layout, class S>
+__global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const ForwardView<S> p) {
+  using T = compute_t<S>;
+  const int dim = p.params.dim, steps = p.params.steps;
+  const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
+  const bool inside = nth < p.rows;
+  const int64_t row = inside ? nth : p.rows - 1, set = row % p.sets;
+  auto z = load_row<Layout>(p.z.from(row * p.z_row), dim);  // [columns]
+  auto step = load_step<Layout>(p.params, set, 0);
+  auto log_det = no_steps<Lane<T>>();
+  for (int k = 0; k < steps; ++k) {
+    const auto [u, w, b] = step;
+    step = load_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
+    const T a = dot(w, z) + b;
+    const auto act = activate<Lane<T>>(a);
+    if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s);
+    z = add(add(z, act.h, u), act.h * (q.rho * q.inv_n), w);
+  }
+  if (!inside) return;
+  store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
+  if (lane_of_row<Layout>() == 0) store(p.log_det + row, value<Lane<T>>(log_det));
+}
+
+}  // namespace
+
+void launch_amortized_forward(const Forward& f, void* stream) {
+  with_type(f.p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    with_layout<compute_t<S>>(f.p.dim, [&](auto layout) {
+      using L = decltype(layout);
+      launch(amortized_forward_kernel<L, S>, "amortized_forward_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
+             kThreads, 0, stream, ForwardView<S>(f));
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace vvae

@@ -1,0 +1,49 @@
+// Which kernels a problem runs on. No kernel is here.
+#include <atomic>
+
+#include "partials.cuh"
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+std::atomic<Form> asked_form{Form::automatic};
+
+constexpr int64_t kFewSamples = 16;  // of a set: from here on its gradients are sums of products, below it they are added
+
+bool shares(const Problem& p) { return p.sets == 1 || p.rows / p.sets >= kFewSamples; }
+
+// The compact form's products are on tensor cores, for numbers that are computed in float32. By dtype, D and K alone: a
+// row's bits do not depend on how many rows there are. Not measured on a GPU: below this the direct form's latency is
+// the shorter by a count of instructions.
+bool is_compact(const Problem& p) {
+  constexpr int least_dim = 49, least_steps = 8;
+  const Form form = asked_form.load();
+  if (p.dtype == Dtype::float64 || form == Form::direct || compact_bytes(p.dim) > most_shared_bytes()) return false;
+  return form == Form::compact || (p.dim >= least_dim && p.steps >= least_steps);
+}
+
+}  // namespace
+
+void set_form(Form form) { asked_form.store(form); }
+
+int64_t most_dim(Dtype dtype) { return dtype == Dtype::float64 ? 512 : 1024; }
+
+int64_t workspace_bytes(const Problem& p) {
+  const int64_t number = p.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  if (shares(p)) return number * most_partials(p) * p.sets * p.steps * partial_width(p.dim);
+  return p.rows > p.sets ? number * p.sets * p.steps * amortized_width(p.dim) : 0;
+}
+
+void launch_forward(const Forward& f, void* stream) {
+  if (!shares(f.p)) return launch_amortized_forward(f, stream);
+  return is_compact(f.p) ? launch_compact_forward(f, stream) : launch_shared_forward(f, stream);
+}
+
+void launch_backward(const Backward& f, void* stream) {
+  if (!shares(f.p)) return launch_amortized_backward(f, stream);
+  return is_compact(f.p) ? launch_compact_backward(f, stream) : launch_shared_backward(f, stream);
+}
+
+}  // namespace cuda
+}  // namespace vvae

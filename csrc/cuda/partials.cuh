@@ -1,0 +1,74 @@
+// Sums over rows, in two stages of fixed order and without atomics: a block of each program sums the rows of its tile
+// chunk by chunk into the program's own memory, and finish.cu adds the programs.
+#pragma once
+
+#include "kernels.h"
+#include "row.cuh"
+
+namespace vvae {
+namespace cuda {
+
+// Sums over a program's rows for one step: v [D], dw [D], then the step's row of S = H^T Delta with that of its
+// transpose [kChunk], db and gamma.
+constexpr int kTail = kChunk + 2;
+__host__ __device__ constexpr int64_t partial_width(int64_t dim) { return 2 * dim + kTail; }
+
+// The same for one step of the amortized kernels: du [D], dw [D] and db of the set's rows so far.
+__host__ __device__ constexpr int64_t amortized_width(int64_t dim) { return 2 * dim + 1; }
+
+// Programs of a set for which there is memory, and that finish.cu still adds quickly.
+inline int64_t most_partials(const Problem& p) {
+  constexpr int64_t most_numbers = int64_t(1) << 23, most_programs = 256;
+  const int64_t fit = most_numbers / (p.sets * p.steps * partial_width(p.dim));
+  return fit < 1 ? 1 : fit < most_programs ? fit : most_programs;
+}
+
+// Steps from one row to the next: spreads the rows of a warp over the banks, and keeps four steps together aligned.
+__host__ __device__ constexpr int scalar_stride(int chunk) { return chunk + 4; }
+
+// What (14) and (15) sum, for the rows of a tile and the steps of a chunk; [rows][stride] each.
+template <class T>
+struct RowScalars {
+  int stride;
+  T *h, *delta, *r_h_prime;
+
+  static int64_t bytes(int rows, int chunk) { return 3 * int64_t(rows) * scalar_stride(chunk) * sizeof(T); }
+
+  __device__ __forceinline__ RowScalars(char* memory, int rows, int stride)
+      : stride(stride), h(reinterpret_cast<T*>(memory)), delta(h + rows * stride), r_h_prime(delta + rows * stride) {}
+};
+
+// Where the sums of a program, set and step are.
+template <class T>
+__device__ __forceinline__ T* partial_of(T* partials, int64_t program, int64_t sets, int64_t set, int64_t steps,
+                                         int64_t step, int64_t dim) {
+  return partials + ((program * sets + set) * steps + step) * partial_width(dim);
+}
+
+template <class T>
+__device__ __forceinline__ void accumulate(T* to, T x, bool add) {
+  store(to, add ? *to + x : x);
+}
+
+// The chunk's part of a row of S and of its transpose, db and gamma over the rows of a tile; one sum a thread.
+// `partial` is of the chunk's first step.
+template <class T>
+__device__ __forceinline__ void sum_scalars(const RowScalars<T>& x, int rows, int count, int64_t dim, T* partial,
+                                            bool add) {
+  for (int i = int(threadIdx.x); i < count * kTail; i += int(blockDim.x)) {
+    const int step = i / kTail, other = i % kTail;
+    if (other < kChunk && (other == step || other >= count)) continue;  // S has no diagonal
+    const T *of_h = x.h + (other < step ? other : step), *of_delta = x.delta + (other < step ? step : other);
+    if (other == kChunk) of_delta = x.delta + step;
+    if (other == kChunk + 1) of_delta = x.r_h_prime + step;
+    T sum = 0;
+    for (int row = 0; row < rows; ++row) {
+      const T y = of_delta[row * x.stride];
+      sum += other < kChunk ? of_h[row * x.stride] * y : y;
+    }
+    accumulate(partial + step * partial_width(dim) + 2 * dim + other, sum, add);
+  }
+}
+
+}  // namespace cuda
+}  // namespace vvae

@@ -1,0 +1,212 @@
+// How a row lies in registers: `lanes` neighbouring threads share it, and each holds `vectors` times four consecutive
+// columns, so that a group of lanes reads 16 bytes a thread side by side. Columns from D on are zero.
+#pragma once
+
+#include "scalar.cuh"
+
+namespace vvae {
+namespace cuda {
+
+template <int L, int V>
+struct Layout {
+  static constexpr int lanes = L, vectors = V, numbers = 4 * V, columns = L * numbers;
+};
+
+// Calls f with the layout for rows of dim columns: few lanes, so that little is done by all of them alike, and no more
+// than 16 numbers a lane before a warp is full.
+template <class T, class F>
+void with_layout(int dim, const F& f) {
+  if (dim <= 4) return f(Layout<1, 1>());
+  if (dim <= 16) return f(Layout<4, 1>());
+  if (dim <= 32) return f(Layout<4, 2>());
+  if (dim <= 48) return f(Layout<4, 3>());
+  if (dim <= 64) return f(Layout<8, 2>());
+  if (dim <= 128) return f(Layout<16, 2>());
+  if (dim <= 256) return f(Layout<32, 2>());
+  if (dim <= 512 || sizeof(T) == 8) return f(Layout<32, 4>());
+  if constexpr (sizeof(T) == 4) return f(Layout<32, 8>());
+}
+
+// Calls f with a number of the type that the caller's tensors hold.
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float());
+    case Dtype::float64: return f(double());
+    case Dtype::bfloat16: return f(bfloat16());
+    case Dtype::float16: return f(float16());
+  }
+}
+
+// The same for kernels that compute in float32.
+template <class F>
+void with_half_or_float(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::bfloat16: return f(bfloat16());
+    case Dtype::float16: return f(float16());
+    default: return f(float());
+  }
+}
+
+// A tensor's rows as a kernel reads them.
+template <class S>
+struct Rows {
+  const S* data;
+  int64_t col;
+  bool vector;  // four columns are one aligned piece of memory, and D is a multiple of four
+
+  __device__ __forceinline__ Rows from(int64_t offset) const { return {data + offset, col, vector}; }
+};
+
+template <class S>
+struct alignas(4 * sizeof(S) < 16 ? 4 * sizeof(S) : 16) Four {
+  S at[4];
+};
+
+template <class S>
+bool aligned_to_four(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(Four<S>) == 0;
+}
+
+template <class S>
+Rows<S> rows_of(const Matrix& x, int dim) {
+  const bool vector = x.col == 1 && dim % 4 == 0 && x.row % 4 == 0 && aligned_to_four<S>(x.data);
+  return {static_cast<const S*>(x.data), x.col, vector};
+}
+
+template <class S>
+Rows<S> rows_of(const Params& x, int dim) {
+  const bool vector = x.col == 1 && dim % 4 == 0 && x.set % 4 == 0 && x.step % 4 == 0 && aligned_to_four<S>(x.data);
+  return {static_cast<const S*>(x.data), x.col, vector};
+}
+
+template <class S>
+bool writes_vectors(const Gradients& x, int dim) {
+  return dim % 4 == 0 && x.set % 4 == 0 && x.step % 4 == 0 && aligned_to_four<S>(x.data);
+}
+
+// The numbers of one row that a thread holds.
+template <class T, class Layout>
+struct Row {
+  T x[Layout::numbers];
+};
+
+template <class Layout>
+__device__ __forceinline__ int lane_of_row() {
+  return threadIdx.x % Layout::lanes;
+}
+
+// The first column of a thread's v-th four.
+template <class Layout>
+__device__ __forceinline__ int column(int v) {
+  return 4 * (v * Layout::lanes + lane_of_row<Layout>());
+}
+
+template <class Layout, class S>
+__device__ __forceinline__ Row<compute_t<S>, Layout> load_row(const Rows<S>& from, int dim) {
+  Row<compute_t<S>, Layout> row;
+#pragma unroll
+  for (int v = 0; v < Layout::vectors; ++v) {
+    const int first = column<Layout>(v);
+    Four<S> four = {};
+    if (from.vector) {
+      if (first < dim) four = *reinterpret_cast<const Four<S>*>(from.data + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first + i < dim) four.at[i] = from.data[(first + i) * from.col];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row.x[4 * v + i] = widen(four.at[i]);
+  }
+  return row;
+}
+
+// To contiguous columns at `to`; `vector` as in Rows.
+template <class Layout, class S>
+__device__ __forceinline__ void store_row(S* to, const Row<compute_t<S>, Layout>& row, int dim, bool vector) {
+#pragma unroll
+  for (int v = 0; v < Layout::vectors; ++v) {
+    const int first = column<Layout>(v);
+    Four<S> four;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) narrow(row.x[4 * v + i], four.at[i]);
+    if (vector) {
+      if (first < dim) store(reinterpret_cast<Four<S>*>(to + first), four);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first + i < dim) store(to + first + i, four.at[i]);
+    }
+  }
+}
+
+// A row in shared memory, padded to the layout's columns.
+template <class Layout, class T>
+__device__ __forceinline__ Row<T, Layout> read_row(const T* from) {
+  Row<T, Layout> row;
+#pragma unroll
+  for (int v = 0; v < Layout::vectors; ++v) {
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(from + column<Layout>(v));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row.x[4 * v + i] = four.at[i];
+  }
+  return row;
+}
+
+template <class Layout, class T>
+__device__ __forceinline__ void write_row(T* to, const Row<T, Layout>& row) {
+#pragma unroll
+  for (int v = 0; v < Layout::vectors; ++v) {
+    Four<T> four;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.at[i] = row.x[4 * v + i];
+    *reinterpret_cast<Four<T>*>(to + column<Layout>(v)) = four;
+  }
+}
+
+// y + a x
+template <class T, class Layout>
+__device__ __forceinline__ Row<T, Layout> add(const Row<T, Layout>& y, T a, const Row<T, Layout>& x) {
+  Row<T, Layout> sum;
+#pragma unroll
+  for (int i = 0; i < Layout::numbers; ++i) sum.x[i] = y.x[i] + a * x.x[i];
+  return sum;
+}
+
+// This thread's part of a dot product: two chains of additions, since one would wait for itself.
+template <class T, class Layout>
+__device__ __forceinline__ T part_of_dot(const Row<T, Layout>& x, const Row<T, Layout>& y) {
+  T even = x.x[0] * y.x[0], odd = x.x[1] * y.x[1];
+#pragma unroll
+  for (int i = 2; i < Layout::numbers; i += 2) {
+    even += x.x[i] * y.x[i];
+    odd += x.x[i + 1] * y.x[i + 1];
+  }
+  return even + odd;
+}
+
+// The sum over a row's lanes, the same bits in each: both sides of an exchange add the same two numbers.
+template <class Layout, class T>
+__device__ __forceinline__ T sum_lanes(T x) {
+#pragma unroll
+  for (int distance = Layout::lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+template <class T, class Layout>
+__device__ __forceinline__ T dot(const Row<T, Layout>& x, const Row<T, Layout>& y) {
+  return sum_lanes<Layout>(part_of_dot(x, y));
+}
+
+// Two sums over neighbouring lanes, a power of two of them.
+template <class T>
+__device__ __forceinline__ void sum_lanes(T& x, T& y, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance);
+    y += __shfl_xor_sync(kAllLanes, y, distance);
+  }
+}
+
+}  // namespace cuda
+}  // namespace vvae

@@ -1,0 +1,113 @@
+// The numbers of a CUDA thread: how they lie in memory, and the lane type that planar_math.h computes with.
+#pragma once
+
+#define PLANAR_NAMESPACE cuda
+
+#include "device.h"  // first: on the host it is what says __device__
+
+#include <math.h>
+
+#include <type_traits>
+
+#include "../exponential.h"
+#include "planar_cuda.h"
+
+namespace vvae {
+namespace cuda {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using compute_t = typename ComputeOf<S>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return __int_as_float(int(uint32_t(x.bits) << 16)); }
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+
+// The conversions that are instructions, to the nearest even.
+#if defined(__CUDACC__)
+__device__ __forceinline__ float widen(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ __forceinline__ void narrow(float x, float16& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+__device__ __forceinline__ void narrow(float x, bfloat16& to) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+}
+#else
+inline float widen(float16 x) { return float(reinterpret_cast<const _Float16&>(x.bits)); }
+inline void narrow(float x, float16& to) { reinterpret_cast<_Float16&>(to.bits) = _Float16(x); }
+inline void narrow(float x, bfloat16& to) {
+  const auto bits = uint32_t(__float_as_int(x));
+  to.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#endif
+
+// a / b for b in [1, 2]: what the division is without the branch for other b, which would end the instructions that the
+// compiler can move.
+__device__ __forceinline__ double quotient_of(double a, double b) { return a / b; }
+#if defined(__CUDACC__)
+__device__ __forceinline__ float quotient_of(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  const float q = a * inverse;
+  return fmaf(fmaf(-q, b, a), inverse, q);
+}
+#else
+inline float quotient_of(float a, float b) { return a / b; }
+#endif
+
+__device__ __forceinline__ float float_of(uint32_t bits) { return __int_as_float(int(bits)); }
+__device__ __forceinline__ double float_of(uint64_t bits) { return __longlong_as_double((long long)(bits)); }
+__device__ __forceinline__ uint32_t bits_of(float x) { return uint32_t(__float_as_int(x)); }
+__device__ __forceinline__ uint64_t bits_of(double x) { return uint64_t(__double_as_longlong(x)); }
+
+// planar_math.h's L for one number of a thread.
+template <class T>
+struct Lane {
+  using V = T;
+  using Float = Ieee<T>;
+  using Bits = std::make_unsigned_t<typename Float::Bits>;  // they wrap
+  struct Exp {
+    T value, minus_one;
+  };
+
+  PLANAR_FN T splat(T x) { return x; }
+  PLANAR_FN T select(bool mask, T yes, T no) { return mask ? yes : no; }
+  PLANAR_FN T abs(T x) { return ::fabs(x); }
+  PLANAR_FN T max(T a, T b) { return a > b ? a : b; }  // a NaN in b stays
+  PLANAR_FN T copy_sign(T magnitude, T x) { return ::copysign(magnitude, x); }
+  PLANAR_FN T tiny() { return Float::tiny; }
+  PLANAR_FN T saturated() { return -Float::exp_least / 2; }
+  PLANAR_FN Bits as_bits(T x) { return bits_of(x); }
+  PLANAR_FN T as_float(Bits x) { return float_of(x); }
+  PLANAR_FN Exp exp_both(T x) { return exp_and_minus_one<Lane, T>(x); }
+  PLANAR_FN T log(T x) { return ::log(x); }
+  PLANAR_FN T quotient(T a, T b) { return quotient_of(a, b); }
+  PLANAR_FN T product_error(T a, T b, T ab) { return ::fma(a, b, -ab); }
+  // Nonzero where x > 0 has an exponent outside the middle half of its type's, or is NaN.
+  PLANAR_FN Bits outside(T x) {
+    constexpr Bits eighth = Bits(1) << (8 * sizeof(Bits) - 3);
+    return ((as_bits(x) + eighth) ^ (2 * eighth)) & ~(2 * eighth - 1);
+  }
+  PLANAR_FN bool any(Bits x) { return x != 0; }
+};
+
+}  // namespace cuda
+}  // namespace vvae

@@ -1,0 +1,79 @@
+// The forward of rows that share their parameters, in the direct form: z in registers, one launch, docs/math.md (1) to
+// (8). A step's pre-activation is taken from z two steps earlier and the last h, (27), so that only the activations of
+// consecutive steps wait for each other; dot products and updates go on beside them.
+#include "staged.cuh"
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+constexpr int64_t kMostForwardPrograms = 1024;  // of a set: a few for each SM of a large GPU, which stage once
+
+template <class S>
+struct SharedForward : ForwardView<S> {
+  Split split;
+  int staged;  // steps at a time
+
+  SharedForward(const Forward& f, const Split& split, int staged) : ForwardView<S>(f), split(split), staged(staged) {}
+};
+
+template <class Layout, class S>
+__global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const SharedForward<S> p) {
+  using T = compute_t<S>;
+  const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
+  const int group = int(threadIdx.x) / Layout::lanes, dim = p.params.dim, steps = p.params.steps;
+  const Staged<T, Layout> staged(shared_memory(), p.staged);
+  bool fresh = true;  // nothing is staged yet
+  const int64_t stride = int64_t(p.split.programs) * p.split.block_rows;
+  for (int64_t first_row = program * p.split.block_rows; first_row < p.split.rows_per_set; first_row += stride) {
+    const bool working = group < p.split.block_rows;  // the same in all of a warp
+    const bool inside = working && first_row + group < p.split.rows_per_set;
+    const int64_t row = set + p.sets * (first_row + group);
+    Row<T, Layout> z = {};  // [columns]
+    if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
+    auto log_det = no_steps<Lane<T>>();
+    for (int first = 0; first < steps; first += p.staged) {
+      const int count = p.staged < steps - first ? p.staged : steps - first;
+      if (fresh || p.staged < steps) {
+        if (!fresh) __syncthreads();  // the steps before are done with
+        stage<Layout>(p.params, set, first, count, staged);
+        __syncthreads();
+        fresh = false;
+      }
+      if (!working) continue;
+      T a = dot(z, read_row<Layout>(staged.w)) + staged.numbers[0].b;
+      for (int k = 0; k < count; ++k) {
+        const int after = k + 1 < count ? k + 1 : k;
+        const auto q = staged.numbers[k];
+        const T of_z = dot(z, read_row<Layout>(staged.w + after * Layout::columns)) + staged.numbers[after].b;
+        const auto act = activate<Lane<T>>(a);
+        if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + (first + k) * p.rows + row, a);
+        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s);
+        z = add(z, act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
+        a = of_z + q.next * act.h;
+      }
+    }
+    if (!inside) continue;
+    store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
+    if (lane_of_row<Layout>() == 0) store(p.log_det + row, value<Lane<T>>(log_det));
+  }
+}
+
+}  // namespace
+
+void launch_shared_forward(const Forward& f, void* stream) {
+  with_type(f.p.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    using T = compute_t<S>;
+    with_layout<T>(f.p.dim, [&](auto layout) {
+      using L = decltype(layout);
+      const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
+      const Split split = split_rows<L>(f.p, kMostForwardPrograms);
+      launch(shared_forward_kernel<L, S>, "shared_forward_kernel", split.programs * f.p.sets, kThreads,
+             staged * Staged<T, L>::bytes_of_step, stream, SharedForward<S>(f, split, staged));
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace vvae

@@ -1,0 +1,168 @@
+// Parameters as kernels read them, and the steps that rows share, constrained once and kept in the block's memory.
+#pragma once
+
+#include "kernels.h"
+#include "row.cuh"
+
+namespace vvae {
+namespace cuda {
+
+constexpr int kThreads = 128;  // of a block of the direct kernels
+constexpr int64_t kStagedBytes = 64 * 1024;  // of a block's memory for steps: an SM of every target holds one such block
+
+// u, w [sets, K, D] and b [sets, K].
+template <class S>
+struct ParamsView {
+  Rows<S> u, w;
+  const S* b;
+  int64_t u_set, u_step, w_set, w_step, b_set, b_step;
+  int dim, steps;
+  bool constrained;
+
+  explicit ParamsView(const Problem& p)
+      : u(rows_of<S>(p.u, p.dim)), w(rows_of<S>(p.w, p.dim)), b(static_cast<const S*>(p.b.data)), u_set(p.u.set),
+        u_step(p.u.step), w_set(p.w.set), w_step(p.w.step), b_set(p.b.set), b_step(p.b.step), dim(p.dim),
+        steps(p.steps), constrained(p.constrained) {}
+
+  __device__ __forceinline__ Rows<S> u_of(int64_t set, int64_t k) const { return u.from(set * u_set + k * u_step); }
+  __device__ __forceinline__ Rows<S> w_of(int64_t set, int64_t k) const { return w.from(set * w_set + k * w_step); }
+  __device__ __forceinline__ compute_t<S> b_of(int64_t set, int64_t k) const {
+    return widen(b[set * b_set + k * b_step]);
+  }
+};
+
+// The arguments of every forward and of every backward, as their kernels take them by value.
+template <class S>
+struct ProblemView {
+  ParamsView<S> params;
+  Rows<S> z;
+  int64_t z_row, rows, sets;
+
+  explicit ProblemView(const Problem& p)
+      : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets) {}
+};
+
+template <class S>
+struct ForwardView : ProblemView<S> {
+  S* z_K;
+  compute_t<S>*log_det, *a;
+
+  explicit ForwardView(const Forward& f)
+      : ProblemView<S>(f.p), z_K(static_cast<S*>(f.z_K)), log_det(static_cast<compute_t<S>*>(f.log_det)),
+        a(static_cast<compute_t<S>*>(f.a)) {}
+};
+
+template <class S>
+struct BackwardView : ProblemView<S> {
+  Rows<S> grad_z;
+  int64_t grad_z_row, grad_log_det_stride;
+  const compute_t<S>*grad_log_det, *a;
+  S* dz;
+
+  explicit BackwardView(const Backward& f)
+      : ProblemView<S>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
+        grad_log_det_stride(f.grad_log_det_stride), grad_log_det(static_cast<const compute_t<S>*>(f.grad_log_det)),
+        a(static_cast<const compute_t<S>*>(f.a)), dz(static_cast<S*>(f.dz)) {}
+};
+
+// Where a backward's weight gradients go.
+template <class S>
+struct GradientsView {
+  S *du, *dw, *db;
+  int64_t du_set, du_step, dw_set, dw_step, db_set, db_step;
+
+  explicit GradientsView(const Backward& f)
+      : du(static_cast<S*>(f.du.data)), dw(static_cast<S*>(f.dw.data)), db(static_cast<S*>(f.db.data)),
+        du_set(f.du.set), du_step(f.du.step), dw_set(f.dw.set), dw_step(f.dw.step), db_set(f.db.set),
+        db_step(f.db.step) {}
+
+  __device__ __forceinline__ S* du_of(int64_t set, int64_t k) const { return du + set * du_set + k * du_step; }
+  __device__ __forceinline__ S* dw_of(int64_t set, int64_t k) const { return dw + set * dw_set + k * dw_step; }
+  __device__ __forceinline__ S* db_of(int64_t set, int64_t k) const { return db + set * db_set + k * db_step; }
+};
+
+// One step of one set, as its rows' threads hold it.
+template <class T, class Layout>
+struct Step {
+  Row<T, Layout> u, w;
+  T b;
+};
+
+template <class Layout, class S>
+__device__ __forceinline__ Step<compute_t<S>, Layout> load_step(const ParamsView<S>& p, int64_t set, int64_t k) {
+  return {load_row<Layout>(p.u_of(set, k), p.dim), load_row<Layout>(p.w_of(set, k), p.dim), p.b_of(set, k)};
+}
+
+template <class T>
+struct Numbers {  // of one step
+  T b, c, s;
+  T next;  // u_hat_k . w_{k+1}: G of (27)
+};
+
+// `steps` consecutive steps of one set in shared memory.
+template <class T, class Layout>
+struct Staged {
+  T *w, *u_hat;         // [steps][columns]
+  Numbers<T>* numbers;  // [steps]
+
+  static constexpr int64_t bytes_of_step = 2 * Layout::columns * sizeof(T) + sizeof(Numbers<T>);
+
+  __device__ __forceinline__ Staged(char* memory, int steps)
+      : w(reinterpret_cast<T*>(memory)), u_hat(w + int64_t(steps) * Layout::columns),
+        numbers(reinterpret_cast<Numbers<T>*>(u_hat + int64_t(steps) * Layout::columns)) {}
+
+  // Steps that are staged at a time: all, or else a chunk.
+  static int count(int64_t steps, int64_t chunk) {
+    return int(steps * bytes_of_step <= kStagedBytes ? steps : chunk < steps ? chunk : steps);
+  }
+};
+
+// u_hat, c and s of the steps from `first` on, (4) and (5); a group of lanes a step. Every thread of the block calls it.
+template <class Layout, class S, class T = compute_t<S>>
+__device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int first, int count,
+                                      const Staged<T, Layout>& to) {
+  constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
+  const int group = int(threadIdx.x) / Layout::lanes;
+  const bool writes = lane_of_row<Layout>() == 0;
+  for (int start = 0; start < count; start += groups) {
+    const bool inside = start + group < count;
+    const int i = inside ? start + group : count - 1;
+    const auto u = load_row<Layout>(p.u_of(set, first + i), p.dim);
+    const auto w = load_row<Layout>(p.w_of(set, first + i), p.dim);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constrained);
+    if (!inside) continue;
+    write_row(to.w + i * columns, w);
+    write_row(to.u_hat + i * columns, add(u, q.rho * q.inv_n, w));
+    if (writes) to.numbers[i] = {p.b_of(set, first + i), q.c, q.s, T(0)};
+  }
+  __syncthreads();
+  for (int start = 0; start + 1 < count; start += groups) {
+    const int i = start + group + 1 < count ? start + group : count - 2;
+    const T next = dot(read_row<Layout>(to.u_hat + i * columns), read_row<Layout>(to.w + (i + 1) * columns));
+    if (writes && i == start + group) to.numbers[i].next = next;
+  }
+}
+
+// Steps of a chunk where rows are long: half of them where they would fill the block's memory.
+template <class T, class Layout>
+constexpr int64_t staged_chunk_of(int64_t dim) {
+  constexpr int64_t most = Layout::columns * sizeof(T) > 2048 ? kChunk / 2 : kChunk;
+  return chunk_of(dim) < most ? chunk_of(dim) : most;
+}
+
+inline Split split_rows(const Problem& p, int block_rows, int64_t most_programs) {
+  const int64_t rows_per_set = p.rows / p.sets, blocks = ceil_div(rows_per_set, block_rows);
+  return {rows_per_set, block_rows, int(blocks < most_programs ? blocks : most_programs)};
+}
+
+// Blocks of all the rows that a block's threads hold, or of fewer where that leaves most of a GPU idle.
+template <class Layout>
+Split split_rows(const Problem& p, int64_t most_programs) {
+  constexpr int all = kThreads / Layout::lanes, least = int(kWarp) / Layout::lanes, enough_blocks = 128;
+  int block_rows = all;
+  while (block_rows > least && ceil_div(p.rows / p.sets, block_rows) * p.sets < enough_blocks) block_rows /= 2;
+  return split_rows(p, block_rows, most_programs);
+}
+
+}  // namespace cuda
+}  // namespace vvae
