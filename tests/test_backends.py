@@ -1,6 +1,7 @@
 """Choice of backend: one asked for by name works or raises with the reasons; nothing falls back silently."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import torch
 from problems import random_problem
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import _measured, _preference, backends, kernels, ops, shapes
 from vvae_fast._version import __version__
 
 
@@ -51,7 +52,8 @@ def test_asked_for_by_name_but_not_there():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"backend must be one of \('cpp', 'triton', 'reference', 'auto'\), got 'gpu'"):
+    names = r"\('cpp', 'triton', 'cuda', 'reference', 'auto'\)"
+    with pytest.raises(ValueError, match=rf"backend must be one of {names}, got 'gpu'"):
         backends.select(problem(), "gpu")
     with pytest.raises(ValueError, match="use_backend's name must be one of"):
         vvae_fast.use_backend("gpu")  # not only when the block is entered
@@ -109,6 +111,9 @@ def test_info():
     assert info["torch"] == torch.__version__
     assert info["backends"]["cpp"] == {"available": True, "reasons": []}
     assert info["isa"] in info["isa_levels"]
+    built = info["build"]["cuda_build"]
+    assert built == "built" or built.startswith("not built: ")
+    assert bool(info["build_cuda"]) == (built == "built")
 
 
 def test_instruction_set_from_the_environment():
@@ -166,3 +171,134 @@ def test_interpreted_kernels_are_chosen_by_name_only():
     pytest.importorskip("triton", reason="Triton is not installed")
     done = python(code, TRITON_INTERPRET="1")
     assert done.stdout == "cpp triton\n", done.stderr
+
+
+@pytest.fixture
+def gpu_backends(monkeypatch):
+    """Both backends for GPUs as if there were one, and a table that a test may fill: {name: why it is not there}."""
+    reasons = {"triton": [], "cuda": []}
+    unsupported = {"triton": kernels.unsupported, "cuda": backends._cuda_unsupported}
+    for name, why in reasons.items():
+        monkeypatch.setitem(backends._BACKENDS, name, backends.Backend(name, lambda why=why: why, unsupported[name]))
+    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 2048, torch.float64: 1024})
+    monkeypatch.setattr(_measured, "FASTER", {})
+    _preference.nearest.cache_clear()
+    yield reasons
+    _preference.nearest.cache_clear()
+
+
+def on_gpu(rows: int = 100, dim: int = 2, num_steps: int = 8, **changes) -> shapes.Problem:
+    return shapes.Problem(rows, dim, num_steps, 1, False, torch.float32, "cuda")._replace(**changes)
+
+
+def test_cuda_is_refused_with_the_reason_where_it_cannot_run():
+    code = (
+        "import torch, vvae_fast\n"
+        "print(vvae_fast.info()['backends']['cuda'])\n"
+        "vvae_fast.PlanarFlow(2, 3, backend='cuda')(torch.zeros(4, 2))\n"
+    )
+    done = python(code, CUDA_VISIBLE_DEVICES="")
+    reason = ops.cuda_load_error or "PyTorch sees no GPU here"
+    assert f"'reasons': [{reason!r}]" in done.stdout
+    assert f"RuntimeError: the backend 'cuda' was asked for and cannot run: {reason}" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")
+def test_a_pytorch_without_cuda_never_loads_the_cuda_kernels():
+    assert ops.cuda_load_error == f"PyTorch {torch.__version__} is not built for CUDA"
+    assert ops.cuda_build_facts() == {}
+    with pytest.raises(RuntimeError, match="is not built for CUDA"):
+        ops.set_cuda_form("direct")
+
+
+@pytest.mark.parametrize(
+    ("fact", "reason"),
+    [
+        ("not built: NO_CUDA was set", "_C_cuda was not built: NO_CUDA was set .*FORCE_CUDA=1 pip install"),
+        ("built", r"_C_cuda did not load \(.*No module.*|import of .*\): build it again"),
+    ],
+)
+def test_why_the_cuda_kernels_are_not_there(fact, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "build_facts", lambda: {"cuda_build": fact})
+    monkeypatch.setitem(sys.modules, "vvae_fast._C_cuda", None)
+    module, error = ops._load_cuda()
+    assert module is None
+    assert re.search(reason, error)
+
+
+def test_what_the_cuda_backend_does_not_do(gpu_backends):
+    def refused(p: shapes.Problem) -> str:
+        with pytest.raises(RuntimeError, match="the backend 'cuda' was asked for and cannot run") as error:
+            backends.select(p, "cuda")
+        return str(error.value)
+
+    assert "runs on cuda tensors, got cpu" in refused(problem())
+    assert "the cuda backend has no inverse, the reference has" in refused(on_gpu(inverse=True))
+    assert "runs D up to 2048, got 2049" in refused(on_gpu(dim=2049))
+    assert "runs D up to 1024, got 2048" in refused(on_gpu(dim=2048, compute_dtype=torch.float64))
+    assert backends.select(on_gpu(), "cuda") == "cuda"
+    gpu_backends["cuda"].append("PyTorch sees no GPU here")
+    assert refused(on_gpu()).endswith("PyTorch sees no GPU here")
+
+
+def test_auto_takes_what_was_measured_to_be_faster(gpu_backends, monkeypatch):
+    assert backends.select(on_gpu(), None) == "triton"
+    monkeypatch.setattr(_measured, "FASTER", {("shared", 2, 8): {128: "cuda", 65536: "triton"}})
+    assert backends.select(on_gpu(), None) == "cuda"
+    assert backends.select(on_gpu(rows=10**6), None) == "triton"
+    assert backends.select(on_gpu(amortized=True), None) == "triton"
+    assert backends.select(problem(), None) == "cpp"
+    assert backends.select(on_gpu(inverse=True), None) == "reference"
+
+
+def test_auto_takes_the_other_where_the_faster_cannot_run(gpu_backends, monkeypatch):
+    gpu_backends["triton"].append("Triton is not installed")
+    assert backends.select(on_gpu(), None) == "cuda"
+    gpu_backends["triton"].clear()
+    monkeypatch.setattr(_measured, "FASTER", {("shared", 1024, 8): {128: "cuda"}})
+    assert backends.select(on_gpu(dim=2048), None) == "cuda"
+    assert backends.select(on_gpu(dim=2049), None) == "triton"
+    gpu_backends["cuda"].append("not built")
+    assert backends.select(on_gpu(dim=2048), None) == "triton"
+    gpu_backends["triton"].append("Triton is not installed")
+    assert backends.select(on_gpu(), None) == "reference"
+
+
+@pytest.mark.usefixtures("gpu_backends")
+def test_the_nearest_measured_class_of_the_same_parameters_counts(monkeypatch):
+    table = {
+        ("shared", 64, 32): {1024: "cuda", 65536: "triton"},
+        ("shared", 8, 8): {1024: "triton"},
+        ("amortized", 2, 8): {128: "cuda"},
+    }
+    monkeypatch.setattr(_measured, "FASTER", table)
+    assert _preference.preferred(on_gpu(1024, 64, 32)) == "cuda"
+    assert _preference.preferred(on_gpu(1025, 40, 9)) == "cuda"  # 8,192 rows are as far from both: the first counts
+    assert _preference.preferred(on_gpu(8193, 64, 32)) == "triton"
+    assert _preference.preferred(on_gpu(128, 512, 128)) == "cuda"
+    assert _preference.preferred(on_gpu(0, 1, 0)) == "triton"
+    assert _preference.preferred(on_gpu(10**7, 10**5, 10**4, amortized=True)) == "cuda"
+
+
+@pytest.mark.usefixtures("gpu_backends")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_compiler_sees_through_the_choice(dynamic, monkeypatch):
+    monkeypatch.setattr(_measured, "FASTER", {("shared", 64, 8): {1024: "cuda", 65536: "triton"}})
+
+    def flow(z):
+        return z.sum() + int(backends.select(on_gpu(z.shape[0], z.shape[1], compute_dtype=z.dtype), None) == "cuda")
+
+    compiled = torch.compile(flow, fullgraph=True, backend="eager", dynamic=dynamic)
+    for rows, cuda in ((100, 1), (65536, 0), (300, 1)):
+        assert compiled(torch.zeros(rows, 60)).item() == flow(torch.zeros(rows, 60)).item() == cuda
+
+
+def test_the_committed_table_is_of_classes_that_are_looked_up():
+    for (parameters, dim, num_steps), by_rows in _measured.FASTER.items():
+        assert parameters in ("shared", "amortized")
+        assert dim in _preference.DIMS
+        assert num_steps in _preference.STEPS
+        assert set(by_rows) <= set(_preference.ROWS)
+        assert set(by_rows.values()) <= {"cuda", "triton"}
+    assert bool(_measured.FASTER) == (_measured.MEASURED_ON is not None)

@@ -28,6 +28,8 @@ ORDER = [
     "kernels.compact_backward",
     "kernels.planar",
     "kernels",
+    "_measured",
+    "_preference",
     "backends",
     "autograd",
     "functional",
@@ -85,7 +87,7 @@ def resolve(name: str) -> str:
     top, *rest = name.split(".")
     if top != "vvae_fast":
         return f"+{top}"
-    while rest and ".".join(rest) not in FILES and rest != ["_C"]:
+    while rest and ".".join(rest) not in FILES and rest not in (["_C"], ["_C_cuda"]):
         rest.pop()
     return ".".join(rest)
 
@@ -96,13 +98,14 @@ def test_every_file_has_its_place():
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_only_from_above(name):
-    above = set(ORDER[: ORDER.index(name)]) | {"_C"}
+    above = set(ORDER[: ORDER.index(name)]) | {"_C", "_C_cuda"}
     below = {other for other in imports(FILES[name]) if not other.startswith("+")} - above
     assert not below
 
 
-def test_the_extension_has_one_loader():
-    assert [name for name in FILES if "_C" in imports(FILES[name])] == ["ops"]
+@pytest.mark.parametrize("extension", ["_C", "_C_cuda"])
+def test_an_extension_has_one_loader(extension):
+    assert [name for name in FILES if extension in imports(FILES[name])] == ["ops"]
 
 
 def test_the_oracle_imports_torch_alone():
@@ -121,8 +124,11 @@ def test_the_core_needs_torch_alone(name):
 
 
 def test_formulas_and_kernels_are_free_of_torch():
-    with_torch = [path.name for path in (ROOT / "csrc").rglob("*.*") if "torch/" in path.read_text()]
-    assert sorted(with_torch) == ["passes.h", "planar_cpu.cpp"]
+    texts = {path.name: path.read_text() for path in (ROOT / "csrc").rglob("*.*")}
+    with_torch = {name for name, text in texts.items() if "torch/" in text}
+    assert with_torch == {"allocate.h", "checks.h", "passes.h", "planar_cpu.cpp", "planar_cuda.cpp"}
+    for name in texts.keys() - with_torch:
+        assert not with_torch & set(re.findall(r'#include "(?:.*/)?([^"/]+)"', texts[name])), name
     includes = re.findall(r"#include .*", (ROOT / "csrc" / "planar_math.h").read_text())
     assert includes == []
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast import config, kernels, ops
+from vvae_fast import _preference, config, kernels, ops
 from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
@@ -38,15 +38,36 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+def _cuda_unavailable() -> list[str]:
+    if ops.cuda_load_error:
+        return [ops.cuda_load_error]
+    sees_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
+    return [] if sees_gpu else ["PyTorch sees no GPU here"]
+
+
+def _cuda_unsupported(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.device_type != "cuda":
+        reasons.append(f"the cuda backend runs on cuda tensors, got {problem.device_type}")
+    if problem.inverse:
+        reasons.append("the cuda backend has no inverse, the reference has")
+    most = ops.cuda_most_dim[problem.compute_dtype]
+    if problem.dim > most:
+        reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
+    return reasons
+
+
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpp", _cpp_unavailable, _cpp_unsupported),
         Backend("triton", kernels.unavailable, kernels.unsupported),
+        Backend("cuda", _cuda_unavailable, _cuda_unsupported),
         Backend("reference", lambda: [], lambda problem: []),
     )
 }
-NAMES = tuple(_BACKENDS)  # fastest first: the order in which "auto" asks
+NAMES = tuple(_BACKENDS)  # the order in which "auto" asks, unless measurements put cuda before triton
+_CUDA_FIRST = ("cpp", "cuda", "triton", "reference")
 
 
 class _Override(threading.local):
@@ -85,7 +106,7 @@ def _overriding(name: str) -> Iterator[None]:
 
 def computes_halves(name: str) -> bool:
     """Whether the backend takes bfloat16 and float16 as they are and converts on the way."""
-    return name == "triton"
+    return name in ("triton", "cuda")
 
 
 def select(problem: Problem, name: str | None) -> str:
@@ -99,7 +120,9 @@ def select(problem: Problem, name: str | None) -> str:
     if name is None:
         name, source = environment_name, "the environment variable VVAE_FAST_BACKEND"
     if name == AUTO:
-        for backend in _BACKENDS.values():
+        cuda_first = problem.device_type == "cuda" and _preference.preferred(problem) == "cuda"
+        for candidate in _CUDA_FIRST if cuda_first else NAMES:
+            backend = _BACKENDS[candidate]
             interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
             if not interpreted and not _reasons(backend, problem):
                 if backend.name == "reference" and problem.device_type == "cpu":
@@ -111,7 +134,7 @@ def select(problem: Problem, name: str | None) -> str:
 
 
 def info() -> dict[str, object]:
-    """Every backend, whether it is available and if not why, the build facts of the extension, and the versions."""
+    """Every backend, whether it is available and if not why, the build facts of the extensions, and the versions."""
     backends = {b.name: {"available": not b.unavailable(), "reasons": b.unavailable()} for b in _BACKENDS.values()}
     return {
         "version": __version__,
@@ -119,6 +142,7 @@ def info() -> dict[str, object]:
         "triton_version": kernels.version(),
         "backends": backends,
         "build": ops.build_facts(),
+        "build_cuda": ops.cuda_build_facts(),
         "isa": ops.isa(),
         "isa_levels": list(ops.isa_levels()),
     }

@@ -1,4 +1,4 @@
-"""The operator schemas, their fakes, and the extension that implements those of the C++ backend.
+"""The operator schemas, their fakes, and the extensions that implement those of the C++ and the CUDA backend.
 
     planar_forward(z, u, w, b, constrained, save) -> (z_K, log_det, a)
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained) -> (dz, du, dw, db)
@@ -7,10 +7,12 @@
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The Triton backend's operators are named triton_planar_forward and so on.
+have the dtype of computation. The operators of the other backends are named triton_planar_forward, cuda_planar_forward
+and so on.
 """
 
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,20 @@ except ImportError as error:
     )
 else:
     load_error = None
+
+
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    """The extension vvae_fast._C_cuda, or why there is none."""
+    if torch.version.cuda is None:  # a torch without CUDA, or for AMD's GPUs, lacks the libraries that it is linked to
+        return None, f"PyTorch {torch.__version__} is not built for CUDA{', but for ROCm' if torch.version.hip else ''}"
+    built = build_facts().get("cuda_build", "built")
+    if built != "built":
+        return None, f"the extension vvae_fast._C_cuda was {built} (FORCE_CUDA=1 pip install . says what to do)"
+    try:
+        import vvae_fast._C_cuda as _C_cuda
+    except ImportError as error:
+        return None, f"the extension vvae_fast._C_cuda did not load ({error}): build it again with `pip install .`"
+    return _C_cuda, None
 
 
 class Operators(NamedTuple):
@@ -87,7 +103,7 @@ def _define(prefix: str) -> Operators:
     return Operators(*(getattr(torch.ops.vvae_fast, prefix + name).default for name in _SCHEMAS))
 
 
-OPERATORS = {"cpp": _define(""), "triton": _define("triton_")}
+OPERATORS = {"cpp": _define(""), "triton": _define("triton_"), "cuda": _define("cuda_")}
 planar_forward, planar_backward, planar_backward_packed = OPERATORS["cpp"]
 
 
@@ -100,6 +116,18 @@ def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Te
 def build_facts() -> dict[str, object]:
     """How the extension was built; empty where it did not load."""
     return dict(_C.build_facts()) if _C is not None else {}
+
+
+def cuda_build_facts() -> dict[str, object]:
+    """How the CUDA extension was built; empty where it did not load."""
+    return dict(_C_cuda.build_facts()) if _C_cuda is not None else {}
+
+
+def set_cuda_form(name: str) -> None:
+    """Makes the CUDA kernels take the form "direct" or "compact", or the one that the shape chooses, "automatic"."""
+    if _C_cuda is None:
+        raise RuntimeError(cuda_load_error)
+    _C_cuda.set_form(name)
 
 
 def isa_levels() -> tuple[str, ...]:
@@ -125,3 +153,12 @@ if _C is not None and config.isa() is not None:
         set_isa(config.isa())
     except ValueError as error:
         load_error = f"VVAE_FAST_ISA: {error}"
+
+_C_cuda, cuda_load_error = _load_cuda()
+# The most columns that the CUDA kernels take, by the dtype of computation. Asked once: torch.compile sees through no
+# call of the extension.
+cuda_most_dim = (
+    {dtype: _C_cuda.most_dim(str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.float64)}
+    if _C_cuda is not None
+    else {}
+)

@@ -1,0 +1,143 @@
+// Stands in for the CUDA kernels and for CUDA itself, so that the operators of csrc/cuda/planar_cuda.cpp run on the
+// CPU: simple sums that read every input by its strides and write every output. tests/test_cuda_operators.py has them
+// too.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "planar_cuda.h"
+
+namespace {
+
+int guards = 0;
+int the_stream;
+
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  BFloat16(double x) {  // exact for the small numbers of the tests
+    const float f = float(x);
+    uint32_t all;
+    std::memcpy(&all, &f, 4);
+    bits = uint16_t(all >> 16);
+  }
+  operator double() const {
+    const uint32_t all = uint32_t(bits) << 16;
+    float f;
+    std::memcpy(&f, &all, 4);
+    return f;
+  }
+};
+
+}  // namespace
+
+// Bound within this library by -Bsymbolic: tensors on the CPU pass for tensors on a GPU.
+extern "C" {
+int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = reinterpret_cast<DeviceGuardHandle>(&++guards);
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  --guards;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = &the_stream;
+  return AOTI_TORCH_SUCCESS;
+}
+}
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::float32) f(float(), float());
+  if (dtype == Dtype::float64) f(double(), double());
+  if (dtype == Dtype::bfloat16) f(BFloat16(), float());
+  if (dtype == Dtype::float16) f(_Float16(), float());
+}
+
+template <class T>
+double at(const Matrix& m, int64_t r, int64_t d) {
+  return double(static_cast<const T*>(m.data)[r * m.row + d * m.col]);
+}
+
+template <class T>
+double at(const Params& p, int64_t s, int64_t k, int64_t d) {
+  return double(static_cast<const T*>(p.data)[s * p.set + k * p.step + d * p.col]);
+}
+
+template <class T>
+T& at(const Gradients& g, int64_t s, int64_t k, int64_t d) {
+  return static_cast<T*>(g.data)[s * g.set + k * g.step + d];
+}
+
+void check_launch(const Problem& p, void* stream) {
+  if (guards != 1) throw std::runtime_error("launched without a device guard");
+  if (stream != &the_stream) throw std::runtime_error("launched on another stream than the current one");
+  if (p.rows < 1 || p.sets < 1 || p.dim < 1 || p.steps < 1) throw std::runtime_error("launched with nothing to do");
+  if (p.dim == 13) throw std::runtime_error("vvae_fast: the kernel unlucky could not be launched: 13 columns");
+}
+
+}  // namespace
+
+void set_form(Form) {}
+int64_t most_dim(Dtype dtype) { return dtype == Dtype::float64 ? 16 : 32; }
+int64_t workspace_bytes(const Problem& p) { return p.rows; }
+
+void launch_forward(const Forward& f, void* stream) {
+  const Problem& p = f.p;
+  check_launch(p, stream);
+  with_type(p.dtype, [&](auto element, auto number) {
+    using T = decltype(element);
+    using C = decltype(number);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const int64_t s = r % p.sets;
+      double sum_b = p.constrained;
+      for (int k = 0; k < p.steps; ++k) {
+        sum_b += (k + 1) * at<T>(p.b, s, k, 0);
+        if (f.a) static_cast<C*>(f.a)[k * p.rows + r] = C(at<T>(p.b, s, k, 0) + at<T>(p.z, r, 0));
+      }
+      static_cast<C*>(f.log_det)[r] = C(sum_b);
+      for (int d = 0; d < p.dim; ++d) {
+        double sum = at<T>(p.z, r, d);
+        for (int k = 0; k < p.steps; ++k) sum += (k + 1) * (at<T>(p.u, s, k, d) - 2 * at<T>(p.w, s, k, d));
+        static_cast<T*>(f.z_K)[r * p.dim + d] = T(sum);
+      }
+    }
+  });
+}
+
+void launch_backward(const Backward& f, void* stream) {
+  const Problem& p = f.p;
+  check_launch(p, stream);
+  if (reinterpret_cast<uintptr_t>(f.workspace) % 16) throw std::runtime_error("the workspace is not aligned");
+  std::memset(f.workspace, 0xff, size_t(workspace_bytes(p)));
+  with_type(p.dtype, [&](auto element, auto number) {
+    using T = decltype(element);
+    using C = decltype(number);
+    const C* grad_log_det = static_cast<const C*>(f.grad_log_det);
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int d = 0; d < p.dim; ++d)
+        static_cast<T*>(f.dz)[r * p.dim + d] =
+            T(at<T>(f.grad_z, r, d) + double(grad_log_det[r * f.grad_log_det_stride]) + at<T>(p.z, r, d));
+    for (int64_t s = 0; s < p.sets; ++s)
+      for (int k = 0; k < p.steps; ++k) {
+        double sum_a = 0;
+        for (int64_t r = s; r < p.rows; r += p.sets) sum_a += double(static_cast<const C*>(f.a)[k * p.rows + r]);
+        at<T>(f.db, s, k, 0) = T(at<T>(p.b, s, k, 0) + sum_a);
+        for (int d = 0; d < p.dim; ++d) {
+          at<T>(f.du, s, k, d) = T(at<T>(p.u, s, k, d) + 1);
+          at<T>(f.dw, s, k, d) = T(at<T>(p.w, s, k, d) + 2);
+        }
+      }
+  });
+}
+
+}  // namespace cuda
+}  // namespace vvae
