@@ -3,13 +3,13 @@
 from cases import GPU_CASES, PLANAR_CASES
 from measure import COPY, Block
 
-ROUNDS, QUICK_ROUNDS = 5, 3
+ROUNDS, QUICK_ROUNDS, GPU_ROUNDS = 5, 3, 3
 BLOCK_SECONDS, GPU_BLOCK_SECONDS = 0.06, 0.02
 
 
 def pytest_generate_tests(metafunc):
     bench = metafunc.config.bench
-    rounds = QUICK_ROUNDS if bench.quick else ROUNDS
+    rounds = QUICK_ROUNDS if bench.quick else GPU_ROUNDS if bench.on_gpu else ROUNDS
     blocks = [
         Block(case, pass_, name, r)
         for case in bench.chosen(PLANAR_CASES, GPU_CASES)

@@ -3,7 +3,8 @@
 A contestant is prepared for one case: it gets its own copies of the inputs and gives a call without arguments.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import reference
+from vvae_fast import ops, reference
+from vvae_fast.autograd import PlanarFlowFunction
 
 
 class Unavailable(Exception):
@@ -30,7 +32,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`build` takes z, u, w, b (leaves) and raises Unavailable; `role` is "ours", "peer" or "no-op"."""
+    """`build` takes z, u, w, b (leaves) and raises Unavailable; `role` is "ours", "form" (a backend of ours in a form
+    that was asked for), "peer" or "no-op"."""
 
     name: str
     role: str
@@ -68,6 +71,35 @@ def eager_loop(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tens
     return reference.planar_forward(z, u, w, b)[:2]
 
 
+@contextlib.contextmanager
+def cuda_form(name: str) -> Iterator[None]:
+    """The cuda backend's kernels take this form, whatever the shape."""
+    ops.set_cuda_form(name)
+    try:
+        yield
+    finally:
+        ops.set_cuda_form("automatic")
+
+
+class _CudaDirect(PlanarFlowFunction):
+    """Asks for the form in each pass: between them others have their turn."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with cuda_form("direct"):
+            return PlanarFlowFunction.forward(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with cuda_form("direct"):
+            return PlanarFlowFunction.backward(ctx, *grads)
+
+
+def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """What the cuda backend's compact form is compared with: the recursion step by step."""
+    return _CudaDirect.apply(z, u, w, b, "softplus", "cuda")
+
+
 def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:
     return Prepared(partial(flow, *inputs), inputs)
 
@@ -97,7 +129,8 @@ def _why_not(name: str, state: dict[str, object], device: torch.device) -> str |
 
 
 def ours(device: torch.device | str = "cpu") -> list[Contestant]:
-    """A contestant for each backend of the package, but for the reference, which is the eager loop."""
+    """A contestant for each backend of the package, but for the reference, which is the eager loop; and the cuda
+    backend's direct form."""
     found = []
     for name, state in vvae_fast.info()["backends"].items():
         if name != "reference":
@@ -105,6 +138,9 @@ def ours(device: torch.device | str = "cpu") -> list[Contestant]:
             flow = partial(_function, partial(vvae_fast.planar_flow, backend=name))
             build = partial(_unavailable, status) if status else flow
             found.append(Contestant(f"vvae_fast {name}", "ours", build, runs=status is None))
+            if name == "cuda":
+                build = partial(_unavailable, status) if status else partial(_function, cuda_direct)
+                found.append(Contestant("vvae_fast cuda direct", "form", build, runs=status is None))
     return found
 
 

@@ -21,7 +21,10 @@ from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525  # seconds for everything
-BUILD, TESTS, BENCHMARKS = 150, 190, 240  # seconds at most; the benchmarks' is when they start nothing more
+# Seconds at most, together more than TOTAL: the benchmarks get less where the steps before them needed all of theirs.
+BUILD, TESTS, SANITIZER = 130, 200, 60
+BENCHMARKS = 240  # when they start nothing more
+BACKENDS = 40  # at least, for what comes behind the benchmarks: it takes all that is left
 LAST_BLOCK = 25  # seconds kept at least for what the benchmarks have started by then
 WORKERS = 8  # most of the tests' time is Triton's compiler's
 # The packages are not the pinned ones: what they warn of is shown, and fails nothing.
@@ -33,7 +36,11 @@ class Missing(Exception):
 
 
 class Failed(Exception):
-    """The step did what it should not; the message says what."""
+    """The step did what it should not; the message says what, `lines` are the last that a command printed."""
+
+    def __init__(self, message: str, lines: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.lines = lines or []
 
 
 class Steps:
@@ -67,7 +74,7 @@ class Steps:
         self.outcomes[name] = outcome
         self.say(f"{name}: {outcome} ({time.monotonic() - start:.1f} s){f', {note}' if note else ''}")
 
-    def command(self, arguments: list[str], limit: float, **environment: str) -> list[str]:
+    def command(self, arguments: list[str], limit: float, kept: int = 20, **environment: str) -> list[str]:
         """The last lines that it printed; Failed where it exits with another code than 0 or needs longer."""
         limit = min(limit, self.left)
         env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment
@@ -80,7 +87,7 @@ class Steps:
             try:
                 for line in process.stdout:
                     self.say(line.rstrip("\n"))
-                    lines = [*lines[-20:], line.rstrip("\n")]
+                    lines = [*lines[-kept:], line.rstrip("\n")]
                 code = process.wait()
             finally:
                 late = not timer.is_alive()
@@ -88,7 +95,8 @@ class Steps:
                 if process.poll() is None:
                     end()
         if code:
-            raise Failed(f"not done in {limit:.0f} s" if late else f"exit status {code}: {lines[-1] if lines else ''}")
+            status = f"exit status {code}: {lines[-1] if lines else ''}"
+            raise Failed(f"not done in {limit:.0f} s" if late else status, lines)
         return lines
 
     @property
@@ -116,18 +124,46 @@ def environment() -> str:
     return f"{torch.cuda.get_device_name()}, driver {driver}, {versions}"
 
 
+def toolkit(program: str) -> str | None:
+    """The path of a program of CUDA's toolkit, which is not always in PATH."""
+    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+    return shutil.which(program) or shutil.which(program, path=f"{home / 'bin'}:{home / 'compute-sanitizer'}")
+
+
 def nvcc() -> str:
-    """The version of CUDA's compiler, which nothing here needs yet."""
-    if not shutil.which("nvcc"):
+    """The version of CUDA's compiler, which builds the cuda backend."""
+    program = toolkit("nvcc")
+    if not program:
         raise Missing("nvcc")
-    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=30).stdout
+    printed = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
     return next(iter(re.findall(r"release \S+", printed)), printed.strip()).rstrip(",")
 
 
-def build(steps: Steps) -> None:
-    """The extension of the CPU backend, in place."""
+def build(steps: Steps) -> str:
+    """The extensions, in place: the cuda backend's where there is nvcc, for this GPU alone, which takes less time."""
     needed("pybind11", "setuptools", "ninja")
-    steps.command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BUILD)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if not toolkit("nvcc"):
+        steps.command(command, BUILD)
+        return "without the backend cuda: there is no nvcc"
+    steps.command(command, BUILD, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
+    if reasons := cuda_reasons(steps):
+        raise Failed(f"the backend cuda was built and cannot run: {reasons}")
+    return f"with the backend cuda for {architecture()}"
+
+
+def architecture() -> str:
+    """Of the visible GPU, "9.0"."""
+    import torch
+
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+@functools.cache
+def cuda_reasons(steps: Steps) -> str:
+    """Why the cuda backend cannot run, empty where it can: of a fresh process, which loads what was built."""
+    ask = "import vvae_fast; print('cuda:', '; '.join(vvae_fast.info()['backends']['cuda']['reasons']))"
+    return steps.command([sys.executable, "-c", ask], 60)[-1].removeprefix("cuda:").strip()
 
 
 def needed(*modules: str) -> None:
@@ -150,17 +186,86 @@ def tests(steps: Steps) -> str:
     return summary
 
 
+# What compute-sanitizer says where it did not look: a device, a driver or a container that does not let it.
+NOT_LOOKED = (
+    *("not supported", "Internal Sanitizer Error", "No attachable process", "before first instrumented API call"),
+    *("Failed to", "Unable to", "nsufficient p"),
+)
+
+
+def sanitizer(steps: Steps) -> str:
+    """compute-sanitizer on a small problem of each kernel of the cuda backend; before, on a read past the end, which it
+    has to find: a sanitizer that looks at nothing finds nothing."""
+    program = toolkit("compute-sanitizer")
+    if not program:
+        raise Missing("compute-sanitizer")
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    ends = time.monotonic() + SANITIZER
+    found, first, _ = sanitized(steps, program, "memcheck", (ends - time.monotonic()) / 3, "--fault")
+    if not found:
+        raise Missing(f"compute-sanitizer: {program} finds no error where one is")
+    notes = []
+    for tool, share in (("memcheck", 2), ("racecheck", 1)):
+        found, first, done = sanitized(steps, program, tool, (ends - time.monotonic()) / share)
+        if found:
+            raise Failed(f"{tool} finds {found}, the first: {first}")
+        notes.append(f"{tool} finds nothing in {done}")
+    return ", ".join(notes)
+
+
+def sanitized(steps: Steps, program: str, tool: str, limit: float, *options: str) -> tuple[int, str, str]:
+    """What a tool counted, the first thing that it found, and "N of M cases" that were run; Missing, with its message,
+    where it did not look."""
+    # API errors are those that PyTorch tries out and handles.
+    command = [program, "--tool", tool, "--kernel-name", "kns=vvae", "--report-api-errors", "no", "--print-limit", "10"]
+    command += [sys.executable, "benchmarks/sanitize.py", f"--seconds={0.6 * limit:.0f}", *options]
+    late = None
+    try:  # an allocation of its own for each tensor: its end is the end of what may be read
+        lines = steps.command(command, limit, kept=1000, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except Failed as failed:
+        lines = failed.lines
+        late = str(failed) if str(failed).startswith("not done") else None
+    said = [line.strip("= ") for line in lines if line.startswith("=========")]
+    said = [line for line in said if line and line != "COMPUTE-SANITIZER"]
+    for line in said:
+        if any(words in line for words in NOT_LOOKED):
+            raise Missing(f"compute-sanitizer: {line}")
+    counted = [int(count) for line in said for count in re.findall(r"SUMMARY: (\d+)", line)]
+    if not counted:
+        raise Missing(f"compute-sanitizer: {late or 'it printed no summary'}: {lines[-1] if lines else ''}")
+    done = re.findall(r"^sanitized (\d+ of \d+ cases)", "\n".join(lines), flags=re.MULTILINE)
+    if not done and not sum(counted):
+        raise Failed(f"{tool}: the cases ended early: {next((x for x in lines[::-1] if not x.startswith('===')), '')}")
+    return sum(counted), said[0], "".join(done)
+
+
+def backends(steps: Steps, folder: Path) -> str:
+    """Times the cuda backend against the Triton backend by shape, into a file beside the results."""
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    file, started = folder / "_measured.py", time.time()
+    limit = steps.left - 5  # for the table
+    # A shape that Triton compiles for takes seconds, and so does the start.
+    command = [sys.executable, "benchmarks/tune_backends.py", f"--write={file}", f"--seconds={limit - 20:.0f}"]
+    steps.command(command, limit)
+    if not file.exists() or file.stat().st_mtime < started:
+        raise Failed("no shape was measured")
+    return f"{file}, to be committed as vvae_fast/_measured.py"
+
+
 def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
     """The suite on the GPU; the results are written whatever became of single contestants."""
     needed("pytest", "pytest_benchmark")
-    seconds = min(BENCHMARKS, steps.left - LAST_BLOCK)
+    seconds = min(BENCHMARKS, steps.left - LAST_BLOCK - BACKENDS)
     if seconds <= 0:
         raise Failed("no time is left for them")
     command = [*PYTEST, "-W", "ignore:Benchmark fixture was not used", "benchmarks", "-q", "-p", "benchmark", "-rf"]
     command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
     started = time.time()
     command += ["--benchmark-disable-gc", "--benchmark-quiet", "--device=cuda", f"--seconds={seconds:.0f}"]
-    steps.command([*command, f"--results={folder}", *([f"--commit={commit}"] if commit else [])], steps.left)
+    command += [f"--results={folder}", *([f"--commit={commit}"] if commit else [])]
+    steps.command(command, seconds + LAST_BLOCK)
     return f"{newest(folder, started)}"
 
 
@@ -180,7 +285,7 @@ def memory(folder: Path, since: float) -> str:
     found = [row for row in found if not row.status.startswith(("not run", "missing"))]
     if not found or not all(row.saved_bytes and row.peak_bytes for row in found):
         raise Failed("the run lacks the bytes of this package")
-    return ", ".join(f"{row.case} saves {row.saved_bytes / 1e6:.1f} MB" for row in found)
+    return ", ".join(f"{row.contestant} saves {row.saved_bytes / 1e6:.1f} MB at {row.case}" for row in found)
 
 
 def table(steps: Steps, folder: Path, since: float) -> None:
@@ -209,10 +314,12 @@ def run(steps: Steps, folder: Path, commit: str | None) -> int:
     steps.step("nvcc", nvcc)
     steps.step("build", lambda: build(steps))
     steps.step("tests", lambda: tests(steps))
+    steps.step("sanitizer", lambda: sanitizer(steps))
     started = time.time()
     steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
     sys.path.insert(0, str(ROOT))  # the package, built in place
     steps.step("memory", lambda: memory(folder, started))
+    steps.step("backends", lambda: backends(steps, folder))
     steps.step("table", lambda: table(steps, folder, started))
     return steps.exit_status
 

@@ -19,8 +19,9 @@ COLORS = {  # in the legends' order
     "Pyro": "#7d3c98",
     "pythae": "#d16ba5",
     "floor": "#000000",
+    "vvae_fast triton": "#e67e22",  # beside another backend of ours; alone it is vvae_fast
 }
-MARKERS = dict(zip(COLORS, "oXs^DvP", strict=False))
+MARKERS = dict(zip(COLORS, ["o", "X", "s", "^", "D", "v", "P", "", "h"], strict=True))
 Points = dict[str, list[tuple[float, float]]]  # (x, y) of each label
 
 
@@ -38,13 +39,13 @@ def lines(run: Results, chosen: Callable[[Row], bool], x: str, y: str) -> Points
 
 def key(label: str) -> str:
     """Under which a label's colour, marker and place are found."""
-    return "vvae_fast" if label.startswith("vvae_fast") else label
+    return "vvae_fast" if label.startswith("vvae_fast") and label not in COLORS else label
 
 
 def draw(ax: Axes, found: Points, scale: float, hollow: bool = False) -> None:
     """One line a contestant on logarithmic axes."""
     for name, points in found.items():
-        ours = key(name) == "vvae_fast"
+        ours = key(name).startswith("vvae_fast")
         style = {"color": COLORS.get(key(name)), "linewidth": 2.4 if ours else 1.3}
         style |= {"marker": MARKERS.get(key(name)), "markersize": 5.5}
         style |= {"markerfacecolor": "white"} if hollow else {}

@@ -143,6 +143,24 @@ def _step_cell(row: Row | None) -> str:
     return f"{row.to_base:.2f}x ({min(row.base_ratios):.2f} to {max(row.base_ratios):.2f})"
 
 
+def backend_table(run: Results) -> str:
+    """A line for each case, three columns for each backend and form that was timed; "" where that is one."""
+    timed = [row for row in run.rows if row.role in ("ours", "form") and row.median and row.pass_ in PASSES]
+    names = list(dict.fromkeys(row.contestant for row in timed))
+    if len(names) < 2:
+        return ""
+    lines = []
+    for case in cases(run, "forward+backward"):
+        cells, both = [], pick(run, "forward+backward", case)
+        for name in names:
+            rows = [found.get(name) for found in (both, *(pick(run, pass_, case) for pass_ in PASSES[:2]))]
+            cells += [duration(rows[0] and rows[0].wall), *(duration(row and row.median) for row in rows[1:])]
+        lines.append([title(next(iter(both.values()))), *cells])
+    parts = ("both", "forward", "backward")
+    columns = [f"{name.removeprefix('vvae_fast ')}, {part}" for name in names for part in parts]
+    return table(["B x D, K", *columns], lines)
+
+
 def memory_table(run: Results) -> str:
     """Bytes saved for the backward beside the inputs, and the peak of a forward and backward."""
     names = [OURS, "eager loop", "normflows", "Pyro", "pythae"]
@@ -254,9 +272,18 @@ def machine_page(run: Results) -> str:
             parts += [f"## {pass_.capitalize()}", time_caption(run), time_table(run, pass_, cases(run, pass_))]
     if on_gpu(run) and floor_table(run):
         parts += ["## Over the floor", floor_caption(run), floor_table(run)]
+    if backend_table(run):
+        parts += ["## Backends", BACKEND_CAPTION, backend_table(run)]
     parts += [compile_times(run), where_not_fastest(run), refusals(run)]
     parts += ["![Time against K and against B](time.svg)", "![Distance to the floor, memory](floor-and-memory.svg)"]
-    parts += ["## VAE step", STEP_CAPTION, training_table(run), "## Memory", memory_caption(run), memory_table(run)]
+    parts += [
+        "## VAE step",
+        step_caption(run),
+        training_table(run),
+        "## Memory",
+        memory_caption(run),
+        memory_table(run),
+    ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -280,9 +307,17 @@ GPU_TIME_CAPTION = (
 FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
 GPU_FLOOR_CAPTION = "Time on the device over the floor, in parentheses the time:"
 NO_GPU = "Not measured on a GPU."
-STEP_CAPTION = (
-    "784-400-40, B = 100, as a ratio to the vanilla step of the same round: median of the rounds, smallest to largest."
-)
+BACKEND_CAPTION = "Both: forward and backward, by the clock. Forward, backward: each alone, on the device."
+
+
+def step_caption(run: Results) -> str:
+    """The batch sizes are those that a run has."""
+    sizes = {row.rows for row in run.rows if row.pass_ == "step"} or {100}
+    others = "".join(f", and {rows} where the column says so" for rows in sorted(sizes - {100}))
+    return (
+        f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: median of the rounds, "
+        "smallest to largest."
+    )
 
 
 def time_caption(run: Results) -> str:
@@ -311,7 +346,7 @@ def readme_section(run: Results, machine: str) -> str:
         floor_caption(run),
         floor_table(run),
         memory_sentence(run),
-        f"A VAE step, {STEP_CAPTION}",
+        f"A VAE step, {step_caption(run)}",
         training_table(run),
         f"All cases, memory and plots: [{folder}]({folder}/README.md).",
     ]

@@ -42,7 +42,7 @@ class Row:
     case: str
     pass_: str  # forward, backward, forward+backward, step, memory
     contestant: str
-    role: str  # ours, peer, no-op, copy, base
+    role: str  # ours, form, peer, no-op, copy, base
     status: str
     rows: int
     dim: int

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case
+from cases import GPU_CASES, Case
 from contestants import Contestant, Prepared, baselines, ours
 from measure import Block, Refused, Run, Stage, failures_refused, settle_allocator
 from peers import peers
 
 OUT_OF_TIME = "not run: the session's time was up"
-AFTER_COMPILING = 30  # seconds that torch.compile leaves to the rest of a session
+AFTER_COMPILING, A_CASE = 20, 9  # seconds that torch.compile leaves to its session, and to each case behind its own
 
 
 class Bench:
@@ -53,13 +53,18 @@ class Bench:
                 self.run.measure_rate(case.dtype)
         return self._stage
 
+    def to_compile(self, case: Case) -> float:
+        """Seconds that torch.compile may take for a case."""
+        behind = GPU_CASES[::-1].index(case) if case in GPU_CASES else 0
+        return self.left - AFTER_COMPILING - A_CASE * behind
+
     def prepared(self, block: Block) -> Prepared:
         """The block's contestant, ready and checked; Refused otherwise."""
         contestant = self.contestants[block.contestant]
         if contestant.compiled and self.quick:
             raise Refused("not run: the quick run compiles nothing")
         stage = self.stage(block.group)
-        prepared = stage.prepared(contestant, self.left - AFTER_COMPILING if contestant.compiled else math.inf)
+        prepared = stage.prepared(contestant, self.to_compile(block.group) if contestant.compiled else math.inf)
         if contestant.compiled:
             self.run.compile_seconds[block.group, block.contestant] = stage.compile_seconds[block.contestant]
         return prepared

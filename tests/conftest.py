@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
         triton.knobs.runtime.interpret = True
 
+import vvae_fast
 from vvae_fast import ops
 
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
@@ -51,6 +52,27 @@ def isa(request):
     ops.set_isa(request.param)
     yield request.param
     ops.set_isa(previous)
+
+
+def _skip_without(backend: str) -> None:
+    state = vvae_fast.info()["backends"][backend]
+    if not state["available"]:
+        pytest.skip(f"no backend {backend}: {'; '.join(state['reasons'])}")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request):
+    """Each backend for GPUs that this machine has, in turn."""
+    _skip_without(request.param)
+    return request.param
+
+
+@pytest.fixture
+def set_cuda_form():
+    """Makes the cuda backend take "direct" or "compact", for one test."""
+    _skip_without("cuda")
+    yield ops.set_cuda_form
+    ops.set_cuda_form("automatic")
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])

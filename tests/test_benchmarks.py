@@ -16,14 +16,14 @@ pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not install
 import bench_training
 import report
 import results
-from cases import MEMORY_CASES, PLANAR_CASES, Case
-from contestants import Contestant, Prepared, Unavailable, eager_loop, no_op, ours
+from cases import FAST, GPU_CASES, GPU_MEMORY_CASES, MEMORY_CASES, PLANAR_CASES, Case
+from contestants import Contestant, Prepared, Unavailable, cuda_direct, eager_loop, no_op, ours
 from measure import COPY, Block, Refused, Run, Stage, make_inputs
 from memory import peak_bytes, saved_bytes
 from peers import peers
 from session import Bench
 
-from vvae_fast import PlanarFlow
+from vvae_fast import PlanarFlow, ops
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(6, 3, 2)
@@ -62,9 +62,10 @@ def test_floor_is_the_slower_of_memory_and_arithmetic():
 
 
 def test_names_are_unique_and_the_report_knows_them():
-    for cases in (PLANAR_CASES, MEMORY_CASES):
+    for cases in (PLANAR_CASES, MEMORY_CASES, GPU_CASES, GPU_MEMORY_CASES):
         assert len({str(case) for case in cases}) == len(cases)
     assert {*report.HEADLINE, *report.FLOOR_CASES} <= {str(case) for case in PLANAR_CASES}
+    assert set(report.GPU_FLOOR_CASES) <= {str(case) for case in GPU_CASES}
 
 
 def test_registry_covers_the_sizes():
@@ -199,6 +200,42 @@ def test_a_backend_for_another_device_says_so():
     names = {trial.name: trial for trial in ours("meta")}
     assert not names["vvae_fast cpp"].runs
     assert "runs on cpu tensors" in refusal(SMALL, names["vvae_fast cpp"])
+
+
+def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkeypatch):
+    """The cuda backend's operators are the CPU's here."""
+    asked = []
+    monkeypatch.setattr(ops, "set_cuda_form", asked.append)
+    monkeypatch.setitem(ops.OPERATORS, "cuda", ops.OPERATORS["cpp"])
+    stage = Stage(SMALL, torch.device("cpu"))
+    prepared = stage.prepared(contestant(cuda_direct, role="form"))
+    assert asked == 2 * ["direct", "automatic"]
+    outputs = prepared.forward()
+    assert asked[4:] == ["direct", "automatic"]
+    torch.autograd.grad(outputs, prepared.leaves, stage.grads)
+    assert asked[6:] == ["direct", "automatic"]
+    monkeypatch.setitem(ops.OPERATORS, "cuda", None)
+    assert refusal(SMALL, contestant(cuda_direct, role="form")).startswith("failed: ")
+    assert asked[-1] == "automatic"
+
+
+def test_a_form_is_a_contestant_where_a_case_names_it_and_never_ours():
+    bench = Bench("cpu", quick=True)
+    direct = bench.contestants["vvae_fast cuda direct"]
+    assert (direct.role, direct.runs) == ("form", False)
+    assert refusal(SMALL, direct).startswith(("missing", "not run"))
+    wide, other = Case(6, 3, 2, contestants=("vvae_fast", "vvae_fast cuda direct")), Case(6, 3, 2, contestants=FAST)
+    assert bench.names(wide).count("vvae_fast cuda direct") == 1
+    assert "vvae_fast cuda direct" not in bench.names(other)
+    assert "vvae_fast cuda" in bench.names(other)
+    assert "cuda direct" not in bench.backends
+    bench.contestants["vvae_fast cuda direct"] = contestant(eager_loop, role="form")
+    run = timed_run({"vvae_fast cuda": [4e-6], "vvae_fast cuda direct": [1e-6], "eager loop": [8e-6]})
+    rows = {row.contestant: row for row in results.rows(run, bench.contestants)}
+    assert {row.base for row in rows.values()} == {"vvae_fast cuda"}
+    assert rows["vvae_fast cuda"].fastest_peer == "eager loop"
+    picked = report.pick(results.Results({}, list(rows.values())), "forward", str(SMALL))
+    assert picked[report.OURS].contestant == "vvae_fast cuda"
 
 
 def test_saved_bytes_are_z_and_the_pre_activations():

@@ -1,7 +1,6 @@
-"""`make gpu` where there is no GPU: its steps, its clock, its table, and the report of a run that nobody made."""
+"""`make gpu` where there is no GPU: its steps and its clock, on stand-ins."""
 
 import contextlib
-import dataclasses
 import math
 import re
 import subprocess
@@ -14,16 +13,14 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
-import bars
 import ceilings
 import gpu
 import gpu_clock
-import report
 import results
 import session
-from cases import GPU_CASES, GPU_MEMORY_CASES, Case
+from cases import GPU_CASES, Case
 from measure import COPY, Block, Refused, Run, time_limit
-from test_benchmarks import stored_run
+from test_gpu_bars import fabricated
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,10 +79,21 @@ def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys)
 def test_a_failing_step_stops_none_behind_it(steps, tmp_path, monkeypatch):
     for name in ("environment", "nvcc"):
         monkeypatch.setattr(gpu, name, lambda: "here")
+    monkeypatch.setattr(gpu, "toolkit", lambda program: program)
+    monkeypatch.setattr(gpu, "architecture", lambda: "9.0")
     monkeypatch.setattr(steps, "command", raising(gpu.Failed("exit status 1")))
     assert gpu.run(steps, tmp_path, None) == 1
-    assert list(steps.outcomes) == ["environment", "nvcc", "build", "tests", "benchmarks", "memory", "table"]
-    assert [outcome for outcome in steps.outcomes.values() if outcome != "PASS"] == 5 * ["FAIL"]
+    names = ["build", "tests", "sanitizer", "benchmarks", "memory", "backends", "table"]
+    assert steps.outcomes == {"environment": "PASS", "nvcc": "PASS"} | dict.fromkeys(names, "FAIL")
+
+
+def test_torch_compile_leaves_the_cases_behind_its_own_their_time():
+    bench = session.Bench("cpu", quick=True, seconds=240)
+    first, last = (case for case in GPU_CASES if "torch.compile" in case.contestants)
+    behind = len(GPU_CASES) - 1 - GPU_CASES.index(first)
+    assert bench.to_compile(last) == pytest.approx(240 - session.AFTER_COMPILING, abs=5)
+    assert bench.to_compile(first) == pytest.approx(bench.to_compile(last) - session.A_CASE * behind, abs=1)
+    assert session.Bench("cpu", quick=True).to_compile(first) == math.inf
 
 
 def test_every_test_of_the_gpu_is_in_a_file_that_the_harness_runs():
@@ -157,94 +165,12 @@ def test_ratios_to_peers_are_by_the_clock_and_to_the_floor_on_the_device():
     assert (rows["eager loop"].to_base, rows["eager loop"].page_faults) == (60.0, None)
 
 
-def fabricated() -> results.Results:
-    """A row for everything that a GPU run has; the numbers are nobody's."""
-    rows = []
-    for case in (*GPU_CASES, *GPU_MEMORY_CASES):
-        shape = {"case": str(case), "rows": case.rows, "dim": case.dim, "num_steps": case.num_steps}
-        shape |= {"amortized": case.amortized, "dtype": case.dtype}
-        ours = results.Row(**shape, pass_="memory", contestant="vvae_fast triton", role="ours", status="ok")
-        refused = dataclasses.replace(ours, contestant="vvae_fast cpp", status="not run: runs on cpu tensors")
-        if not case.passes:
-            rows += [refused, dataclasses.replace(ours, saved_bytes=3_000, peak_bytes=5_000)]
-        for pass_ in case.passes:
-            times = {"median": 1e-5, "round_medians": [1e-5], "host_median": 1e-4, "host_round_medians": [1e-4]}
-            times |= {"floor": 8e-6, "to_floor": 1.25, "fastest_peer": "eager loop", "to_fastest_peer": 0.01}
-            timed = dataclasses.replace(ours, pass_=pass_, base_ratios=[1.0], to_base=1.0, **times)
-            eager = dataclasses.replace(timed, contestant="eager loop", role="peer", host_median=1e-2, to_base=100.0)
-            peer = dataclasses.replace(
-                refused, pass_=pass_, contestant="torch.compile", role="peer", status="missing: x"
-            )
-            rows += [
-                dataclasses.replace(refused, pass_=pass_),
-                timed,
-                eager,
-                *[peer] * ("torch.compile" in case.contestants),
-            ]
-    for name, median in (("vanilla", 1e-3), ("vvae_fast triton K=80", 1.1e-3)):
-        step = {"case": "VAE-step-Adam", "pass_": "step", "rows": 100, "dim": 40, "num_steps": None, "amortized": None}
-        step |= {"role": "base" if name == "vanilla" else "ours", "status": "ok", "dtype": "float32"}
-        rows.append(results.Row(**step, contestant=name, median=median, to_base=median / 1e-3, base_ratios=[1.0, 1.2]))
-    header = results.header(gpu_run(), "full", 200.0, commit="0123456789")
-    header |= {"device": "cuda", "machine": "A GPU", "copy_bytes_per_second": 4e12, "torch": "2.11.0+cu130"}
-    return results.Results(header, rows)
-
-
-def test_the_table_is_short_and_has_every_case_and_the_bars():
-    lines = bars.table(fabricated()).splitlines()
-    assert len(lines) <= 30
-    assert lines[1] == "copy 4.00 TB/s; 40.0 Tflop/s float32; 100.0 Tflop/s tf32 / 3"
-    for case in GPU_CASES:
-        (line,) = (x for x in lines if x.startswith(f"{report.title(case)}  "))
-        assert "100 us" in line
-        assert "10.0 us (1.25x)" in line
-    assert "VAE-step-Adam: vanilla 1.00x, vvae_fast triton K=80 1.10x" in lines
-    assert "memory shared-B4096-D64-K32: saved 3.0 kB (eager -), peak 5.0 kB (eager -)" in lines
-    assert lines[-5:] == [
-        "128 x 40, K = 80, times the eager loop, 50 wanted: met, 100.00",
-        "128 x 40, K = 80, times torch.compile, 3 wanted: not measured",
-        "65,536 x 64, K = 32, forward, floor / time, 0.5 wanted: met, 0.80",
-        "65,536 x 64, K = 32, backward, floor / time, 0.33 wanted: met, 0.80",
-        "4,096 x 40, K = 16, amortized, forward, part of the copy's bandwidth, 0.6 wanted: met, 0.80",
-    ]
-
-
-def test_bars_are_met_from_their_number_on():
-    run = fabricated()
-    for bar, field, least, below in ((bars.BARS[0], "to_base", 50.0, 49.99), (bars.BARS[4], "to_floor", 1 / 0.6, 1.7)):
-        verdicts = []
-        for value in (least, below):
-            rows = [dataclasses.replace(row, **{field: value}) if row.median else row for row in run.rows]
-            verdicts.append(bar.verdict(results.Results(run.header, rows)))
-        assert ": met, " in verdicts[0]
-        assert ": not met, " in verdicts[1]
-    assert all(bar.verdict(results.Results(run.header, [])).endswith("not measured") for bar in bars.BARS)
-
-
-def test_the_report_takes_a_gpu_beside_the_cpu(tmp_path):
-    run, cpu = fabricated(), stored_run()
-    paths = [results.write(x, tmp_path) for x in (run, cpu)]
-    assert re.fullmatch(r"a-gpu/torch-2\.11\.0-cu130-[A-Za-z0-9-]+\.json", str(paths[0].relative_to(tmp_path)))
-    assert results.read(paths[0]) == run
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}{report.END}after\n")
-    assert report.main(tmp_path, readme) == 0
-    page = readme.read_text()
-    assert report.NO_GPU not in page
-    assert report.readme_section(cpu, paths[1].parent.name) in page
-    assert "| 128 x 40, K = 80 | 100 us | missing | 10.0 ms (100x) | 8.00 us | 1.25x |" in page
-    assert "| 65,536 x 64, K = 32 | 1.25x (10.0 us) | 1.25x (10.0 us) |" in page
-    assert "| 4,096 x 64, K = 32 | 3.0 kB |" in (tmp_path / "a-gpu" / "README.md").read_text()
-    assert "Copy: 4.00 TB/s" in (tmp_path / "a-gpu" / "README.md").read_text()
-    assert (tmp_path / "a-gpu" / "time.svg").exists()
-
-
 def test_the_memory_step_reads_the_run(tmp_path):
     run = fabricated()
     with pytest.raises(gpu.Failed, match="no results"):
         gpu.memory(tmp_path, 0.0)
     path = results.write(run, tmp_path)
-    assert "shared-B65536-D64-K32 saves 0.0 MB" in gpu.memory(tmp_path, 0.0)
+    assert "vvae_fast cuda saves 0.0 MB at shared-B65536-D64-K32" in gpu.memory(tmp_path, 0.0)
     with pytest.raises(gpu.Failed, match="no results"):
         gpu.memory(tmp_path, path.stat().st_mtime + 1)
     results.write(results.Results(run.header, [row for row in run.rows if row.pass_ != "memory"]), tmp_path)
