@@ -19,6 +19,13 @@ struct AmortizedBackward : BackwardView<S> {
         dw_vector(writes_vectors<S>(f.dw, f.p.dim)), sums(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
+// One step of one row.
+template <class T, class Layout>
+struct Saved {
+  Step<T, Layout> step;
+  T a;
+};
+
 // A step's gradients with those of the set's rows before.
 template <class Layout, class S, class T>
 __device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, int64_t set, int k, bool first,
@@ -51,6 +58,7 @@ __device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, i
 template <class Layout, class S>
 __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const AmortizedBackward<S> p) {
   using T = compute_t<S>;
+  constexpr bool ahead = Layout::numbers * sizeof(T) <= 64;  // the registers hold the next step as well
   const int dim = p.params.dim, steps = p.params.steps;
   const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
   const bool inside = nth < p.sets;
@@ -59,17 +67,27 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
     auto z = load_row<Layout>(p.z.from(row * p.z_row), dim);                 // [columns]
     auto g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);       // [columns]
     const T lambda = p.grad_log_det[row * p.grad_log_det_stride];
+    const auto read = [&](int k) {
+      return Saved<T, Layout>{load_step<Layout>(p.params, set, k), p.a[k * p.rows + row]};
+    };
+    auto next = read(0);
     for (int k = 0; k < steps; ++k) {  // forward once more, (1)
-      const auto [u, w, b] = load_step<Layout>(p.params, set, k);
+      if (!ahead) next = read(k);
+      const auto [step, a] = next;
+      if (ahead) next = read(k + 1 < steps ? k + 1 : k);
+      const auto& [u, w, b] = step;
       const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
-      const T h = activate<Lane<T>>(p.a[k * p.rows + row]).h;
+      const T h = activate<Lane<T>>(a).h;
       z = add(add(z, h, u), h * (q.rho * q.inv_n), w);
     }
     for (int k = steps - 1; k >= 0; --k) {
-      const auto [u, w, b] = load_step<Layout>(p.params, set, k);
+      if (!ahead) next = read(k);
+      const auto [step, a] = next;
+      if (ahead) next = read(k > 0 ? k - 1 : k);
+      const auto& [u, w, b] = step;
       const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
       const T g_u = dot(g, u), g_w = dot(g, w), of_w = q.rho * q.inv_n;
-      const auto act = activate<Lane<T>>(p.a[k * p.rows + row]);
+      const auto act = activate<Lane<T>>(a);
       const T r = lambda / determinant<Lane<T>>(act, q.c, q.s);
       const T delta = (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<Lane<T>>(act);
       const auto adjoint = constrain_backward<Lane<T>>(q, act.h * g_w, r * act.h_prime);  // (6)

@@ -143,38 +143,44 @@ struct Chunk {
         numbers(reinterpret_cast<Numbers<float>*>(gram + kChunk * kChunk)) {}
 };
 
-// (4), (5) and G of (9) of `count` steps from `first` on, all steps side by side. Every thread of the block calls it.
+// (4), (5) and G of (9) of `count` steps from `first` on, a group of lanes a step: by the columns alone, so that sums
+// have the same bits in every block. Every thread of the block calls it.
 template <class S>
 __device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set, int first, int count,
                                             const Grid& grid, const Chunk& to) {
-  const int lanes = int(blockDim.x) / kChunk, lane = int(threadIdx.x) % lanes, i = int(threadIdx.x) / lanes;
-  const bool inside = i < count;
-  const auto u = p.u_of(set, inside ? first + i : first), w = p.w_of(set, inside ? first + i : first);
-  float *w_i = to.w + i * grid.stride, *u_i = to.u_hat + i * grid.stride;
-  float alpha = 0, n = 0;
   constexpr int at_once = 8;  // reads on their way
-  for (int first_d = lane; first_d < grid.columns; first_d += at_once * lanes) {
-    float u_d[at_once], w_d[at_once];
+  const int lanes = grid.columns > 256 ? 16 : 8, lane = int(threadIdx.x) % lanes;
+  const int groups = int(blockDim.x) / lanes;
+  for (int start = 0; start < kChunk; start += groups) {
+    const int i = start + int(threadIdx.x) / lanes;
+    const bool inside = i < count, writes = i < kChunk;
+    const auto u = p.u_of(set, inside ? first + i : first), w = p.w_of(set, inside ? first + i : first);
+    float *w_i = to.w + i * grid.stride, *u_i = to.u_hat + i * grid.stride;
+    float alpha = 0, n = 0;
+    for (int first_d = lane; first_d < grid.columns; first_d += at_once * lanes) {
+      float u_d[at_once], w_d[at_once];
 #pragma unroll
-    for (int e = 0; e < at_once; ++e) {
-      const int d = first_d + e * lanes;
-      const bool there = inside && d < p.dim;
-      u_d[e] = there ? widen(u.data[d * u.col]) : 0.f;
-      w_d[e] = there ? widen(w.data[d * w.col]) : 0.f;
-    }
+      for (int e = 0; e < at_once; ++e) {
+        const int d = first_d + e * lanes;
+        const bool there = inside && d < p.dim;
+        u_d[e] = there ? widen(u.data[d * u.col]) : 0.f;
+        w_d[e] = there ? widen(w.data[d * w.col]) : 0.f;
+      }
 #pragma unroll
-    for (int e = 0; e < at_once; ++e) {
-      const int d = first_d + e * lanes;
-      alpha += w_d[e] * u_d[e];
-      n += w_d[e] * w_d[e];
-      if (d < grid.columns) w_i[d] = w_d[e], u_i[d] = u_d[e];
+      for (int e = 0; e < at_once; ++e) {
+        const int d = first_d + e * lanes;
+        alpha += w_d[e] * u_d[e];
+        n += w_d[e] * w_d[e];
+        if (writes && d < grid.columns) w_i[d] = w_d[e], u_i[d] = u_d[e];
+      }
     }
+    sum_lanes(alpha, n, lanes);
+    if (!writes) continue;
+    const auto q = constrain<Lane<float>>(alpha, n, p.constrained);
+    const float of_w = q.rho * q.inv_n;
+    for (int d = lane; d < grid.columns; d += lanes) u_i[d] += of_w * w_i[d];
+    if (lane == 0) to.numbers[i] = {inside ? p.b_of(set, first + i) : 0.f, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};
   }
-  sum_lanes(alpha, n, lanes);
-  const auto q = constrain<Lane<float>>(alpha, n, p.constrained);
-  const float of_w = q.rho * q.inv_n;
-  for (int d = lane; d < grid.columns; d += lanes) u_i[d] += of_w * w_i[d];
-  if (lane == 0) to.numbers[i] = {inside ? p.b_of(set, first + i) : 0.f, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};
   __syncthreads();
   for (int pair = int(threadIdx.x); pair < kChunk * kChunk; pair += int(blockDim.x)) {
     const int j = pair / kChunk, k = pair % kChunk;

@@ -1,5 +1,5 @@
 // What a kernel asks of the machine that is not arithmetic: the one place where nvcc's device and the host, which runs
-// the same kernels on threads in the tests, differ. Twins stand side by side.
+// the same kernels in the tests, differ. Twins stand side by side.
 #pragma once
 
 #if defined(__CUDACC__)

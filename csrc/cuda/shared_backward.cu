@@ -19,6 +19,10 @@ struct SharedBackward : BackwardView<S> {
         partials(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
+// Steps of a chunk to each of a row's lanes.
+template <class Layout>
+constexpr int kStepsOfLane = int(ceil_div(chunk_of(Layout::columns), Layout::lanes));
+
 // A block's memory: staged steps, the rows' scalars, h' and r c h'' of the steps' own group, and z and g of the tile.
 template <class T, class Layout>
 struct Tile {
@@ -59,16 +63,94 @@ __device__ __forceinline__ void sum_rows(const Tile<T, Layout>& tile, int rows, 
   }
 }
 
+// A row in its lanes' registers, z and g [columns]. Where the rows end everything is zero, and so is what is added to
+// the sums.
+template <class S, class Layout>
+struct State {
+  using T = compute_t<S>;
+  const SharedBackward<S>& p;
+  int64_t row;
+  int group;  // the row's place in the tile
+  bool inside;
+  Row<T, Layout> z = {}, g = {};
+  T lambda = 0;
+
+  __device__ __forceinline__ State(const SharedBackward<S>& p, int64_t row, int group, bool inside)
+      : p(p), row(row), group(group), inside(inside) {
+    if (!inside) return;
+    z = load_row<Layout>(p.z.from(row * p.z_row), p.params.dim);
+    g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), p.params.dim);
+    lambda = p.grad_log_det[row * p.grad_log_det_stride];
+  }
+  __device__ __forceinline__ T a_of(int k) const { return inside ? p.a[k * p.rows + row] : T(0); }
+};
+
+// The a of a chunk from `first` on, a step or a few a lane.
+template <class S, class Layout>
+__device__ __forceinline__ void read_a(const State<S, Layout>& at, int first, compute_t<S> (&a)[kStepsOfLane<Layout>]) {
+#pragma unroll
+  for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
+    const int i = lane_of_row<Layout>() + j * Layout::lanes;
+    a[j] = i < at.p.chunk && first + i < at.p.params.steps ? at.a_of(first + i) : compute_t<S>(0);
+  }
+}
+
+// z over the chunk's steps, (10); a becomes the next chunk's.
+template <class S, class Layout, class T = compute_t<S>>
+__device__ __forceinline__ void step_forward(State<S, Layout>& at, const Tile<T, Layout>& tile, const T* u_hat,
+                                             int first, int count, T (&a)[kStepsOfLane<Layout>]) {
+  T* h = tile.scalars.h + at.group * tile.scalars.stride;
+#pragma unroll
+  for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
+    const int i = lane_of_row<Layout>() + j * Layout::lanes;
+    if (i < count) h[i] = activate<Lane<T>>(a[j]).h;
+  }
+  read_a(at, first + at.p.chunk, a);
+  __syncwarp();
+  for (int i = 0; i < count; ++i) at.z = add(at.z, h[i], read_row<Layout>(u_hat + i * Layout::columns));
+  __syncwarp();
+}
+
+// z and g back over the chunk's steps; into the tile what is summed over its rows.
+template <class S, class Layout, class T = compute_t<S>>
+__device__ __forceinline__ void step_back(State<S, Layout>& at, const Tile<T, Layout>& tile, const T* u_hat, const T* w,
+                                          const Numbers<T>* numbers, int first, int count) {
+  constexpr int columns = Layout::columns;
+  const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
+  write_row(tile.g + at.group * columns, at.g);
+  for (int i = lane; i < count; i += Layout::lanes) {
+    const auto act = activate<Lane<T>>(at.a_of(first + i));
+    const T r = at.lambda / determinant<Lane<T>>(act, numbers[i].c, numbers[i].s);  // (11)
+    tile.scalars.h[start + i] = act.h;
+    tile.scalars.r_h_prime[start + i] = r * act.h_prime;
+    tile.slope[start + i] = act.h_prime;
+    tile.bend[start + i] = r * numbers[i].c * h_second<Lane<T>>(act);
+  }
+  __syncwarp();
+  T e = dot(at.g, read_row<Layout>(u_hat + (count - 1) * columns));
+  for (int i = count - 1; i >= 0; --i) {
+    const int before = i > 0 ? i - 1 : i;
+    const T of_g = dot(at.g, read_row<Layout>(u_hat + before * columns));
+    const T delta = e * tile.slope[start + i] + tile.bend[start + i];  // (12)
+    e = of_g + numbers[before].next * delta;                           // (27)
+    at.g = add(at.g, delta, read_row<Layout>(w + i * columns));        // (13)
+    at.z = add(at.z, -tile.scalars.h[start + i], read_row<Layout>(u_hat + i * columns));
+    if (lane == 0) tile.scalars.delta[start + i] = delta;
+  }
+  write_row(tile.z + at.group * columns, at.z);
+}
+
 template <class Layout, class S>
 __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const SharedBackward<S> p) {
   using T = compute_t<S>;
-  constexpr int lanes = Layout::lanes, columns = Layout::columns;
+  constexpr int columns = Layout::columns;
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
-  const int group = int(threadIdx.x) / lanes, lane = lane_of_row<Layout>(), block_rows = p.split.block_rows;
-  const int dim = p.params.dim, steps = p.params.steps, stride = scalar_stride(p.chunk);
-  const bool all_staged = p.staged == steps;
+  const int group = int(threadIdx.x) / Layout::lanes, block_rows = p.split.block_rows;
+  const int dim = p.params.dim, steps = p.params.steps, chunks = (steps + p.chunk - 1) / p.chunk;
+  const bool working = group < block_rows, all_staged = p.staged == steps;  // working: the same in all of a warp
   const Staged<T, Layout> staged(shared_memory(), p.staged);
-  const Tile<T, Layout> tile(shared_memory() + p.staged * Staged<T, Layout>::bytes_of_step, block_rows, stride);
+  const Tile<T, Layout> tile(shared_memory() + p.staged * Staged<T, Layout>::bytes_of_step, block_rows,
+                             scalar_stride(p.chunk));
   int staged_first = -1;  // of the steps that are staged
   const auto need = [&](int first, int count) {
     if (staged_first == (all_staged ? 0 : first)) return;
@@ -77,62 +159,24 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
     stage<Layout>(p.params, set, staged_first, all_staged ? steps : count, staged);
     __syncthreads();
   };
-  const int chunks = (steps + p.chunk - 1) / p.chunk;
   const int64_t first_block_row = program * block_rows, rows_apart = int64_t(p.split.programs) * block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
-    const bool working = group < block_rows;  // the same in all of a warp
-    const bool inside = working && first_row + group < p.split.rows_per_set;
-    const int64_t row = set + p.sets * (first_row + group);
-    Row<T, Layout> z = {}, g = {};  // [columns]
-    T lambda = 0;
-    if (inside) {
-      z = load_row<Layout>(p.z.from(row * p.z_row), dim);
-      g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);
-      lambda = p.grad_log_det[row * p.grad_log_det_stride];
-    }
-    // Where the rows end, a = 0 and nothing is added to any sum.
-    const auto a_of = [&](int k) { return inside ? p.a[k * p.rows + row] : T(0); };
-    for (int chunk = 0; chunk < chunks; ++chunk) {  // forward once more, (10)
-      const int first = chunk * p.chunk, count = p.chunk < steps - first ? p.chunk : steps - first;
+    const int64_t nth = first_row + group, row = set + p.sets * nth;
+    State<S, Layout> at(p, row, group, working && nth < p.split.rows_per_set);
+    T a[kStepsOfLane<Layout>];
+    read_a(at, 0, a);
+    for (int first = 0; first < steps; first += p.chunk) {
+      const int count = p.chunk < steps - first ? p.chunk : steps - first;
       need(first, count);
-      if (!working) continue;
-      const int offset = first - staged_first;
-      for (int i = lane; i < count; i += lanes)
-        tile.scalars.h[group * stride + i] = activate<Lane<T>>(a_of(first + i)).h;
-      __syncwarp();
-      for (int i = 0; i < count; ++i)
-        z = add(z, tile.scalars.h[group * stride + i], read_row<Layout>(staged.u_hat + (offset + i) * columns));
-      __syncwarp();
+      if (working) step_forward(at, tile, staged.u_hat + (first - staged_first) * columns, first, count, a);
     }
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      const int first = chunk * p.chunk, count = p.chunk < steps - first ? p.chunk : steps - first;
+    for (int first = (chunks - 1) * p.chunk; first >= 0; first -= p.chunk) {
+      const int count = p.chunk < steps - first ? p.chunk : steps - first;
       need(first, count);
       const int offset = first - staged_first;
-      if (working) {
-        write_row(tile.g + group * columns, g);
-        for (int i = lane; i < count; i += lanes) {
-          const auto q = staged.numbers[offset + i];
-          const auto act = activate<Lane<T>>(a_of(first + i));
-          const T r = lambda / determinant<Lane<T>>(act, q.c, q.s);  // (11)
-          tile.scalars.h[group * stride + i] = act.h;
-          tile.scalars.r_h_prime[group * stride + i] = r * act.h_prime;
-          tile.slope[group * stride + i] = act.h_prime;
-          tile.bend[group * stride + i] = r * q.c * h_second<Lane<T>>(act);
-        }
-        __syncwarp();
-        T e = dot(g, read_row<Layout>(staged.u_hat + (offset + count - 1) * columns));
-        for (int i = count - 1; i >= 0; --i) {
-          const int k = offset + i, before = i > 0 ? k - 1 : k;
-          const int at = group * stride + i;
-          const T of_g = dot(g, read_row<Layout>(staged.u_hat + before * columns));
-          const T delta = e * tile.slope[at] + tile.bend[at];  // (12)
-          e = of_g + staged.numbers[before].next * delta;
-          g = add(g, delta, read_row<Layout>(staged.w + k * columns));  // (13)
-          z = add(z, -tile.scalars.h[at], read_row<Layout>(staged.u_hat + k * columns));
-          if (lane == 0) tile.scalars.delta[at] = delta;
-        }
-        write_row(tile.z + group * columns, z);
-      }
+      if (working)
+        step_back(at, tile, staged.u_hat + offset * columns, staged.w + offset * columns, staged.numbers + offset,
+                  first, count);
       __syncthreads();
       T* partial = partial_of(p.partials, program, p.sets, set, steps, first, dim);
       const bool add = first_row != first_block_row;
@@ -140,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
       sum_scalars(tile.scalars, block_rows, count, dim, partial, add);
       __syncthreads();
     }
-    if (inside) store_row<Layout>(p.dz + row * dim, g, dim, dim % 4 == 0);
+    if (at.inside) store_row<Layout>(p.dz + row * dim, at.g, dim, dim % 4 == 0);
   }
 }
 

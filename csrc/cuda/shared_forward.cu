@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + (first + k) * p.rows + row, a);
         add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s);
         z = add(z, act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
-        a = of_z + q.next * act.h;
+        a = of_z + q.next * act.h;  // (27)
       }
     }
     if (!inside) continue;

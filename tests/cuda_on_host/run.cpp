@@ -1,0 +1,150 @@
+// Runs the launchers of csrc/cuda on the problems of a file, tests/cuda_host.py's: run PROBLEMS ANSWERS
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "planar_cuda.h"
+
+namespace vvae {
+namespace cuda {
+namespace {
+
+// Bytes on the heap, no more than asked for: AddressSanitizer sees what lies behind them.
+class Bytes {
+ public:
+  explicit Bytes(int64_t size) : size_(size), data_(new char[static_cast<size_t>(size)]) {}
+  char* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<char[]> data_;
+};
+
+class Reader {
+ public:
+  explicit Reader(const char* path) : file_(path, std::ios::binary) {
+    file_.exceptions(std::ios::failbit | std::ios::badbit);
+  }
+  int64_t number() {
+    int64_t n = 0;
+    file_.read(reinterpret_cast<char*>(&n), sizeof(n));
+    return n;
+  }
+  Bytes bytes() {
+    Bytes bytes(number());
+    file_.read(bytes.data(), bytes.size());
+    return bytes;
+  }
+
+ private:
+  std::ifstream file_;
+};
+
+class Writer {
+ public:
+  explicit Writer(const char* path) : file_(path, std::ios::binary) {
+    file_.exceptions(std::ios::failbit | std::ios::badbit);
+  }
+  void number(int64_t n) { file_.write(reinterpret_cast<const char*>(&n), sizeof(n)); }
+  void bytes(const char* data, int64_t size) {
+    number(size);
+    file_.write(data, size);
+  }
+
+ private:
+  std::ofstream file_;
+};
+
+struct Input {
+  Bytes bytes;
+  int64_t offset, strides[3];
+
+  explicit Input(Reader& from) : bytes(from.bytes()), offset(from.number()) {
+    for (int64_t& stride : strides) stride = from.number();
+  }
+  const void* data() const { return bytes.data() + offset; }
+  Matrix matrix() const { return {data(), strides[0], strides[1]}; }
+  Params params() const { return {data(), strides[0], strides[1], strides[2]}; }
+};
+
+int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+Bytes watched(const char* name, int64_t elements, int64_t size, bool output = true) {
+  Bytes bytes(elements * size);
+  host::owners.watch(name, bytes.data(), bytes.size(), int(size), output);
+  return bytes;
+}
+
+void run_problem(Reader& from, Writer& to) {
+  Problem p = {};
+  p.dtype = Dtype(from.number());
+  p.constrained = from.number() != 0;
+  p.rows = from.number(), p.sets = from.number();
+  p.dim = int(from.number()), p.steps = int(from.number());
+  set_form(Form(from.number()));
+  host::order_of_blocks = from.number();
+  const bool save = from.number() != 0, packed = from.number() != 0;
+  const Input z(from), u(from), w(from), b(from), grad_z(from), grad_log_det(from);
+  p.z = z.matrix(), p.u = u.params(), p.w = w.params(), p.b = b.params();
+
+  const int64_t size = size_of(p.dtype), computed = p.dtype == Dtype::float64 ? 8 : 4, D = p.dim, K = p.steps;
+  const auto run = [&](const char* pass, auto&& launcher) {
+    std::string error;
+    try {
+      launcher();
+      error = host::owners.finish();
+    } catch (const std::runtime_error& failed) {
+      host::owners.finish();
+      error = failed.what();
+    }
+    if (!error.empty()) error = std::string(pass) + ": " + error;
+    to.bytes(error.data(), int64_t(error.size()));
+  };
+
+  const Bytes z_K = watched("z_K", p.rows * D, size), log_det = watched("log_det", p.rows, computed),
+              a = watched("a", save ? K * p.rows : 0, computed);
+  run("forward", [&] { launch_forward({p, z_K.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
+  for (const Bytes* x : {&z_K, &log_det, &a}) to.bytes(x->data(), x->size());
+  if (!save) return;
+
+  // Packed: the gradients of u, w and b of each set behind one another, as a linear head's output.
+  const Bytes dz = watched("dz", p.rows * D, size);
+  const Bytes du = packed ? watched("dpacked", p.sets * K * (2 * D + 1), size) : watched("du", p.sets * K * D, size);
+  const Bytes dw = watched("dw", packed ? 0 : p.sets * K * D, size), db = watched("db", packed ? 0 : p.sets * K, size);
+  const auto gradients = [&](const Bytes& alone, int64_t before, int64_t step) {
+    if (packed) return Gradients{du.data() + before * size, K * (2 * D + 1), step};
+    return Gradients{alone.data(), K * step, step};
+  };
+  const int64_t workspace_size = workspace_bytes(p);
+  if (workspace_size % 4) throw std::runtime_error("the workspace is not of whole numbers");
+  const Bytes workspace = watched("workspace", workspace_size / 4, 4, false);
+  run("backward", [&] {
+    launch_backward({p, grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0], a.data(), dz.data(),
+                     gradients(du, 0, D), gradients(dw, K * D, D), gradients(db, 2 * K * D, 1), workspace.data()},
+                    nullptr);
+  });
+  for (const Bytes* x : {&dz, &du, &dw, &db}) to.bytes(x->data(), x->size());
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace vvae
+
+int main(int, char** argv) {
+  vvae::cuda::Reader from(argv[1]);
+  vvae::cuda::Writer to(argv[2]);
+  for (int64_t left = from.number(); left > 0; --left) {
+    vvae::cuda::run_problem(from, to);
+    std::cout << "." << std::flush;  // how many were done before one that ends the process
+  }
+  to.number(int64_t(vvae::cuda::host::kernels_run.size()));
+  for (const void* kernel : vvae::cuda::host::kernels_run)
+    to.number(reinterpret_cast<intptr_t>(kernel) - reinterpret_cast<intptr_t>(&vvae::cuda::launch_forward));
+}
