@@ -6,6 +6,7 @@ gpu.log beside the results, as it comes. It exits with 0 where no step failed.
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -26,6 +27,7 @@ BUILD, TESTS, SANITIZER = 130, 200, 60
 BENCHMARKS = 240  # when they start nothing more
 BACKENDS = 40  # at least, for what comes behind the benchmarks: it takes all that is left
 LAST_BLOCK = 25  # seconds kept at least for what the benchmarks have started by then
+SETUPTOOLS = 77  # the oldest major version that reads pyproject.toml
 WORKERS = 8  # most of the tests' time is Triton's compiler's
 # The packages are not the pinned ones: what they warn of is shown, and fails nothing.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "default"]
@@ -142,6 +144,9 @@ def nvcc() -> str:
 def build(steps: Steps) -> str:
     """The extensions, in place: the cuda backend's where there is nvcc, for this GPU alone, which takes less time."""
     needed("pybind11", "setuptools", "ninja")
+    version = importlib.metadata.version("setuptools")
+    if int(version.split(".")[0]) < SETUPTOOLS:
+        raise Missing(f"setuptools {SETUPTOOLS} or newer, which pyproject.toml is written for, got {version}")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if not toolkit("nvcc"):
         steps.command(command, BUILD)

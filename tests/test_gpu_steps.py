@@ -56,6 +56,12 @@ def test_the_build_is_for_this_gpu_and_fails_where_the_backend_does_not_load(ste
         gpu.build(steps)
 
 
+def test_an_old_setuptools_is_said_before_it_fails(steps, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "76.1.0")
+    with pytest.raises(gpu.Missing, match=r"setuptools 77 or newer, .* got 76\.1\.0"):
+        gpu.build(steps)
+
+
 def test_without_nvcc_the_build_leaves_the_backend_out_and_says_so(steps, monkeypatch):
     monkeypatch.setattr(gpu, "toolkit", lambda program: None)
     commands = Commands()
