@@ -64,11 +64,17 @@ PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, bool co
           L::select(nonzero, L::select(up, e * p, p), zero)};
 }
 
+// u_hat = u + rho_over_n w, (4).
+template <class L>
+PLANAR_FN typename L::V rho_over_n(const Constrained<L>& p) {
+  return p.rho * p.inv_n;
+}
+
 // (6) from q = v . w with v = dL/du_hat, and gamma = dL/dc.
 template <class L>
 PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typename L::V q, typename L::V gamma) {
   const auto q_n = q * p.inv_n;
-  return {gamma * p.rising - q_n * p.falling, p.rho * p.inv_n, -2 * p.rho * q_n};
+  return {gamma * p.rising - q_n * p.falling, rho_over_n(p), -2 * p.rho * q_n};
 }
 
 // (2), (7): one exponential and one division serve tanh and its derivative; 1 + |h| = 2 / (1 + e^(-2|a|)).

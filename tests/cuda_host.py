@@ -265,14 +265,19 @@ def run(program: Path, cases: list[Case], timeout: float = 300) -> Run:
     """The answers, from a process for each processor; of one that ends early only its report."""
     parts = min(os.cpu_count(), len(cases))
     with ThreadPoolExecutor(parts) as pool:
-        runs = list(pool.map(lambda i: _run_part(program, cases[i::parts], i, timeout), range(parts)))
+        runs = list(pool.map(lambda i: _run_part(program, cases[i::parts], timeout), range(parts)))
     reports = "\n".join(part.report for part in runs if part.report)
     answers = [] if reports else [runs[i % parts].answers[i // parts] for i in range(len(cases))]
     return Run(answers, set().union(*(part.kernels for part in runs)), reports)
 
 
-def _run_part(program: Path, cases: list[Case], part: int, timeout: float) -> Run:
-    problems, answers = program.with_suffix(f".problems{part}"), program.with_suffix(f".answers{part}")
+def _run_part(program: Path, cases: list[Case], timeout: float) -> Run:
+    with tempfile.TemporaryDirectory(prefix="cuda-on-host-") as folder:
+        return _run_in(Path(folder), program, cases, timeout)
+
+
+def _run_in(folder: Path, program: Path, cases: list[Case], timeout: float) -> Run:
+    problems, answers = folder / "problems", folder / "answers"
     problems.write_bytes(struct.pack("<q", len(cases)) + b"".join(map(_encode, cases)))
     done = subprocess.run(
         [program, problems, answers],

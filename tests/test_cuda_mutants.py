@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "a column more than a row has",
         "row.cuh",
-        "if (first + i < dim) four.at[i] =",
-        "if (first + i <= dim) four.at[i] =",
+        "if (first + i < dim) raw.four[v].set(i,",
+        "if (first + i <= dim) raw.four[v].set(i,",
         ("amortized_forward.cu",),
         "address",
         "heap-buffer-overflow",

@@ -178,3 +178,24 @@ def test_edges_of_the_constraint(plain, alpha):
     problems = [edge_problem(alpha, torch.float64, amortized) for amortized in (False, True)]
     cases = [Case(p, form=form) for p in problems for form in ("direct", "compact")]
     check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_not_there_add_nothing(plain, dtype):
+    """Without the constraint and at w . u = -1 the determinant is 0 where a is, as it is behind the last row."""
+    cases = []
+    for rows, num_steps, dim in ((3, 2, 5), (37, 2, 60)):
+        p = random_problem((rows,), num_steps, dim, scale=0.5, dtype=dtype)
+        w = torch.zeros_like(p.w)
+        w[:, 0] = 1
+        p = p._replace(w=w, u=-w, b=1 + p.b.abs())
+        cases += [Case(p, "none", form) for form in ("direct", "compact")]
+    check(cases, cuda_host.run(plain, cases))
+
+
+def test_blocks_that_need_the_most_memory(plain):
+    """The harness refuses what the smallest GPUs do not have."""
+    shapes = [(512, 3, torch.float64), (61, 33, torch.float64), (20, 512, torch.float64), (9, 1024, torch.float32)]
+    shapes += [(40, 480, torch.float32), (33, 256, torch.float32), (96, 64, torch.float32), (70, 17, torch.float64)]
+    cases = [Case(random_problem((5,), num_steps, dim, scale=0.3, dtype=dtype)) for num_steps, dim, dtype in shapes]
+    check(cases, cuda_host.run(plain, cases))

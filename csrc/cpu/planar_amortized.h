@@ -107,7 +107,7 @@ struct Update {
   T h[Simd<T>::width], h_of_w[Simd<T>::width];
   Update(typename Simd<T>::V x, const Constrained<Simd<T>>& q) {
     Simd<T>::store(h, x);
-    Simd<T>::store(h_of_w, x * (q.rho * q.inv_n));
+    Simd<T>::store(h_of_w, x * rho_over_n(q));
   }
 };
 
@@ -304,7 +304,7 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
     const auto& [q, act] = steps[k];
     const auto g_u = sum_lanes<T>(x.g_u), g_w = sum_lanes<T>(x.g_w);
     const auto r = lambda / determinant<S>(act, q.c, q.s);
-    const auto of_w = q.rho * q.inv_n;
+    const auto of_w = rho_over_n(q);
     const auto adjoint = constrain_backward<S>(q, act.h * g_w, r * act.h_prime);
     S::store(x.h, act.h);
     S::store(x.h_of_w, act.h * of_w);

@@ -19,11 +19,11 @@ struct AmortizedBackward : BackwardView<S> {
         dw_vector(writes_vectors<S>(f.dw, f.p.dim)), sums(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
-// One step of one row.
-template <class T, class Layout>
+// One step of one row, as it comes from memory.
+template <class S, class Layout>
 struct Saved {
-  Step<T, Layout> step;
-  T a;
+  RawStep<S, Layout> step;
+  compute_t<S> a;
 };
 
 // A step's gradients with those of the set's rows before.
@@ -48,17 +48,13 @@ __device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, i
   }
   store_row<Layout>(p.to.du_of(set, k), du, dim, p.du_vector);
   store_row<Layout>(p.to.dw_of(set, k), dw, dim, p.dw_vector);
-  if (lane_of_row<Layout>() == 0) {
-    S number;
-    narrow(db, number);
-    store(p.to.db_of(set, k), number);
-  }
+  if (lane_of_row<Layout>() == 0) store(p.to.db_of(set, k), narrow<S>(db));
 }
 
 template <class Layout, class S>
 __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const AmortizedBackward<S> p) {
   using T = compute_t<S>;
-  constexpr bool ahead = Layout::numbers * sizeof(T) <= 64;  // the registers hold the next step as well
+  constexpr bool ahead = kReadsAhead<T, Layout>;
   const int dim = p.params.dim, steps = p.params.steps;
   const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
   const bool inside = nth < p.sets;
@@ -68,30 +64,31 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
     auto g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);       // [columns]
     const T lambda = p.grad_log_det[row * p.grad_log_det_stride];
     const auto read = [&](int k) {
-      return Saved<T, Layout>{load_step<Layout>(p.params, set, k), p.a[k * p.rows + row]};
+      return Saved<S, Layout>{read_step<Layout>(p.params, set, k), p.a[k * p.rows + row]};
     };
     auto next = read(0);
     for (int k = 0; k < steps; ++k) {  // forward once more, (1)
       if (!ahead) next = read(k);
       const auto [step, a] = next;
       if (ahead) next = read(k + 1 < steps ? k + 1 : k);
-      const auto& [u, w, b] = step;
+      const auto u = widen(step.u), w = widen(step.w);
       const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
       const T h = activate<Lane<T>>(a).h;
-      z = add(add(z, h, u), h * (q.rho * q.inv_n), w);
+      z = add(z, h, add(u, rho_over_n(q), w));
     }
     for (int k = steps - 1; k >= 0; --k) {
       if (!ahead) next = read(k);
       const auto [step, a] = next;
       if (ahead) next = read(k > 0 ? k - 1 : k);
-      const auto& [u, w, b] = step;
+      const auto u = widen(step.u), w = widen(step.w);
       const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
-      const T g_u = dot(g, u), g_w = dot(g, w), of_w = q.rho * q.inv_n;
+      const auto u_hat = add(u, rho_over_n(q), w);
+      const T e = dot(g, u_hat), g_w = dot(g, w);
       const auto act = activate<Lane<T>>(a);
       const T r = lambda / determinant<Lane<T>>(act, q.c, q.s);
-      const T delta = (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<Lane<T>>(act);
+      const T delta = e * act.h_prime + r * q.c * h_second<Lane<T>>(act);
       const auto adjoint = constrain_backward<Lane<T>>(q, act.h * g_w, r * act.h_prime);  // (6)
-      z = add(add(z, -act.h, u), -act.h * of_w, w);
+      z = add(z, -act.h, u_hat);
       Row<T, Layout> du, dw;
 #pragma unroll
       for (int i = 0; i < Layout::numbers; ++i) {

@@ -19,14 +19,14 @@ struct Tiles {
 };
 
 // How a block's warps share out rows and columns.
-struct Grid {
+struct BlockShape {
   int row_warps, column_warps;
-  int block_rows, columns;  // of all warps
-  int stride;               // of rows in shared memory: four of them are side by side in the banks, as fragments are read
+  int rows, columns;  // of all warps
+  int stride;         // of rows in shared memory: four of them are side by side in the banks, as fragments are read
 
   // Four warps at least, but no more rows than a set has.
   template <class W>
-  static Grid of(int dim, int64_t rows_per_set) {
+  static BlockShape of(int dim, int64_t rows_per_set) {
     const int column_warps = int(ceil_div(dim, W::columns));
     int row_warps = column_warps >= 4 ? 1 : column_warps >= 2 ? 2 : 4;
     while (row_warps > 1 && row_warps / 2 * W::rows >= rows_per_set) row_warps /= 2;
@@ -44,10 +44,10 @@ struct Place {
   bool scans;                   // this lane scans the row `own` of the block
   int own;
 
-  __device__ __forceinline__ explicit Place(const Grid& grid)
+  __device__ __forceinline__ explicit Place(const BlockShape& block)
       : lane(int(threadIdx.x % kWarp)), n(lane / 4), m(lane % 4),
-        column_warp(int(threadIdx.x / kWarp) % grid.column_warps),
-        first_row(int(threadIdx.x / kWarp) / grid.column_warps * W::rows), first_column(column_warp * W::columns),
+        column_warp(int(threadIdx.x / kWarp) % block.column_warps),
+        first_row(int(threadIdx.x / kWarp) / block.column_warps * W::rows), first_column(column_warp * W::columns),
         scans(column_warp == 0 && lane < W::rows), own(first_row + lane) {}
 };
 
@@ -88,28 +88,30 @@ struct TileRows {
   __device__ __forceinline__ int64_t row(int i) const { return set + sets * (first + i); }
 };
 
-template <class S>
-struct alignas(2 * sizeof(S)) Two {
-  S at[2];
-};
-
 template <class W, class S>
 __device__ __forceinline__ Columns<W> load_columns(const Rows<S>& x, int64_t x_row, const TileRows& rows,
                                                    const Place<W>& at, int dim) {
   Columns<W> z;
-  for_each_pair(at, [&](int tile, int j, int i, int row, int column) {
-    Two<S> two = {};
-    const S* from = x.data + rows.row(row) * x_row + column * x.col;
-    if (rows.has(row)) {
-      if (x.vector) {
-        if (column < dim) two = *reinterpret_cast<const Two<S>*>(from);
-      } else {
-        if (column < dim) two.at[0] = from[0];
-        if (column + 1 < dim) two.at[1] = from[x.col];
-      }
-    }
-    z.c[tile][j][i] = widen(two.at[0]);
-    z.c[tile][j][i + 1] = widen(two.at[1]);
+  Two<S> raw[W::row_tiles][W::column_tiles][2];  // every read is on its way before one is waited for
+  if (x.vector) {
+    for_each_pair(at, [&](int tile, int j, int i, int row, int column) {
+      Two<S> two = {};
+      if (rows.has(row) && column < dim)
+        two = *reinterpret_cast<const Two<S>*>(x.data + rows.row(row) * x_row + column);
+      raw[tile][j][i / 2] = two;
+    });
+  } else {
+    for_each_pair(at, [&](int tile, int j, int i, int row, int column) {
+      Two<S> two = {};
+      const S* from = x.data + rows.row(row) * x_row + column * x.col;
+      if (rows.has(row) && column < dim) two.set(0, from[0]);
+      if (rows.has(row) && column + 1 < dim) two.set(1, from[x.col]);
+      raw[tile][j][i / 2] = two;
+    });
+  }
+  for_each_pair(at, [&](int tile, int j, int i, int, int) {
+    z.c[tile][j][i] = widen(raw[tile][j][i / 2].get(0));
+    z.c[tile][j][i + 1] = widen(raw[tile][j][i / 2].get(1));
   });
   return z;
 }
@@ -119,20 +121,20 @@ __device__ __forceinline__ void store_columns(S* to, const Columns<W>& z, const 
                                               int dim) {
   for_each_pair(at, [&](int tile, int j, int i, int row, int column) {
     if (!rows.has(row) || column >= dim) return;
-    Two<S> two;
-    narrow(z.c[tile][j][i], two.at[0]);
-    narrow(z.c[tile][j][i + 1], two.at[1]);
+    Two<S> two = {};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) two.set(side, narrow<S>(z.c[tile][j][i + side]));
     S* at_column = to + rows.row(row) * dim + column;
     if (dim % 2 == 0) return store(reinterpret_cast<Two<S>*>(at_column), two);
-    store(at_column, two.at[0]);
-    if (column + 1 < dim) store(at_column + 1, two.at[1]);
+    store(at_column, two.get(0));
+    if (column + 1 < dim) store(at_column + 1, two.get(1));
   });
 }
 
 // A chunk's parameters in shared memory; steps that there are not have w = u_hat = 0 and change nothing.
 struct Chunk {
   float *w, *u_hat;         // [kChunk][stride]
-  float* gram;              // [kChunk][kChunk]: u_hat_j . w_k for j < k
+  float* gram;              // [kChunk][kChunk]: G of (9), u_hat_j . w_k at [j][k] and at [k][j] for j < k
   Numbers<float>* numbers;  // [kChunk]; no next
 
   __host__ __device__ static int64_t bytes(int stride) {
@@ -147,17 +149,18 @@ struct Chunk {
 // have the same bits in every block. Every thread of the block calls it.
 template <class S>
 __device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set, int first, int count,
-                                            const Grid& grid, const Chunk& to) {
+                                            const BlockShape& block, const Chunk& to) {
   constexpr int at_once = 8;  // reads on their way
-  const int lanes = grid.columns > 256 ? 16 : 8, lane = int(threadIdx.x) % lanes;
+  const int lanes = block.columns > 256 ? 16 : 8, lane = int(threadIdx.x) % lanes;
   const int groups = int(blockDim.x) / lanes;
   for (int start = 0; start < kChunk; start += groups) {
     const int i = start + int(threadIdx.x) / lanes;
     const bool inside = i < count, writes = i < kChunk;
     const auto u = p.u_of(set, inside ? first + i : first), w = p.w_of(set, inside ? first + i : first);
-    float *w_i = to.w + i * grid.stride, *u_i = to.u_hat + i * grid.stride;
+    float *w_i = to.w + i * block.stride, *u_i = to.u_hat + i * block.stride;
+    const float b = inside ? widen(*p.b_of(set, first + i)) : 0.f;
     float alpha = 0, n = 0;
-    for (int first_d = lane; first_d < grid.columns; first_d += at_once * lanes) {
+    for (int first_d = lane; first_d < block.columns; first_d += at_once * lanes) {
       float u_d[at_once], w_d[at_once];
 #pragma unroll
       for (int e = 0; e < at_once; ++e) {
@@ -171,28 +174,28 @@ __device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set,
         const int d = first_d + e * lanes;
         alpha += w_d[e] * u_d[e];
         n += w_d[e] * w_d[e];
-        if (writes && d < grid.columns) w_i[d] = w_d[e], u_i[d] = u_d[e];
+        if (writes && d < block.columns) w_i[d] = w_d[e], u_i[d] = u_d[e];
       }
     }
     sum_lanes(alpha, n, lanes);
     if (!writes) continue;
     const auto q = constrain<Lane<float>>(alpha, n, p.constrained);
-    const float of_w = q.rho * q.inv_n;
-    for (int d = lane; d < grid.columns; d += lanes) u_i[d] += of_w * w_i[d];
-    if (lane == 0) to.numbers[i] = {inside ? p.b_of(set, first + i) : 0.f, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};
+    const float of_w = rho_over_n(q);
+    for (int d = lane; d < block.columns; d += lanes) u_i[d] += of_w * w_i[d];
+    if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};
   }
   __syncthreads();
   for (int pair = int(threadIdx.x); pair < kChunk * kChunk; pair += int(blockDim.x)) {
     const int j = pair / kChunk, k = pair % kChunk;
     float sum[4] = {};
     if (j < k)
-      for (int d = 0; d < grid.columns; d += 4) {
-        const Four<float> u_hat = *reinterpret_cast<const Four<float>*>(to.u_hat + j * grid.stride + d);
-        const Four<float> w_k = *reinterpret_cast<const Four<float>*>(to.w + k * grid.stride + d);
+      for (int d = 0; d < block.columns; d += 4) {
+        const Four<float> u_hat = *reinterpret_cast<const Four<float>*>(to.u_hat + j * block.stride + d);
+        const Four<float> w_k = *reinterpret_cast<const Four<float>*>(to.w + k * block.stride + d);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[e] += u_hat.at[e] * w_k.at[e];
+        for (int e = 0; e < 4; ++e) sum[e] += u_hat.get(e) * w_k.get(e);
       }
-    to.gram[pair] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if (j < k) to.gram[j * kChunk + k] = to.gram[k * kChunk + j] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 }
 
@@ -201,7 +204,7 @@ constexpr int kExchangeStride = scalar_stride(kChunk);
 
 // x [rows][steps] = z v^T, for v [kChunk][stride] in shared memory.
 template <class W>
-__device__ __forceinline__ void multiply_by_steps(const Columns<W>& z, const float* v, const Grid& grid,
+__device__ __forceinline__ void multiply_by_steps(const Columns<W>& z, const float* v, const BlockShape& block,
                                                   const Place<W>& at, float* x) {
   float c[W::row_tiles][2][4] = {};
 #pragma unroll
@@ -209,9 +212,10 @@ __device__ __forceinline__ void multiply_by_steps(const Columns<W>& z, const flo
     Fragment<2> b[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* of_step = v + (8 * half + at.n) * grid.stride + at.first_column + 8 * j + 2 * at.m;
-      b[half].set(0, of_step[0]);
-      b[half].set(1, of_step[1]);
+      const float* of_step = v + (8 * half + at.n) * block.stride + at.first_column + 8 * j + 2 * at.m;
+      const Two<float> two = *reinterpret_cast<const Two<float>*>(of_step);
+      b[half].set(0, two.get(0));
+      b[half].set(1, two.get(1));
     }
 #pragma unroll
     for (int tile = 0; tile < W::row_tiles; ++tile) {
@@ -220,7 +224,7 @@ __device__ __forceinline__ void multiply_by_steps(const Columns<W>& z, const flo
       multiply_apart(c[tile][1], a, b[1]);
     }
   }
-  x += (at.column_warp * grid.block_rows + at.first_row) * kExchangeStride;
+  x += (at.column_warp * block.rows + at.first_row) * kExchangeStride;
 #pragma unroll
   for (int tile = 0; tile < W::row_tiles; ++tile)
 #pragma unroll
@@ -231,17 +235,17 @@ __device__ __forceinline__ void multiply_by_steps(const Columns<W>& z, const flo
 }
 
 // A row's products over all columns.
-__device__ __forceinline__ void sum_columns(const float* x, const Grid& grid, int row, float (&sum)[kChunk]) {
+__device__ __forceinline__ void sum_columns(const float* x, const BlockShape& block, int row, float (&sum)[kChunk]) {
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) sum[k] = x[row * kExchangeStride + k];
-  for (int warp = 1; warp < grid.column_warps; ++warp)
+  for (int warp = 1; warp < block.column_warps; ++warp)
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) sum[k] += x[(warp * grid.block_rows + row) * kExchangeStride + k];
+    for (int k = 0; k < kChunk; ++k) sum[k] += x[(warp * block.rows + row) * kExchangeStride + k];
 }
 
 // z += sign x v, for x [block_rows][kExchangeStride] of the rows' steps and v [kChunk][stride], in shared memory.
 template <class W>
-__device__ __forceinline__ void add_steps(Columns<W>& z, float sign, const float* x, const float* v, const Grid& grid,
+__device__ __forceinline__ void add_steps(Columns<W>& z, float sign, const float* x, const float* v, const BlockShape& block,
                                           const Place<W>& at) {
   Fragment<4> a[W::row_tiles][2];
 #pragma unroll
@@ -259,7 +263,7 @@ __device__ __forceinline__ void add_steps(Columns<W>& z, float sign, const float
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        b[half].set(i, v[(8 * half + at.m + 4 * i) * grid.stride + at.first_column + 8 * j + at.n]);
+        b[half].set(i, v[(8 * half + at.m + 4 * i) * block.stride + at.first_column + 8 * j + at.n]);
 #pragma unroll
     for (int tile = 0; tile < W::row_tiles; ++tile) {
       float c[4] = {};

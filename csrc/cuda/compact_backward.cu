@@ -13,125 +13,162 @@ using Wide = Tiles<1, 8>;
 template <class S>
 struct CompactBackward : BackwardView<S> {
   Split split;
-  Grid grid;
+  BlockShape block;
   bool all_staged;  // every chunk has its own memory
   int shared;       // numbers of the memory for products and tiles
   float* partials;
 
-  CompactBackward(const Backward& f, const Split& split, const Grid& grid, bool all_staged, int shared)
-      : BackwardView<S>(f), split(split), grid(grid), all_staged(all_staged), shared(shared),
+  CompactBackward(const Backward& f, const Split& split, const BlockShape& block, bool all_staged, int shared)
+      : BackwardView<S>(f), split(split), block(block), all_staged(all_staged), shared(shared),
         partials(static_cast<float*>(f.workspace)) {}
 };
 
 // To tile [block_rows][stride] in shared memory.
 template <class W>
-__device__ __forceinline__ void write_tile(float* tile, const Columns<W>& x, const Grid& grid, const Place<W>& at) {
+__device__ __forceinline__ void write_tile(float* tile, const Columns<W>& x, const BlockShape& block, const Place<W>& at) {
   for_each_pair(at, [&](int t, int j, int i, int row, int column) {
-    *reinterpret_cast<Two<float>*>(tile + row * grid.stride + column) = {x.c[t][j][i], x.c[t][j][i + 1]};
+    *reinterpret_cast<Two<float>*>(tile + row * block.stride + column) = {{x.c[t][j][i], x.c[t][j][i + 1]}};
   });
 }
 
-// partial[step][of + column] of `count` steps = x^T tile over the block's rows, for x [block_rows][kExchangeStride]: a
-// warp has 8 columns at a time.
-template <class W>
-__device__ __forceinline__ void sum_tile(const float* x, const float* tile, int count, int dim, const Grid& grid,
-                                         const Place<W>& at, float* partial, bool add) {
-  const int warps = grid.row_warps * grid.column_warps;
-  for (int first = 8 * int(threadIdx.x / kWarp); first < dim; first += 8 * warps) {
+// x^T y over the block's rows, for x [rows][kExchangeStride] and y [rows][y_stride]: a warp has 8 of y's columns at a
+// time. Calls write(step, column, sum).
+template <class F>
+__device__ __forceinline__ void multiply_rows(const float* x, const float* y, int y_stride, int columns, int rows,
+                                              const F& write) {
+  const int lane = int(threadIdx.x % kWarp), n = lane / 4, m = lane % 4, warps = int(blockDim.x / kWarp);
+  for (int first = 8 * int(threadIdx.x / kWarp); first < columns; first += 8 * warps) {
     float c[4] = {};
-    for (int row = 0; row < grid.block_rows; row += 8) {
+    for (int row = 0; row < rows; row += 8) {
       Fragment<4> a;
       Fragment<2> b;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a.set(i, x[(row + at.m + 4 * (i / 2)) * kExchangeStride + at.n + 8 * (i % 2)]);
+      for (int i = 0; i < 4; ++i) a.set(i, x[(row + m + 4 * (i / 2)) * kExchangeStride + n + 8 * (i % 2)]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b.set(i, tile[(row + at.m + 4 * i) * grid.stride + first + at.n]);
+      for (int i = 0; i < 2; ++i) b.set(i, y[(row + m + 4 * i) * y_stride + first + n]);
       multiply_apart(c, a, b);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int step = at.n + 8 * (i / 2), column = first + 2 * at.m + i % 2;
-      if (step < count && column < dim) accumulate(partial + step * partial_width(dim) + column, c[i], add);
-    }
+    for (int i = 0; i < 4; ++i) write(n + 8 * (i / 2), first + 2 * m + i % 2, c[i]);
   }
+}
+
+// A chunk's sums over the block's rows, to the program's partial sums of the chunk's first step.
+struct ChunkSums {
+  float* partial;
+  int count, dim;
+  bool add;
+
+  __device__ __forceinline__ void operator()(int step, int64_t at, float sum) const {
+    accumulate(partial + step * partial_width(dim) + at, sum, add);
+  }
+};
+
+// The columns of v or dw, whose first is `of`, from steps' scalars x and a tile of z or g.
+__device__ __forceinline__ void sum_columns_of(int of, const float* x, const float* tile, const BlockShape& block,
+                                               const ChunkSums& to) {
+  multiply_rows(x, tile, block.stride, to.dim, block.rows, [&](int step, int column, float sum) {
+    if (step < to.count && column < to.dim) to(step, of + column, sum);
+  });
+}
+
+// The chunk's S with its transpose, db and gamma.
+__device__ __forceinline__ void sum_scalars_of(const RowScalars<float>& x, const BlockShape& block,
+                                               const ChunkSums& to) {
+  multiply_rows(x.h, x.delta, kExchangeStride, kChunk, block.rows, [&](int step, int other, float sum) {
+    if (step >= other || other >= to.count) return;
+    to(step, 2 * to.dim + other, sum);
+    to(other, 2 * to.dim + step, sum);
+  });
+  sum_ends(x, block.rows, to.count, to.dim, to.partial, to.add);
 }
 
 template <class W, class S>
 __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kernel(const CompactBackward<S> p) {
   using L = Lane<float>;
   const int dim = p.params.dim, steps = p.params.steps, chunks = (steps + kChunk - 1) / kChunk;
-  const int block_rows = p.grid.block_rows;
+  const int block_rows = p.block.rows;
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
-  const Place<W> at(p.grid);
+  const Place<W> at(p.block);
   float* shared = reinterpret_cast<float*>(shared_memory());  // products, then a tile: g at the chunk's end, z at its start
   const RowScalars<float> scalars(reinterpret_cast<char*>(shared + p.shared), block_rows, kExchangeStride);
-  char* staged = reinterpret_cast<char*>(scalars.r_h_prime + block_rows * kExchangeStride);
-  const int64_t chunk_bytes = Chunk::bytes(p.grid.stride);
+  float* slope = scalars.r_h_prime + block_rows * kExchangeStride;  // [rows][kExchangeStride]: h'
+  char* staged = reinterpret_cast<char*>(slope + block_rows * kExchangeStride);
+  const int64_t chunk_bytes = Chunk::bytes(p.block.stride);
   int staged_chunk = -1;  // where there is memory for one
   const auto need = [&](int nth, int count) {
-    const Chunk chunk(staged + (p.all_staged ? nth * chunk_bytes : 0), p.grid.stride);
+    const Chunk chunk(staged + (p.all_staged ? nth * chunk_bytes : 0), p.block.stride);
     if (p.all_staged ? nth > staged_chunk : nth != staged_chunk) {
       __syncthreads();  // the chunk before is done with
-      stage_chunk(p.params, set, nth * kChunk, count, p.grid, chunk);
+      stage_chunk(p.params, set, nth * kChunk, count, p.block, chunk);
       __syncthreads();
       staged_chunk = nth;
     }
     return chunk;
   };
+  // What a step's activation gives does not wait for another step: every thread has a row and some steps.
+  const int row = int(threadIdx.x) % block_rows, first_step = int(threadIdx.x) / block_rows;
+  const int steps_apart = int(blockDim.x) / block_rows;
   const int64_t first_block_row = program * p.split.block_rows;
   const int64_t rows_apart = int64_t(p.split.programs) * p.split.block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const TileRows rows = {set, p.sets, first_row, p.split.rows_per_set};
     auto z = load_columns(p.z, p.z_row, rows, at, dim);
     auto g = load_columns(p.grad_z, p.grad_z_row, rows, at, dim);
-    const bool has = at.scans && rows.has(at.own);
-    const float lambda = has ? p.grad_log_det[rows.row(at.own) * p.grad_log_det_stride] : 0.f;
-    // Where the rows or the steps end, a = 0 and nothing is added to any sum.
-    const auto a_of = [&](int k) { return has && k < steps ? p.a[k * p.rows + rows.row(at.own)] : 0.f; };
+    const bool has = rows.has(row);
+    const float lambda = has ? p.grad_log_det[rows.row(row) * p.grad_log_det_stride] : 0.f;
+    const auto a_of = [&](int k) { return has && k < steps ? p.a[k * p.rows + rows.row(row)] : 0.f; };
     for (int nth = 0; nth < chunks; ++nth) {  // forward once more, (10)
       const int first = nth * kChunk, count = kChunk < steps - first ? kChunk : steps - first;
       const Chunk chunk = need(nth, count);
-      if (at.scans)
-#pragma unroll
-        for (int k = 0; k < kChunk; ++k) scalars.h[at.own * kExchangeStride + k] = activate<L>(a_of(first + k)).h;
+#pragma unroll 4
+      for (int k = first_step; k < kChunk; k += steps_apart)
+        scalars.h[row * kExchangeStride + k] = activate<L>(a_of(first + k)).h;
       __syncthreads();
-      add_steps(z, 1.f, scalars.h, chunk.u_hat, p.grid, at);
+      add_steps(z, 1.f, scalars.h, chunk.u_hat, p.block, at);
       __syncthreads();
     }
     for (int nth = chunks - 1; nth >= 0; --nth) {
       const int first = nth * kChunk, count = kChunk < steps - first ? kChunk : steps - first;
       const Chunk chunk = need(nth, count);
-      multiply_by_steps(g, chunk.u_hat, p.grid, at, shared);
+#pragma unroll 4
+      for (int k = first_step; k < kChunk; k += steps_apart) {
+        const auto act = activate<L>(a_of(first + k));
+        const float c = chunk.numbers[k].c, det = determinant<L>(act, c, chunk.numbers[k].s);
+        const float r = has ? lambda / det : 0.f;  // (11); where the rows end the determinant may be 0
+        const int to = row * kExchangeStride + k;
+        scalars.h[to] = act.h;
+        scalars.r_h_prime[to] = r * act.h_prime;
+        slope[to] = act.h_prime;
+        scalars.delta[to] = r * c * h_second<L>(act);  // so far
+      }
+      multiply_by_steps(g, chunk.u_hat, p.block, at, shared);
       __syncthreads();
       if (at.scans) {
         float e[kChunk];
-        sum_columns(shared, p.grid, at.own, e);
+        sum_columns(shared, p.block, at.own, e);
 #pragma unroll
         for (int k = kChunk - 1; k >= 0; --k) {
-          const auto q = chunk.numbers[k];
-          const auto act = activate<L>(a_of(first + k));
-          const float r = lambda / determinant<L>(act, q.c, q.s);                      // (11)
-          const float delta = e[k] * act.h_prime + r * q.c * h_second<L>(act);         // (12)
-          scalars.h[at.own * kExchangeStride + k] = act.h;
-          scalars.delta[at.own * kExchangeStride + k] = delta;
-          scalars.r_h_prime[at.own * kExchangeStride + k] = r * act.h_prime;
+          const int own = at.own * kExchangeStride + k;
+          const float delta = e[k] * slope[own] + scalars.delta[own];  // (12)
+          scalars.delta[own] = delta;
 #pragma unroll
-          for (int before = 0; before < k; ++before) e[before] += chunk.gram[before * kChunk + k] * delta;
+          for (int before = 0; before < k; ++before) e[before] += chunk.gram[k * kChunk + before] * delta;
         }
       }
       __syncthreads();
-      float* partial = partial_of(p.partials, program, p.sets, set, steps, first, dim);
-      const bool add = first_row != first_block_row;
-      write_tile(shared, g, p.grid, at);
-      add_steps(z, -1.f, scalars.h, chunk.u_hat, p.grid, at);
-      add_steps(g, 1.f, scalars.delta, chunk.w, p.grid, at);  // (13)
+      const ChunkSums sums = {partial_of(p.partials, program, p.sets, set, steps, first, dim), count, dim,
+                              first_row != first_block_row};
+      write_tile(shared, g, p.block, at);
+      add_steps(z, -1.f, scalars.h, chunk.u_hat, p.block, at);
+      add_steps(g, 1.f, scalars.delta, chunk.w, p.block, at);  // (13)
       __syncthreads();
-      sum_tile(scalars.h, shared, count, dim, p.grid, at, partial, add);
+      sum_columns_of(0, scalars.h, shared, p.block, sums);
       __syncthreads();
-      write_tile(shared, z, p.grid, at);
+      write_tile(shared, z, p.block, at);
       __syncthreads();
-      sum_tile(scalars.delta, shared, count, dim, p.grid, at, partial + dim, add);
-      sum_scalars(scalars, block_rows, count, dim, partial, add);
+      sum_columns_of(dim, scalars.delta, shared, p.block, sums);
+      sum_scalars_of(scalars, p.block, sums);
       __syncthreads();
     }
     store_columns(p.dz, g, rows, at, dim);
@@ -141,27 +178,27 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
 // A block's memory: products and tiles, the rows' scalars, and the chunks that are staged at a time.
 template <class W>
 struct Memory {
-  Grid grid;
+  BlockShape block;
   int shared;  // numbers of the products and tiles
   bool all_staged;
   int64_t bytes;
 
-  Memory(int dim, int steps, int64_t rows_per_set) : grid(Grid::of<W>(dim, rows_per_set)) {
-    const int products = grid.column_warps * kExchangeStride, rows = grid.block_rows;
-    const int64_t chunks = ceil_div(steps, kChunk), chunk_bytes = Chunk::bytes(grid.stride);
-    shared = rows * (products > grid.stride ? products : grid.stride);
+  Memory(int dim, int steps, int64_t rows_per_set) : block(BlockShape::of<W>(dim, rows_per_set)) {
+    const int products = block.column_warps * kExchangeStride, rows = block.rows;
+    const int64_t chunks = ceil_div(steps, kChunk), chunk_bytes = Chunk::bytes(block.stride);
+    shared = rows * (products > block.stride ? products : block.stride);
     all_staged = chunks * chunk_bytes <= kStagedBytes / 2;
     bytes = shared * int64_t(sizeof(float)) + RowScalars<float>::bytes(rows, kChunk) +
-            (all_staged ? chunks : 1) * chunk_bytes;
+            rows * kExchangeStride * int64_t(sizeof(float)) + (all_staged ? chunks : 1) * chunk_bytes;
   }
 };
 
 template <class W, class S>
 void launch_as(const Backward& f, void* stream) {
   const Memory<W> memory(f.p.dim, f.p.steps, f.p.rows / f.p.sets);
-  const Split split = split_rows(f.p, memory.grid.block_rows, most_partials(f.p));
-  launch(compact_backward_kernel<W, S>, "compact_backward_kernel", split.programs * f.p.sets, memory.grid.threads(),
-         memory.bytes, stream, CompactBackward<S>(f, split, memory.grid, memory.all_staged, memory.shared));
+  const Split split = split_rows(f.p, memory.block.rows, most_partials(f.p));
+  launch(compact_backward_kernel<W, S>, "compact_backward_kernel", split.programs * f.p.sets, memory.block.threads(),
+         memory.bytes, stream, CompactBackward<S>(f, split, memory.block, memory.all_staged, memory.shared));
   launch_finish(f, split.programs, kChunk, stream);
 }
 

@@ -12,11 +12,11 @@ constexpr int64_t kMostForwardPrograms = 256;  // of a set: what large GPUs run 
 template <class S>
 struct CompactForward : ForwardView<S> {
   Split split;
-  Grid grid;
+  BlockShape block;
   bool all_staged;  // every chunk has its own memory
 
-  CompactForward(const Forward& f, const Split& split, const Grid& grid, bool all_staged)
-      : ForwardView<S>(f), split(split), grid(grid), all_staged(all_staged) {}
+  CompactForward(const Forward& f, const Split& split, const BlockShape& block, bool all_staged)
+      : ForwardView<S>(f), split(split), block(block), all_staged(all_staged) {}
 };
 
 template <class S>
@@ -24,30 +24,31 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
   using L = Lane<float>;
   const int dim = p.params.dim, steps = p.params.steps, chunks = (steps + kChunk - 1) / kChunk;
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
-  const Place<W> at(p.grid);
+  const Place<W> at(p.block);
   float* products = reinterpret_cast<float*>(shared_memory());  // [column_warps][block_rows][kExchangeStride]
-  float* h = products + p.grid.column_warps * p.grid.block_rows * kExchangeStride;  // [block_rows][kExchangeStride]
-  char* staged = reinterpret_cast<char*>(h + p.grid.block_rows * kExchangeStride);
-  const int64_t chunk_bytes = Chunk::bytes(p.grid.stride);
+  float* h = products + p.block.column_warps * p.block.rows * kExchangeStride;  // [block_rows][kExchangeStride]
+  char* staged = reinterpret_cast<char*>(h + p.block.rows * kExchangeStride);
+  const int64_t chunk_bytes = Chunk::bytes(p.block.stride);
   const int64_t first_block_row = program * p.split.block_rows;
   const int64_t rows_apart = int64_t(p.split.programs) * p.split.block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const TileRows rows = {set, p.sets, first_row, p.split.rows_per_set};
     auto z = load_columns(p.z, p.z_row, rows, at, dim);
     auto log_det = no_steps<L>();
+    const bool saves = p.a && rows.has(at.own);
     for (int nth = 0; nth < chunks; ++nth) {
       const int first = nth * kChunk, count = kChunk < steps - first ? kChunk : steps - first;
-      const Chunk chunk(staged + (p.all_staged ? nth * chunk_bytes : 0), p.grid.stride);
+      const Chunk chunk(staged + (p.all_staged ? nth * chunk_bytes : 0), p.block.stride);
       if (!p.all_staged || first_row == first_block_row) {
         __syncthreads();  // the chunk before is done with
-        stage_chunk(p.params, set, first, count, p.grid, chunk);
+        stage_chunk(p.params, set, first, count, p.block, chunk);
         __syncthreads();
       }
-      multiply_by_steps(z, chunk.w, p.grid, at, products);
+      multiply_by_steps(z, chunk.w, p.block, at, products);
       __syncthreads();
       if (at.scans) {
         float a_k[kChunk];
-        sum_columns(products, p.grid, at.own, a_k);
+        sum_columns(products, p.block, at.own, a_k);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
           const auto q = chunk.numbers[k];
@@ -57,11 +58,11 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
           h[at.own * kExchangeStride + k] = act.h;
 #pragma unroll
           for (int after = k + 1; after < kChunk; ++after) a_k[after] += chunk.gram[k * kChunk + after] * act.h;
-          if (p.a && k < count && rows.has(at.own)) store(p.a + (first + k) * p.rows + rows.row(at.own), a_k[k]);
+          if (saves && k < count) store(p.a + (first + k) * p.rows + rows.row(at.own), a_k[k]);
         }
       }
       __syncthreads();
-      add_steps(z, 1.f, h, chunk.u_hat, p.grid, at);
+      add_steps(z, 1.f, h, chunk.u_hat, p.block, at);
     }
     store_columns(p.z_K, z, rows, at, dim);
     if (at.scans && rows.has(at.own)) store(p.log_det + rows.row(at.own), value<L>(log_det));
@@ -73,14 +74,14 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
 void launch_compact_forward(const Forward& f, void* stream) {
   with_half_or_float(f.p.dtype, [&](auto zero) {
     using S = decltype(zero);
-    const Grid grid = Grid::of<W>(f.p.dim, f.p.rows / f.p.sets);
-    const int64_t exchanged = (grid.column_warps + 1) * grid.block_rows * kExchangeStride * int64_t(sizeof(float));
-    const int64_t chunks = ceil_div(f.p.steps, kChunk), bytes = chunks * Chunk::bytes(grid.stride);
+    const BlockShape block = BlockShape::of<W>(f.p.dim, f.p.rows / f.p.sets);
+    const int64_t exchanged = (block.column_warps + 1) * block.rows * kExchangeStride * int64_t(sizeof(float));
+    const int64_t chunks = ceil_div(f.p.steps, kChunk), bytes = chunks * Chunk::bytes(block.stride);
     const bool all_staged = bytes <= kStagedBytes;
-    const Split split = split_rows(f.p, grid.block_rows, kMostForwardPrograms);
-    launch(compact_forward_kernel<S>, "compact_forward_kernel", split.programs * f.p.sets, grid.threads(),
-           exchanged + (all_staged ? bytes : Chunk::bytes(grid.stride)), stream,
-           CompactForward<S>(f, split, grid, all_staged));
+    const Split split = split_rows(f.p, block.rows, kMostForwardPrograms);
+    launch(compact_forward_kernel<S>, "compact_forward_kernel", split.programs * f.p.sets, block.threads(),
+           exchanged + (all_staged ? bytes : Chunk::bytes(block.stride)), stream,
+           CompactForward<S>(f, split, block, all_staged));
   });
 }
 

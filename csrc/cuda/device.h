@@ -60,7 +60,7 @@ template <class P>
 void launch(void (*kernel)(P), const char* name, int64_t blocks, int threads, int64_t bytes, void* stream, const P& p) {
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("vvae_fast: the kernel ") + name +
-                             " would need more than 2^31 blocks: call it with fewer rows");
+                             " needs 2^31 blocks or more: call it with fewer rows, or parameter sets and steps");
   if (bytes > 48 * 1024)
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
   kernel<<<unsigned(blocks), unsigned(threads), size_t(bytes), cudaStream_t(stream)>>>(p);

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
       if (j > own) {
         v_d += s[j] * w_j;
       } else {
-        const T of_w = of_steps[j].rho * of_steps[j].inv_n;
-        dw_d += s[j] * (widen(p.params.u_of(set, first + j).data[d * u.col]) + of_w * w_j);
+        const T u_j = widen(p.params.u_of(set, first + j).data[d * u.col]);
+        dw_d += s[j] * (u_j + rho_over_n(of_steps[j]) * w_j);
       }
     }
     v[d] = v_d, dw[d] = dw_d;
@@ -88,17 +88,11 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
   const auto adjoint = constrain_backward<Lane<T>>(constrained, q, gamma);  // (6)
   for (int d = thread; d < dim; d += kFinishThreads) {
     const T u_d = widen(u.data[d * u.col]), w_d = widen(w.data[d * w.col]);
-    S du_d, dw_d;
-    narrow(v[d] + adjoint.dalpha * w_d, du_d);
-    narrow(dw[d] + adjoint.of_v * v[d] + adjoint.dalpha * u_d + adjoint.of_w_n * (constrained.inv_n * w_d), dw_d);
-    store(p.to.du_of(set, step) + d, du_d);
-    store(p.to.dw_of(set, step) + d, dw_d);
+    const T through_u_hat = adjoint.of_v * v[d] + adjoint.dalpha * u_d + adjoint.of_w_n * (constrained.inv_n * w_d);
+    store(p.to.du_of(set, step) + d, narrow<S>(v[d] + adjoint.dalpha * w_d));
+    store(p.to.dw_of(set, step) + d, narrow<S>(dw[d] + through_u_hat));
   }
-  if (thread == 0) {
-    S db;
-    narrow(s[kChunk], db);
-    store(p.to.db_of(set, step), db);
-  }
+  if (thread == 0) store(p.to.db_of(set, step), narrow<S>(s[kChunk]));
 }
 
 }  // namespace

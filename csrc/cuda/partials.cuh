@@ -18,7 +18,7 @@ __host__ __device__ constexpr int64_t amortized_width(int64_t dim) { return 2 * 
 
 // Programs of a set for which there is memory, and that finish.cu still adds quickly.
 inline int64_t most_partials(const Problem& p) {
-  constexpr int64_t most_numbers = int64_t(1) << 23, most_programs = 256;
+  constexpr int64_t most_numbers = int64_t(1) << 24, most_programs = 256;
   const int64_t fit = most_numbers / (p.sets * p.steps * partial_width(p.dim));
   return fit < 1 ? 1 : fit < most_programs ? fit : most_programs;
 }
@@ -50,23 +50,32 @@ __device__ __forceinline__ void accumulate(T* to, T x, bool add) {
   store(to, add ? *to + x : x);
 }
 
-// The chunk's part of a row of S and of its transpose, db and gamma over the rows of a tile; one sum a thread.
-// `partial` is of the chunk's first step.
+// db and gamma of a chunk's steps over the rows of a tile; one sum a thread. `partial` is of the chunk's first step.
 template <class T>
-__device__ __forceinline__ void sum_scalars(const RowScalars<T>& x, int rows, int count, int64_t dim, T* partial,
-                                            bool add) {
-  for (int i = int(threadIdx.x); i < count * kTail; i += int(blockDim.x)) {
-    const int step = i / kTail, other = i % kTail;
-    if (other < kChunk && (other == step || other >= count)) continue;  // S has no diagonal
-    const T *of_h = x.h + (other < step ? other : step), *of_delta = x.delta + (other < step ? step : other);
-    if (other == kChunk) of_delta = x.delta + step;
-    if (other == kChunk + 1) of_delta = x.r_h_prime + step;
+__device__ __forceinline__ void sum_ends(const RowScalars<T>& x, int rows, int count, int64_t dim, T* partial,
+                                         bool add) {
+  for (int i = int(threadIdx.x); i < 2 * count; i += int(blockDim.x)) {
+    const int step = i / 2;
+    const T* y = (i % 2 == 0 ? x.delta : x.r_h_prime) + step;
     T sum = 0;
-    for (int row = 0; row < rows; ++row) {
-      const T y = of_delta[row * x.stride];
-      sum += other < kChunk ? of_h[row * x.stride] * y : y;
-    }
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row) sum += y[row * x.stride];
+    accumulate(partial + step * partial_width(dim) + 2 * dim + kChunk + i % 2, sum, add);
+  }
+}
+
+// The chunk's S with its transpose over the rows of a tile; one sum a thread.
+template <class T>
+__device__ __forceinline__ void sum_pairs(const RowScalars<T>& x, int rows, int count, int64_t dim, T* partial,
+                                          bool add) {
+  for (int i = int(threadIdx.x); i < count * count; i += int(blockDim.x)) {
+    const int step = i / count, other = i % count;
+    if (step >= other) continue;  // S has no diagonal
+    T sum = 0;
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row) sum += x.h[row * x.stride + step] * x.delta[row * x.stride + other];
     accumulate(partial + step * partial_width(dim) + 2 * dim + other, sum, add);
+    accumulate(partial + other * partial_width(dim) + 2 * dim + step, sum, add);
   }
 }
 

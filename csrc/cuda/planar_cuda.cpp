@@ -14,7 +14,7 @@ namespace vvae {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostNumbers = int64_t(1) << 31;  // K x D, which the kernels count in int
+constexpr int64_t kMostNumbers = int64_t(1) << 30;  // K x D, which the kernels count in int
 
 Dtype dtype(ScalarType type) {
   if (type == ScalarType::Double) return Dtype::float64;
@@ -72,7 +72,7 @@ Problem problem(const Tensor& z, int64_t sets, int64_t steps, bool constrained, 
   const Dtype type = dtype(z.scalar_type());
   const int64_t dim = z.size(1), most = most_dim(type);
   STD_TORCH_CHECK(dim >= 1 && dim <= most, "vvae_fast: z must have 1 to ", most, " columns on CUDA, got ", dim);
-  STD_TORCH_CHECK(steps * dim < kMostNumbers, "vvae_fast: u must have fewer than 2^31 elements K x D on CUDA, got ",
+  STD_TORCH_CHECK(steps * dim < kMostNumbers, "vvae_fast: u must have fewer than 2^30 elements K x D on CUDA, got ",
                   steps, " x ", dim);
   return {type, constrained, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
 }

@@ -52,7 +52,8 @@ struct Backward {
   void* workspace;  // workspace_bytes(p), aligned to 16 bytes
 };
 
-// How z is kept and multiplied. By itself the shape chooses; another form can be asked for to compare the two.
+// How z is kept and multiplied. The shape chooses, or a form is asked for to compare the two: problems that have it
+// then run it.
 enum class Form { automatic, direct, compact };
 void set_form(Form form);
 

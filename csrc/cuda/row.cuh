@@ -58,10 +58,28 @@ struct Rows {
   __device__ __forceinline__ Rows from(int64_t offset) const { return {data + offset, col, vector}; }
 };
 
-template <class S>
-struct alignas(4 * sizeof(S) < 16 ? 4 * sizeof(S) : 16) Four {
-  S at[4];
+// N neighbouring numbers as they lie in memory, read and written at once. Halves are kept in whole registers, so that
+// only who asks for one waits for the read.
+template <class S, int N>
+constexpr int kAlignment = N * sizeof(S) < 16 ? int(N * sizeof(S)) : 16;
+
+template <class S, int N, bool = sizeof(S) == 2>
+struct alignas(kAlignment<S, N>) Packed {
+  S at[N];
+  __device__ __forceinline__ S get(int i) const { return at[i]; }
+  __device__ __forceinline__ void set(int i, S x) { at[i] = x; }
 };
+template <class S, int N>
+struct alignas(kAlignment<S, N>) Packed<S, N, true> {
+  uint32_t word[N / 2];
+  __device__ __forceinline__ S get(int i) const { return {uint16_t(word[i / 2] >> 16 * (i % 2))}; }
+  __device__ __forceinline__ void set(int i, S x) { word[i / 2] |= uint32_t(x.bits) << 16 * (i % 2); }  // once
+};
+
+template <class S>
+using Four = Packed<S, 4>;
+template <class S>
+using Two = Packed<S, 2>;
 
 template <class S>
 bool aligned_to_four(const void* data) {
@@ -102,24 +120,40 @@ __device__ __forceinline__ int column(int v) {
   return 4 * (v * Layout::lanes + lane_of_row<Layout>());
 }
 
+// A row's numbers as they come from memory: who widens them waits for them.
+template <class S, class Layout>
+struct Raw {
+  Four<S> four[Layout::vectors];
+};
+
 template <class Layout, class S>
-__device__ __forceinline__ Row<compute_t<S>, Layout> load_row(const Rows<S>& from, int dim) {
-  Row<compute_t<S>, Layout> row;
+__device__ __forceinline__ Raw<S, Layout> read_raw(const Rows<S>& from, int dim) {
+  Raw<S, Layout> raw = {};
 #pragma unroll
   for (int v = 0; v < Layout::vectors; ++v) {
     const int first = column<Layout>(v);
-    Four<S> four = {};
     if (from.vector) {
-      if (first < dim) four = *reinterpret_cast<const Four<S>*>(from.data + first);
+      if (first < dim) raw.four[v] = *reinterpret_cast<const Four<S>*>(from.data + first);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (first + i < dim) four.at[i] = from.data[(first + i) * from.col];
+        if (first + i < dim) raw.four[v].set(i, from.data[(first + i) * from.col]);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) row.x[4 * v + i] = widen(four.at[i]);
   }
+  return raw;
+}
+
+template <class S, class Layout>
+__device__ __forceinline__ Row<compute_t<S>, Layout> widen(const Raw<S, Layout>& raw) {
+  Row<compute_t<S>, Layout> row;
+#pragma unroll
+  for (int i = 0; i < Layout::numbers; ++i) row.x[i] = widen(raw.four[i / 4].get(i % 4));
   return row;
+}
+
+template <class Layout, class S>
+__device__ __forceinline__ Row<compute_t<S>, Layout> load_row(const Rows<S>& from, int dim) {
+  return widen(read_raw<Layout>(from, dim));
 }
 
 // To contiguous columns at `to`; `vector` as in Rows.
@@ -128,15 +162,15 @@ __device__ __forceinline__ void store_row(S* to, const Row<compute_t<S>, Layout>
 #pragma unroll
   for (int v = 0; v < Layout::vectors; ++v) {
     const int first = column<Layout>(v);
-    Four<S> four;
+    Four<S> four = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) narrow(row.x[4 * v + i], four.at[i]);
+    for (int i = 0; i < 4; ++i) four.set(i, narrow<S>(row.x[4 * v + i]));
     if (vector) {
       if (first < dim) store(reinterpret_cast<Four<S>*>(to + first), four);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (first + i < dim) store(to + first + i, four.at[i]);
+        if (first + i < dim) store(to + first + i, four.get(i));
     }
   }
 }
@@ -149,7 +183,7 @@ __device__ __forceinline__ Row<T, Layout> read_row(const T* from) {
   for (int v = 0; v < Layout::vectors; ++v) {
     const Four<T> four = *reinterpret_cast<const Four<T>*>(from + column<Layout>(v));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) row.x[4 * v + i] = four.at[i];
+    for (int i = 0; i < 4; ++i) row.x[4 * v + i] = four.get(i);
   }
   return row;
 }
@@ -160,7 +194,7 @@ __device__ __forceinline__ void write_row(T* to, const Row<T, Layout>& row) {
   for (int v = 0; v < Layout::vectors; ++v) {
     Four<T> four;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.at[i] = row.x[4 * v + i];
+    for (int i = 0; i < 4; ++i) four.set(i, row.x[4 * v + i]);
     *reinterpret_cast<Four<T>*>(to + column<Layout>(v)) = four;
   }
 }

@@ -36,26 +36,44 @@ using compute_t = typename ComputeOf<S>::type;
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(bfloat16 x) { return __int_as_float(int(uint32_t(x.bits) << 16)); }
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 
-// The conversions that are instructions, to the nearest even.
+// To the nearest, ties to even.
+template <class S>
+__device__ __forceinline__ S narrow(compute_t<S> x) {
+  return x;
+}
+
+// The conversions that are instructions.
 #if defined(__CUDACC__)
 __device__ __forceinline__ float widen(float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-__device__ __forceinline__ void narrow(float x, float16& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
-__device__ __forceinline__ void narrow(float x, bfloat16& to) {
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+template <>
+__device__ __forceinline__ float16 narrow<float16>(float x) {
+  float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+template <>
+__device__ __forceinline__ bfloat16 narrow<bfloat16>(float x) {
+  bfloat16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
 }
 #else
 inline float widen(float16 x) { return float(reinterpret_cast<const _Float16&>(x.bits)); }
-inline void narrow(float x, float16& to) { reinterpret_cast<_Float16&>(to.bits) = _Float16(x); }
-inline void narrow(float x, bfloat16& to) {
+template <>
+inline float16 narrow<float16>(float x) {
+  float16 y;
+  reinterpret_cast<_Float16&>(y.bits) = _Float16(x);
+  return y;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {
   const auto bits = uint32_t(__float_as_int(x));
-  to.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  return {x != x ? uint16_t(0x7fff) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 #endif
 
@@ -106,7 +124,7 @@ struct Lane {
     constexpr Bits eighth = Bits(1) << (8 * sizeof(Bits) - 3);
     return ((as_bits(x) + eighth) ^ (2 * eighth)) & ~(2 * eighth - 1);
   }
-  PLANAR_FN bool any(Bits x) { return x != 0; }
+  PLANAR_FN bool any(Bits x) { return __any_sync(kAllLanes, x != 0); }  // of the warp: a branch that no lane takes alone
 };
 
 }  // namespace cuda

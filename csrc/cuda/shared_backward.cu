@@ -54,7 +54,7 @@ __device__ __forceinline__ void sum_rows(const Tile<T, Layout>& tile, int rows, 
     for (int row = 0; row < rows; ++row) {
       const Four<T> steps = *reinterpret_cast<const Four<T>*>(x + row * tile.scalars.stride);
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) sum[j] += steps.at[j] * y[row * Layout::columns];
+      for (int j = 0; j < at_once; ++j) sum[j] += steps.get(j) * y[row * Layout::columns];
     }
 #pragma unroll
     for (int j = 0; j < at_once; ++j)
@@ -120,22 +120,26 @@ __device__ __forceinline__ void step_back(State<S, Layout>& at, const Tile<T, La
   write_row(tile.g + at.group * columns, at.g);
   for (int i = lane; i < count; i += Layout::lanes) {
     const auto act = activate<Lane<T>>(at.a_of(first + i));
-    const T r = at.lambda / determinant<Lane<T>>(act, numbers[i].c, numbers[i].s);  // (11)
+    // (11); where the rows end the determinant may be 0.
+    const T r = at.inside ? at.lambda / determinant<Lane<T>>(act, numbers[i].c, numbers[i].s) : T(0);
     tile.scalars.h[start + i] = act.h;
     tile.scalars.r_h_prime[start + i] = r * act.h_prime;
     tile.slope[start + i] = act.h_prime;
     tile.bend[start + i] = r * numbers[i].c * h_second<Lane<T>>(act);
   }
   __syncwarp();
-  T e = dot(at.g, read_row<Layout>(u_hat + (count - 1) * columns));
+  auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
+  T e = dot(at.g, u_i);
   for (int i = count - 1; i >= 0; --i) {
-    const int before = i > 0 ? i - 1 : i;
-    const T of_g = dot(at.g, read_row<Layout>(u_hat + before * columns));
-    const T delta = e * tile.slope[start + i] + tile.bend[start + i];  // (12)
-    e = of_g + numbers[before].next * delta;                           // (27)
-    at.g = add(at.g, delta, read_row<Layout>(w + i * columns));        // (13)
-    at.z = add(at.z, -tile.scalars.h[start + i], read_row<Layout>(u_hat + i * columns));
-    if (lane == 0) tile.scalars.delta[start + i] = delta;
+    const int before = i > 0 ? i - 1 : i, own = start + i;
+    const auto u_before = read_row<Layout>(u_hat + before * columns), w_i = read_row<Layout>(w + i * columns);
+    const T part = part_of_dot(at.g, u_before);
+    const T delta = e * tile.slope[own] + tile.bend[own];  // (12)
+    at.g = add(at.g, delta, w_i);                          // (13)
+    at.z = add(at.z, -tile.scalars.h[own], u_i);
+    if (lane == 0) tile.scalars.delta[own] = delta;
+    e = sum_lanes<Layout>(part) + numbers[before].next * delta;  // (27)
+    u_i = u_before;
   }
   write_row(tile.z + at.group * columns, at.z);
 }
@@ -181,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
       T* partial = partial_of(p.partials, program, p.sets, set, steps, first, dim);
       const bool add = first_row != first_block_row;
       sum_rows(tile, block_rows, count, dim, partial, add);
-      sum_scalars(tile.scalars, block_rows, count, dim, partial, add);
+      sum_pairs(tile.scalars, block_rows, count, dim, partial, add);
+      sum_ends(tile.scalars, block_rows, count, dim, partial, add);
       __syncthreads();
     }
     if (at.inside) store_row<Layout>(p.dz + row * dim, at.g, dim, dim % 4 == 0);

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
     const bool working = group < p.split.block_rows;  // the same in all of a warp
     const bool inside = working && first_row + group < p.split.rows_per_set;
     const int64_t row = set + p.sets * (first_row + group);
+    const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
     Row<T, Layout> z = {};  // [columns]
     if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
     auto log_det = no_steps<Lane<T>>();
@@ -42,15 +43,23 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
       }
       if (!working) continue;
       T a = dot(z, read_row<Layout>(staged.w)) + staged.numbers[0].b;
+      int64_t a_at = first * p.rows + row;
+      // What the next step needs of the block's memory is on its way while this one is computed.
+      auto q = staged.numbers[0];
+      auto w_after = read_row<Layout>(staged.w + (count > 1 ? 1 : 0) * Layout::columns);
       for (int k = 0; k < count; ++k) {
-        const int after = k + 1 < count ? k + 1 : k;
-        const auto q = staged.numbers[k];
-        const T of_z = dot(z, read_row<Layout>(staged.w + after * Layout::columns)) + staged.numbers[after].b;
+        const int after = k + 1 < count ? k + 1 : k, second = k + 2 < count ? k + 2 : after;
+        const auto u_hat = read_row<Layout>(staged.u_hat + k * Layout::columns);
+        const T part = part_of_dot(z, w_after);
         const auto act = activate<Lane<T>>(a);
-        if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + (first + k) * p.rows + row, a);
-        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s);
-        z = add(z, act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
-        a = of_z + q.next * act.h;  // (27)
+        if (saves) store(p.a + a_at, a);
+        a_at += p.rows;
+        const auto now = q;
+        q = staged.numbers[after];
+        w_after = read_row<Layout>(staged.w + second * Layout::columns);
+        z = add(z, act.h, u_hat);
+        a = (sum_lanes<Layout>(part) + q.b) + now.next * act.h;  // (27)
+        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s);
       }
     }
     if (!inside) continue;

@@ -8,7 +8,8 @@ namespace vvae {
 namespace cuda {
 
 constexpr int kThreads = 128;  // of a block of the direct kernels
-constexpr int64_t kStagedBytes = 64 * 1024;  // of a block's memory for steps: an SM of every target holds one such block
+// Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
+constexpr int64_t kStagedBytes = 48 * 1024;
 
 // u, w [sets, K, D] and b [sets, K].
 template <class S>
@@ -26,9 +27,7 @@ struct ParamsView {
 
   __device__ __forceinline__ Rows<S> u_of(int64_t set, int64_t k) const { return u.from(set * u_set + k * u_step); }
   __device__ __forceinline__ Rows<S> w_of(int64_t set, int64_t k) const { return w.from(set * w_set + k * w_step); }
-  __device__ __forceinline__ compute_t<S> b_of(int64_t set, int64_t k) const {
-    return widen(b[set * b_set + k * b_step]);
-  }
+  __device__ __forceinline__ const S* b_of(int64_t set, int64_t k) const { return b + set * b_set + k * b_step; }
 };
 
 // The arguments of every forward and of every backward, as their kernels take them by value.
@@ -81,17 +80,21 @@ struct GradientsView {
   __device__ __forceinline__ S* db_of(int64_t set, int64_t k) const { return db + set * db_set + k * db_step; }
 };
 
-// One step of one set, as its rows' threads hold it.
-template <class T, class Layout>
-struct Step {
-  Row<T, Layout> u, w;
-  T b;
+// One step of one set, as it comes from memory: who widens it waits for it.
+template <class S, class Layout>
+struct RawStep {
+  Raw<S, Layout> u, w;
+  S b;
 };
 
 template <class Layout, class S>
-__device__ __forceinline__ Step<compute_t<S>, Layout> load_step(const ParamsView<S>& p, int64_t set, int64_t k) {
-  return {load_row<Layout>(p.u_of(set, k), p.dim), load_row<Layout>(p.w_of(set, k), p.dim), p.b_of(set, k)};
+__device__ __forceinline__ RawStep<S, Layout> read_step(const ParamsView<S>& p, int64_t set, int64_t k) {
+  return {read_raw<Layout>(p.u_of(set, k), p.dim), read_raw<Layout>(p.w_of(set, k), p.dim), *p.b_of(set, k)};
 }
+
+// Whether the registers hold a step on its way beside the one that is computed.
+template <class T, class Layout>
+constexpr bool kReadsAhead = Layout::numbers * sizeof(T) <= 64;
 
 template <class T>
 struct Numbers {  // of one step
@@ -124,16 +127,22 @@ __device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int f
   constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
   const bool writes = lane_of_row<Layout>() == 0;
+  const auto read = [&](int start) {
+    return read_step<Layout>(p, set, first + (start + group < count ? start + group : count - 1));
+  };
+  auto next = read(0);
   for (int start = 0; start < count; start += groups) {
-    const bool inside = start + group < count;
-    const int i = inside ? start + group : count - 1;
-    const auto u = load_row<Layout>(p.u_of(set, first + i), p.dim);
-    const auto w = load_row<Layout>(p.w_of(set, first + i), p.dim);
+    const int i = start + group;
+    const auto step = next;
+    if (kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
+    const auto u = widen(step.u), w = widen(step.w);
     const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constrained);
-    if (!inside) continue;
-    write_row(to.w + i * columns, w);
-    write_row(to.u_hat + i * columns, add(u, q.rho * q.inv_n, w));
-    if (writes) to.numbers[i] = {p.b_of(set, first + i), q.c, q.s, T(0)};
+    if (i < count) {
+      write_row(to.w + i * columns, w);
+      write_row(to.u_hat + i * columns, add(u, rho_over_n(q), w));
+      if (writes) to.numbers[i] = {widen(step.b), q.c, q.s, T(0)};
+    }
+    if (!kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
   }
   __syncthreads();
   for (int start = 0; start + 1 < count; start += groups) {

@@ -25,19 +25,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-struct float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
-
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline double __longlong_as_double(long long x) { return __builtin_bit_cast(double, x); }
@@ -54,7 +41,7 @@ struct Index {
 enum Blocks : int64_t { kForward, kReverse };  // any other number is the seed of a random order
 inline int64_t order_of_blocks = kForward;     // and of the lanes
 
-constexpr int64_t kMostSharedBytes = 163 * 1024;  // of sm_80, the smallest that the kernels are made for
+constexpr int64_t kMostSharedBytes = 99 * 1024;  // of sm_86 and sm_89, the smallest that the kernels are made for
 
 inline char* shared_bytes = nullptr;
 inline char* shared_memory() { return shared_bytes; }
@@ -116,6 +103,13 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   const T mine[1] = {value};
   return vvae::cuda::host::warp_publish(mine)[lane % 32][0];
+}
+inline bool __any_sync(unsigned, bool value) {
+  const bool mine[1] = {value};
+  const auto all = vvae::cuda::host::warp_publish(mine);
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (all[lane][0]) return true;
+  return false;
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
