@@ -60,7 +60,12 @@ def nvcc(argument: str) -> str:
     from torch.utils import cpp_extension
 
     command = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), argument]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    except OSError as error:
+        raise NoCuda(
+            f"nvcc does not run ({error})", "repair the CUDA toolkit or set CUDA_HOME to another one"
+        ) from error
 
 
 def find_toolkit() -> str:
@@ -95,12 +100,30 @@ def architectures() -> str:
     import torch
 
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if named and (gpus or named != "native"):
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if named and named != "native":
+        check_architectures(named)
         return named
     known = nvcc("--list-gpu-arch").split()
-    here = {f"{major}.{minor}" for major, minor in gpus if f"compute_{major}{minor}" in known}
+    here = {f"{major}.{minor}" for major, minor in gpus if major >= 8 and f"compute_{major}{minor}" in known}
     return ";".join([ARCHITECTURES, *sorted(here - set(re.findall(r"[\d.]+", ARCHITECTURES)))])
+
+
+def check_architectures(named: str) -> None:
+    """Ends the build where TORCH_CUDA_ARCH_LIST has what torch does not understand, or GPUs without tensor cores for
+    float32."""
+    from torch.utils import cpp_extension
+
+    os.environ["TORCH_CUDA_ARCH_LIST"] = named
+    try:
+        understood = bool(cpp_extension._get_cuda_arch_flags())
+    except ValueError:
+        understood = False
+    if not understood or any(int(major) < 8 for major in re.findall(r"(\d+)\.\d", named)):
+        sys.exit(
+            "vvae_fast: TORCH_CUDA_ARCH_LIST must name compute capabilities from 8.0 on, such as '8.0;9.0+PTX', got "
+            f"{named!r}. Change it, unset it, or set NO_CUDA=1 to leave the CUDA kernels out"
+        )
 
 
 def cuda_extension(shared: dict[str, list]) -> tuple[list[Extension], str]:
@@ -112,13 +135,13 @@ def cuda_extension(shared: dict[str, list]) -> tuple[list[Extension], str]:
     if is_set("NO_CUDA"):
         return [], "not built: NO_CUDA was set"
     try:
-        version = find_toolkit()
+        version, chosen = find_toolkit(), architectures()
     except NoCuda as error:
         reason, remedy = error.args
         if is_set("FORCE_CUDA"):
             sys.exit(f"vvae_fast: FORCE_CUDA was set, but {reason}. Remedy: {remedy}, or unset FORCE_CUDA")
         return [], f"not built: {reason}"
-    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen = architectures()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
     print(f"vvae_fast: CUDA kernels with nvcc {version} for {chosen} (NO_CUDA=1 leaves them out)", file=sys.stderr)
     facts = [("VVAE_FAST_NVCC", f'"{version}"'), ("VVAE_FAST_CUDA_ARCHITECTURES", f'"{chosen}"')]
     extension = CUDAExtension(

@@ -207,12 +207,13 @@ def _flat(p: Problem) -> Problem:
 
 
 def _encode(case: Case) -> bytes:
+    amortized = case.problem.u.dim() > 2
     p = _flat(case.problem)
     (rows, dim), (sets, steps, _) = p.z.shape, p.u.shape
     assert rows % sets == 0
-    head = (DTYPES[p.z.dtype], case.constraint == "softplus", rows, sets, dim, steps, FORMS[case.form])
+    head = (DTYPES[p.z.dtype], case.constraint == "softplus", amortized, rows, sets, dim, steps, FORMS[case.form])
     p = p._replace(grad_log_det=p.grad_log_det.to(compute_dtype(p.z.dtype)))
-    numbers = struct.pack("<10q", *head, case.order, case.save, case.packed)
+    numbers = struct.pack("<11q", *head, case.order, case.save, case.packed)
     return numbers + b"".join(map(_input, p))
 
 

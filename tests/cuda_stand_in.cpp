@@ -2,6 +2,8 @@
 // CPU: simple sums that read every input by its strides and write every output. tests/test_cuda_operators.py has them
 // too.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
@@ -13,23 +15,6 @@ namespace {
 
 int guards = 0;
 int the_stream;
-
-struct BFloat16 {
-  uint16_t bits;
-  BFloat16() = default;
-  BFloat16(double x) {  // exact for the small numbers of the tests
-    const float f = float(x);
-    uint32_t all;
-    std::memcpy(&all, &f, 4);
-    bits = uint16_t(all >> 16);
-  }
-  operator double() const {
-    const uint32_t all = uint32_t(bits) << 16;
-    float f;
-    std::memcpy(&f, &all, 4);
-    return f;
-  }
-};
 
 }  // namespace
 
@@ -58,8 +43,8 @@ template <class F>
 void with_type(Dtype dtype, const F& f) {
   if (dtype == Dtype::float32) f(float(), float());
   if (dtype == Dtype::float64) f(double(), double());
-  if (dtype == Dtype::bfloat16) f(BFloat16(), float());
-  if (dtype == Dtype::float16) f(_Float16(), float());
+  if (dtype == Dtype::bfloat16) f(torch::headeronly::BFloat16(), float());
+  if (dtype == Dtype::float16) f(torch::headeronly::Half(), float());
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 """Choice of backend: one asked for by name works or raises with the reasons; nothing falls back silently."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -201,6 +202,41 @@ def test_cuda_is_refused_with_the_reason_where_it_cannot_run():
     reason = ops.cuda_load_error or "PyTorch sees no GPU here"
     assert f"'reasons': [{reason!r}]" in done.stdout
     assert f"RuntimeError: the backend 'cuda' was asked for and cannot run: {reason}" in done.stderr
+
+
+def test_old_gpus_are_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(ops, "cuda_load_error", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpus = [(7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+    backends._newest_capability.cache_clear()
+    assert backends._cuda_unavailable() == ["the CUDA kernels need a GPU of compute capability 8.0, got 7.5"]
+    backends._newest_capability.cache_clear()
+    gpus.append((8, 6))
+    assert backends._cuda_unavailable() == []
+    backends._newest_capability.cache_clear()
+
+
+@pytest.mark.parametrize("module", ["raise OSError('libcudart is gone')", "# an older one, without most_dim"])
+def test_cuda_kernels_that_do_not_load_are_a_reason_and_no_error(monkeypatch, tmp_path, module):
+    class Finder:
+        @staticmethod
+        def find_spec(name, *rest):
+            return importlib.util.spec_from_file_location(name, path) if name.endswith("._C_cuda") else None
+
+    path = tmp_path / "module.py"
+    path.write_text(module)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "build_facts", lambda: {"cuda_build": "built"})
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "vvae_fast._C_cuda", raising=False)
+    monkeypatch.delattr(vvae_fast, "_C_cuda", raising=False)
+    loaded, reason = ops._load_cuda()
+    sys.modules.pop("vvae_fast._C_cuda", None)
+    assert loaded is None
+    assert reason.startswith("the extension vvae_fast._C_cuda did not load (")
+    assert reason.endswith("build it again with `pip install .`")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")

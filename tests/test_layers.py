@@ -142,7 +142,7 @@ def test_files_stay_short(pattern):
 def test_equations_cited_by_the_code_exist():
     tags = {int(n) for n in re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs" / "math.md").read_text())}
     cited = set()
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.h")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
         for citation in re.findall(r"docs/math\.md ((?:\(\d+\)(?:, | and | to )?)+)", path.read_text()):
             cited |= {int(n) for n in re.findall(r"\d+", citation)}
     assert cited

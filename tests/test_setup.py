@@ -143,19 +143,33 @@ def test_a_toolkit_that_does_not_serve(run, cuda_torch, tmp_path, monkeypatch, v
         ([], None, "8.0;9.0+PTX"),
         ([], "", "8.0;9.0+PTX"),
         ([], "native", "8.0;9.0+PTX"),
-        ([], "7.5 8.6+PTX", "7.5 8.6+PTX"),
+        ([], "8.0 8.6+PTX", "8.0 8.6+PTX"),
+        ([], " ", "8.0;9.0+PTX"),
         ([(9, 0), (9, 0)], None, "8.0;9.0+PTX"),
-        ([(8, 9), (7, 5), (8, 9)], None, "8.0;9.0+PTX;7.5;8.9"),
+        ([(8, 9), (7, 5), (8, 9)], None, "8.0;9.0+PTX;8.9"),  # 7.5 lacks the instructions,
         ([(12, 0)], None, "8.0;9.0+PTX"),  # unknown to this nvcc: the PTX serves it
-        ([(8, 9)], "native", "native"),
+        ([(8, 9)], "native", "8.0;9.0+PTX;8.9"),
     ],
 )
 def test_architectures(run, cuda_torch, gpus, variable, wanted):
     cuda_torch[1].extend(gpus)
     _, cuda = run(**({} if variable is None else {"TORCH_CUDA_ARCH_LIST": variable}))["ext_modules"]
     assert fact(cuda, "VVAE_FAST_CUDA_ARCHITECTURES") == os.environ["TORCH_CUDA_ARCH_LIST"] == wanted
-    if wanted != "native":
-        assert cpp_extension._get_cuda_arch_flags()  # torch understands it
+    assert cpp_extension._get_cuda_arch_flags()  # torch understands it
+
+
+@pytest.mark.parametrize("variable", ["garbage", "90", "sm_90", "8.0,9.0", "8.0;;9.0", "7.0", "8.0;7.5+PTX"])
+def test_architectures_that_cannot_be(run, cuda_torch, variable):
+    message = ends_with(run, TORCH_CUDA_ARCH_LIST=variable)
+    assert "TORCH_CUDA_ARCH_LIST must name compute capabilities from 8.0 on, such as '8.0;9.0+PTX', got " in message
+    assert repr(variable) in message
+
+
+def test_a_compiler_that_does_not_run(run, cuda_torch):
+    (cuda_torch[0] / "bin" / "nvcc").chmod(0o644)
+    (extension,) = run()["ext_modules"]
+    assert "not built: nvcc does not run (" in fact(extension, "VVAE_FAST_CUDA_BUILD")
+    assert "repair the CUDA toolkit" in ends_with(run, FORCE_CUDA="1")
 
 
 def test_a_source_archive_needs_no_torch(run, monkeypatch, cuda_torch):

@@ -14,6 +14,7 @@ from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
 AUTO = "auto"
+LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
 environment_name = config.backend()  # where neither backend= nor use_backend names one
 
 
@@ -41,8 +42,19 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
 def _cuda_unavailable() -> list[str]:
     if ops.cuda_load_error:
         return [ops.cuda_load_error]
-    sees_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
-    return [] if sees_gpu else ["PyTorch sees no GPU here"]
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return ["PyTorch sees no GPU here"]
+    # torch.compile cannot trace the question
+    if torch.compiler.is_compiling() or _newest_capability() >= LEAST_CAPABILITY:
+        return []
+    wanted, got = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, _newest_capability()))
+    return [f"the CUDA kernels need a GPU of compute capability {wanted}, got {got}"]
+
+
+@functools.cache
+def _newest_capability() -> tuple[int, int]:
+    """Of the GPUs that PyTorch sees."""
+    return max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
 
 
 def _cuda_unsupported(problem: Problem) -> list[str]:

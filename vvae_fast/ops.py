@@ -42,7 +42,9 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
         return None, f"the extension vvae_fast._C_cuda was {built} (FORCE_CUDA=1 pip install . says what to do)"
     try:
         import vvae_fast._C_cuda as _C_cuda
-    except ImportError as error:
+
+        _C_cuda.most_dim("float32")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one that an older build left, too
         return None, f"the extension vvae_fast._C_cuda did not load ({error}): build it again with `pip install .`"
     return _C_cuda, None
 
@@ -126,7 +128,7 @@ def cuda_build_facts() -> dict[str, object]:
 def set_cuda_form(name: str) -> None:
     """Makes the CUDA kernels take the form "direct" or "compact", or the one that the shape chooses, "automatic"."""
     if _C_cuda is None:
-        raise RuntimeError(cuda_load_error)
+        raise RuntimeError(f"the CUDA kernels are not there to take the form {name!r}: {cuda_load_error}")
     _C_cuda.set_form(name)
 
 

@@ -11,7 +11,7 @@ std::atomic<Form> asked_form{Form::automatic};
 
 constexpr int64_t kFewSamples = 16;  // of a set: from here on its gradients are sums of products, below it they are added
 
-bool shares(const Problem& p) { return p.sets == 1 || p.rows / p.sets >= kFewSamples; }
+bool shares(const Problem& p) { return !p.amortized || p.rows / p.sets >= kFewSamples; }
 
 // The compact form's products are on tensor cores, for numbers that are computed in float32. By dtype, D and K alone: a
 // row's bits do not depend on how many rows there are. Not measured on a GPU: below this the direct form's latency is

@@ -35,7 +35,8 @@ struct CheckKind {
   explicit CheckKind(const Tensor& z) : device(z.get_device_index()) {}
   void operator()(const Tensor& t, const char* name, ScalarType type) const {
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "vvae_fast: ", name,
-                    " must be on a CUDA device, the same as z");
+                    " must be on a CUDA device, the same as z; a tensor with device index ", t.get_device_index(),
+                    t.is_cuda() ? " of CUDA" : " of another kind", " was given");
     STD_TORCH_CHECK(t.scalar_type() == type, "vvae_fast: ", name, " must be ", torch::headeronly::toString(type),
                     ", got ", torch::headeronly::toString(t.scalar_type()));
   }
@@ -67,20 +68,20 @@ Params params(const Tensor& t, bool amortized, bool is_b) {
   return {t.const_data_ptr(), amortized ? t.stride(0) : 0, t.stride(step), is_b ? 0 : t.stride(step + 1)};
 }
 
-Problem problem(const Tensor& z, int64_t sets, int64_t steps, bool constrained, const Params& u, const Params& w,
-                const Params& b) {
+Problem problem(const Tensor& z, bool amortized, int64_t sets, int64_t steps, bool constrained, const Params& u,
+                const Params& w, const Params& b) {
   const Dtype type = dtype(z.scalar_type());
   const int64_t dim = z.size(1), most = most_dim(type);
   STD_TORCH_CHECK(dim >= 1 && dim <= most, "vvae_fast: z must have 1 to ", most, " columns on CUDA, got ", dim);
   STD_TORCH_CHECK(steps * dim < kMostNumbers, "vvae_fast: u must have fewer than 2^30 elements K x D on CUDA, got ",
                   steps, " x ", dim);
-  return {type, constrained, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
+  return {type, constrained, amortized, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
 }
 
 Problem problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, bool constrained) {
   const bool amortized = u.dim() == 3;
-  return problem(z, amortized ? u.size(0) : 1, u.size(u.dim() - 2), constrained, params(u, amortized, false),
-                 params(w, amortized, false), params(b, amortized, true));
+  return problem(z, amortized, amortized ? u.size(0) : 1, u.size(u.dim() - 2), constrained,
+                 params(u, amortized, false), params(w, amortized, false), params(b, amortized, true));
 }
 
 bool launches(const Problem& p) { return p.rows > 0 && p.steps > 0; }
@@ -155,8 +156,8 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   const auto part = [&](int64_t start, int64_t step, int64_t c) {
     return Params{from + start * col * bytes, set, step * col, c};
   };
-  const Problem p = problem(z, sets, steps, constrained, part(0, dim, col), part(steps * dim, dim, col),
-                            part(2 * steps * dim, 1, 0));
+  const Problem p = problem(z, true, sets, steps, constrained, part(0, dim, col),
+                            part(steps * dim, dim, col), part(2 * steps * dim, 1, 0));
   Tensor dpacked = new_empty(z, {sets, width});
   char* to = static_cast<char*>(dpacked.mutable_data_ptr());
   Tensor dz = backward(p, grad_z, grad_log_det, z, a, {to, width, dim}, {to + steps * dim * bytes, width, dim},

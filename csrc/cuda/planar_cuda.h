@@ -1,6 +1,6 @@
 // What the CUDA backend's operators ask of its kernels. No torch and no CUDA headers: a stream is a pointer here.
 //
-// Strides are in elements. Row r of z uses parameter set r mod sets; one set is shared by all rows.
+// Strides are in elements. Row r of z uses parameter set r mod sets.
 #pragma once
 
 #include <stdint.h>
@@ -28,6 +28,7 @@ struct Gradients {  // du, dw [sets, K, D], db [sets, K]; columns are contiguous
 struct Problem {
   Dtype dtype;  // of z, u, w, b, their gradients and z_K
   bool constrained;
+  bool amortized;  // parameters have sets, be it one, and are not shared by all rows whatever their number
   int64_t rows, sets;
   int dim, steps;
   Matrix z;

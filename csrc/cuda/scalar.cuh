@@ -63,12 +63,21 @@ __device__ __forceinline__ bfloat16 narrow<bfloat16>(float x) {
   return y;
 }
 #else
-inline float widen(float16 x) { return float(reinterpret_cast<const _Float16&>(x.bits)); }
+inline float widen(float16 x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                    : exponent ? ::ldexp(1024.f + mantissa, exponent - 25) : ::ldexp(float(mantissa), -24);
+  return x.bits >> 15 ? -size : size;
+}
 template <>
 inline float16 narrow<float16>(float x) {
-  float16 y;
-  reinterpret_cast<_Float16&>(y.bits) = _Float16(x);
-  return y;
+  const uint16_t sign = uint16_t(uint32_t(__float_as_int(x)) >> 31 << 15);
+  const float size = ::fabs(x);
+  if (size != size) return {uint16_t(sign | 0x7e00)};
+  if (size >= 65520) return {uint16_t(sign | 0x7c00)};
+  const int exponent = size < 0x1p-14f ? -14 : ::ilogb(size);
+  const int mantissa = int(::nearbyint(::ldexp(size, 10 - exponent)));  // with the leading 1 of a normal number
+  return {uint16_t(sign | (((exponent + 14) << 10) + mantissa))};
 }
 template <>
 inline bfloat16 narrow<bfloat16>(float x) {

@@ -85,7 +85,7 @@ Bytes watched(const char* name, int64_t elements, int64_t size, bool output = tr
 void run_problem(Reader& from, Writer& to) {
   Problem p = {};
   p.dtype = Dtype(from.number());
-  p.constrained = from.number() != 0;
+  p.constrained = from.number() != 0, p.amortized = from.number() != 0;
   p.rows = from.number(), p.sets = from.number();
   p.dim = int(from.number()), p.steps = int(from.number());
   set_form(Form(from.number()));

@@ -53,10 +53,10 @@ def _info(arguments: argparse.Namespace) -> None:
     info = vvae_fast.info()
     available = info.pop("backends")
     for key, value in info.items():
-        print(f"{key + ':':12}{_one_line(value)}")
+        print(f"{key + ':':16}{_one_line(value)}")
     print("backends:")
     for name, backend in available.items():
-        print(f"  {name + ':':12}{'available' if backend['available'] else '; '.join(backend['reasons'])}")
+        print(f"  {name + ':':14}{'available' if backend['available'] else '; '.join(backend['reasons'])}")
     _check_backend()
 
 
