@@ -14,6 +14,7 @@ ORDER = [
     "_version",
     "config",
     "shapes",
+    "activations",
     "reference",
     "ops",
     "kernels.launch",
@@ -115,7 +116,8 @@ def test_an_extension_has_one_loader(extension):
 
 
 def test_the_oracle_imports_torch_alone():
-    assert imports(FILES["reference"]) == {"+torch", "+typing"}
+    assert imports(FILES["activations"]) == {"+torch", "+typing"}
+    assert imports(FILES["reference"]) == {"+torch", "+typing", "activations"}
 
 
 def test_one_reader_of_the_environment():
