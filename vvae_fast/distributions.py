@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from vvae_fast import shapes
+from vvae_fast.autograd import needs_plain_torch
 from vvae_fast.functional import planar_flow, planar_flow_inverse
 
 
@@ -17,7 +18,7 @@ class _Call(NamedTuple):
 
     log_det: Tensor  # [*batch]
     tensors: tuple[Tensor, ...]  # held, so that another tensor cannot pass for one of them
-    versions: tuple[tuple[int, int], ...]
+    versions: tuple[tuple[int, int, bool], ...]
     with_grad: bool
 
 
@@ -46,8 +47,15 @@ class CachedPlanar(Transform):
 
     @property
     def bijective(self) -> bool:
-        """Whether an inverse is guaranteed: every constraint but "none" makes every step invertible."""
-        return self.options.get("constraint") != "none"
+        """Whether an inverse is guaranteed: not by the constraint "none", nor by leaky_relu with a slope above 1."""
+        return self._why_not_bijective() is None
+
+    def _why_not_bijective(self) -> ValueError | None:
+        try:
+            shapes.check_invertible(*(self.options[name] for name in ("activation", "constraint", "slope")))
+        except ValueError as error:
+            return error
+        return None
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [*batch, D] for x, whose batch dimensions are broadcast with those of the parameters."""
@@ -60,10 +68,10 @@ class CachedPlanar(Transform):
     def _inv_call(self, y: Tensor) -> Tensor:
         if self._cached(y=y) is not None:
             return self._cached_x_y[0]
-        if not self.bijective:
+        if why := self._why_not_bijective():
             raise NotImplementedError(
-                'constraint must not be "none" to invert a point that this transform did not just give: with '
-                "cache_size=1 the last sample is known, unless it was drawn without gradients, or anything has changed"
+                f"{why}. With cache_size=1 the last sample is known without an inverse, until anything changes; for "
+                "gradients of its log_prob draw it with rsample"
             )
         x, log_det = planar_flow_inverse(*_broadcast(y, *self._params()), **self.options)
         self._remember(x, y, -log_det)
@@ -115,8 +123,10 @@ class CachedPlanar(Transform):
 
     def _watched(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, ...] | None:
         """What must not change; None where a change would leave no trace."""
+        if x is None or y is None or torch.compiler.is_compiling() or needs_plain_torch():
+            return None
         sources = self._sources()
-        if x is None or y is None or sources is None or any(t.is_inference() for t in (x, y, *sources)):
+        if sources is None or any(t.is_inference() for t in (x, y, *sources)):
             return None
         return x, y, *sources
 
@@ -183,9 +193,8 @@ class PlanarTransform(CachedPlanar):
 
 
 def flow_options(activation: str, slope: float = 0.2, constraint: str = "softplus") -> dict[str, object]:
-    """`planar_flow`'s arguments by name; the slope only where the activation has one."""
-    options = {"activation": activation, "constraint": constraint}
-    return {**options, "slope": slope} if activation == "leaky_relu" else options
+    """`planar_flow`'s arguments by name."""
+    return {"activation": activation, "slope": slope, "constraint": constraint}
 
 
 def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) -> None:
@@ -209,9 +218,9 @@ def _broadcast(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tens
     return x.expand(*batch, x.shape[-1]), *expanded
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:
     """Every write in place raises a version, and module.to() moves the memory."""
-    return tuple((t._version, t.data_ptr()) for t in tensors)
+    return tuple((t._version, t.data_ptr(), t.requires_grad) for t in tensors)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
