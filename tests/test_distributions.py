@@ -246,7 +246,7 @@ def test_without_a_constraint_only_samples_are_known():
     distribution = TransformedDistribution(normal(), transform)
     samples = distribution.sample((3,))
     assert distribution.log_prob(samples).isfinite().all()
-    with pytest.raises(NotImplementedError, match='constraint must be .* to invert, got "none"'):
+    with pytest.raises(NotImplementedError, match=r'constraint must be .* to invert, got "none"'):
         distribution.log_prob(samples.clone())
 
 
