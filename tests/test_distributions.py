@@ -12,7 +12,9 @@ from torch.distributions import (
     AffineTransform,
     ComposeTransform,
     Independent,
+    IndependentTransform,
     Normal,
+    StackTransform,
     TransformedDistribution,
     constraints,
 )
@@ -121,6 +123,12 @@ def test_composes(cache_size):
     wanted = flow.log_abs_det_jacobian(x, flow(x)) + DIM * math.log(2)
     torch.testing.assert_close(both.log_abs_det_jacobian(x, y), wanted)
     assert both.bijective
+    independent = IndependentTransform(flow, 1)
+    assert independent.log_abs_det_jacobian(x, independent(x)).shape == ()
+    torch.testing.assert_close(independent.inv(independent(x).clone()), x)
+    stacked = StackTransform([flow, transform_of(seed=1)], dim=0)
+    assert stacked.inv(stacked(points(2, 6))).shape == (2, 6, DIM)
+    torch.testing.assert_close((flow._call(x), flow._inverse(flow._call(x))), (flow(x), x))
     inverse = TransformedDistribution(normal(), [flow.inv])
     torch.testing.assert_close(inverse.log_prob(x), normal().log_prob(flow(x)) + flow.log_abs_det_jacobian(x, flow(x)))
 

@@ -208,7 +208,7 @@ def test_same_loss_curve_ten_times_faster():
     ("error", "message", "call"),
     [
         (ValueError, r"shape must have at least one dimension, got \(\)", lambda: Planar(())),
-        (TypeError, r"shape's sizes must be an int, got float", lambda: Planar((2.0,))),
+        (TypeError, r"shape's sizes must be an int, got float", lambda: Planar(2.0)),
         (ValueError, r"act must be one of .*got 'relu'", lambda: Planar(2, "relu")),
         (ValueError, r"u must have shape \(1, 2\), got \(2,\)", lambda: Planar(2, u=torch.zeros(2))),
         (ValueError, r"num_steps must be at least 1, got 0", lambda: PlanarStack(2, 0)),

@@ -95,6 +95,18 @@ def test_in_their_transformed_distribution(cache_size):
     assert single.log_prob(single.sample((3,))).shape == (3,)
 
 
+def test_in_their_compose_transform_module():
+    """Their container of modules registers the parameters, and finds its parts equal only to themselves."""
+    stack, layer = PlanarStack(DIM, 3), Planar(DIM)
+    composed = dist.transforms.ComposeTransformModule([stack, layer])
+    assert len(list(composed.parameters())) == 6
+    x = torch.randn(4, DIM)
+    torch.testing.assert_close(composed.inv(composed(x).detach()), x, rtol=1e-4, atol=1e-4)
+    pyro.clear_param_store()
+    pyro.module("flow", composed)
+    assert set(pyro.get_param_store()) == {f"flow$$${k}.{name}" for k in (0, 1) for name in ("bias", "u", "w")}
+
+
 def test_with_cache_shares_the_parameters():
     stack = PlanarStack(DIM, 3)
     uncached = stack.with_cache(0)

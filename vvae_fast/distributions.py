@@ -61,26 +61,38 @@ class CachedPlanar(Transform):
         """y [*batch, D] for x, whose batch dimensions are broadcast with those of the parameters."""
         if self._cached(x=x) is not None:
             return self._cached_x_y[1]
-        y, log_det = planar_flow(*_broadcast(x, *self._params()), **self.options)
+        y, log_det = self._flow(x)
         self._remember(x, y, log_det)
         return y
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._flow(x)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
         if self._cached(y=y) is not None:
             return self._cached_x_y[0]
+        x, log_det = self._flow_inverse(y)
+        self._remember(x, y, -log_det)
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._flow_inverse(y)[0]
+
+    def _flow(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return planar_flow(*_broadcast(x, *self._params()), **self.options)
+
+    def _flow_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if why := self._why_not_bijective():
             raise NotImplementedError(
                 f"{why}. With cache_size=1 the last sample is known without an inverse, until anything changes; for "
                 "gradients of its log_prob draw it with rsample"
             )
-        x, log_det = planar_flow_inverse(*_broadcast(y, *self._params()), **self.options)
-        self._remember(x, y, -log_det)
-        return x
+        return planar_flow_inverse(*_broadcast(y, *self._params()), **self.options)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| [*batch] in nats, computed from x unless (x, y) is the pair of the last call."""
         call = self._cached(x=x, y=y)
-        return planar_flow(*_broadcast(x, *self._params()), **self.options)[1] if call is None else call.log_det
+        return self._flow(x)[1] if call is None else call.log_det
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape [*batch, D] of y for that of x."""
@@ -203,8 +215,7 @@ def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) ->
         raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
     if u.dim() < 2:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D], got {tuple(u.shape)}")
-    with torch.no_grad():
-        planar_flow(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, **options)  # no rows: checks alone
+    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, **options)
 
 
 def _broadcast(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

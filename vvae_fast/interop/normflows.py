@@ -31,7 +31,7 @@ class PlanarStack(_runs.Stack):
     def __init__(self, shape: int | Sequence[int], num_steps: int, act: str = "tanh") -> None:
         super().__init__()
         shapes.check_size("num_steps", num_steps, 1)
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
         if not self.shape:
             raise ValueError("shape must have at least one dimension, got (): pass (1,) for scalars")
         for size in self.shape:
