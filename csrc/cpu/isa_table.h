@@ -13,12 +13,14 @@ constexpr Kernels<T> kernels() {
           prepare_scratch<T>,
           prepare<T>,
           shared_forward_scratch<T>,
-          shared_forward<T>,
+          shared_forward<T, false>,
+          shared_forward<T, true>,
           shared_backward_scratch<T>,
           shared_backward<T>,
           finish<T>,
           amortized_forward_scratch<T>,
-          amortized_forward<T>,
+          amortized_forward<T, false>,
+          amortized_forward<T, true>,
           amortized_backward_scratch<T>,
           amortized_backward<T>};
 }

@@ -70,7 +70,8 @@ template <class T>
 struct Forward : Problem<T> {
   Matrix<T> z_K;  // [rows][dim], columns contiguous
   Column<T> log_det;
-  Matrix<T> a;  // [steps][rows], data null where nothing is saved
+  Matrix<T> a;   // [steps][rows], data null where nothing is saved
+  bool inverse;  // z is what the flow gives, z_K becomes what it started from, and log_det the inverse map's
 };
 
 template <class T>
@@ -126,11 +127,13 @@ struct Kernels {
   void (*prepare)(const Problem<T>&, const Prepared<T>&, T* scratch);
   int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
   void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  void (*shared_inverse)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
   int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
   void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
   void (*finish)(const Backward<T>&, const Prepared<T>&, T* partials, int64_t slices, T* scratch);
   int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
+  void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
   int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
 };

@@ -95,25 +95,33 @@ Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
           leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
 }
 
-template <class T>
-void forward_as(const Tensor& z, const Parameters& q, bool constrained, Tensor& z_K, Tensor& log_det, Tensor* a) {
-  const int64_t rows = z.size(0);
-  run(Forward<T>{problem<T>(z, q, constrained),
-                 rows_of<T>(z_K),
-                 {log_det.mutable_data_ptr<T>(), 1},
-                 {a ? a->mutable_data_ptr<T>() : nullptr, rows, 1}},
-      q.amortized, *chosen_isa().load());
-}
-
-std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
-                                                  bool constrained, bool save) {
+std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Tensor& u, const Tensor& w,
+                                                      const Tensor& b, bool constrained, bool save, bool inverse) {
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0);
   Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det = new_empty(z, {rows});
   Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
-  with_type(z, [&](auto zero) { forward_as<decltype(zero)>(z, q, constrained, z_K, log_det, save ? &a : nullptr); });
+  with_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    run(Forward<T>{problem<T>(z, q, constrained),
+                   rows_of<T>(z_K),
+                   {log_det.mutable_data_ptr<T>(), 1},
+                   {save ? a.mutable_data_ptr<T>() : nullptr, rows, 1},
+                   inverse},
+        q.amortized, *chosen_isa().load());
+  });
   return {z_K, log_det, a};
+}
+
+std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
+                                                  bool constrained, bool save) {
+  return forward_or_inverse(z, u, w, b, constrained, save, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> planar_inverse(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
+                                                  bool save) {
+  return forward_or_inverse(z, u, w, b, true, save, true);
 }
 
 // du, dw and db where they are written, contiguous or behind one another in the rows of one tensor.
@@ -207,6 +215,7 @@ void set_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
   m.impl("planar_forward", TORCH_BOX(&vvae::planar_forward));
+  m.impl("planar_inverse", TORCH_BOX(&vvae::planar_inverse));
   m.impl("planar_backward", TORCH_BOX(&vvae::planar_backward));
   m.impl("planar_backward_packed", TORCH_BOX(&vvae::planar_backward_packed));
 }
