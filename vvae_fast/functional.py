@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vvae_fast import autograd, backends, ops, reference, shapes
+from vvae_fast import autograd, backends, ops, shapes
 
 
 def planar_flow(
@@ -75,14 +75,14 @@ def planar_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
-    Arguments and errors are those of `planar_flow`; constraint="none" guarantees no inverse and is refused. Only the
-    reference backend has an inverse.
+    Arguments and errors are those of `planar_flow`; constraint="none" guarantees no inverse and is refused. Only
+    the backends cpp and reference have an inverse.
     """
     problem = shapes.check(z, u, w, b, activation, constraint)
     if constraint == "none":
         raise ValueError('constraint must be "softplus" to invert, got "none": w . u <= -1 has no inverse')
-    backends.select(problem._replace(inverse=True), backend)
-    z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b))
+    chosen = _choose(problem._replace(inverse=True), backend)
+    z_0, log_det = autograd.planar_flow_inverse(*_to_compute_dtype(problem, z, u, w, b), chosen)
     return z_0.to(z.dtype), log_det
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "planar_amortized.h"
+#include "planar_inverse.h"
 #include "planar_shared.h"
 
 namespace vvae {
@@ -22,7 +23,11 @@ constexpr Kernels<T> kernels() {
           amortized_forward<T, false>,
           amortized_forward<T, true>,
           amortized_backward_scratch<T>,
-          amortized_backward<T>};
+          amortized_backward<T>,
+          shared_inverse_adjoint_scratch<T>,
+          shared_inverse_adjoint<T>,
+          amortized_inverse_adjoint_scratch<T>,
+          amortized_inverse_adjoint<T>};
 }
 
 }  // namespace PLANAR_NAMESPACE

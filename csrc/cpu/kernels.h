@@ -83,6 +83,15 @@ struct Backward : Problem<T> {
   Params<T> du, dw, db;  // columns contiguous
 };
 
+template <class T>
+struct InverseAdjoint : Problem<T> {
+  Matrix<const T> grad_z;
+  Column<const T> grad_log_det;
+  Matrix<const T> a;        // [steps][rows]
+  Matrix<T> dz, minus_dz;   // [rows][dim], columns contiguous
+  Column<T> minus_log_det;  // -grad_log_det, contiguous
+};
+
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
 template <class T>
 struct Prepared {
@@ -136,6 +145,10 @@ struct Kernels {
   void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
   int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
+  int64_t (*shared_inverse_adjoint_scratch)(int64_t dim);
+  void (*shared_inverse_adjoint)(const InverseAdjoint<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  int64_t (*amortized_inverse_adjoint_scratch)(int64_t dim);
+  void (*amortized_inverse_adjoint)(const InverseAdjoint<T>&, int64_t block, T* scratch);
 };
 
 struct Isa {
