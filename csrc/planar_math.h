@@ -2,7 +2,8 @@
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
 // primitives splat, select, abs, copy_sign, exp_both, log, quotient (by a number in [1, 2]), product_error, outside and
-// any and the constants tiny and saturated on it. No torch, no memory; one branch on data, rarely taken.
+// any, the constants tiny and saturated on it and Float, its format (exponential.h). No torch, no memory; few branches on
+// data, none of them for one lane alone.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -156,6 +157,43 @@ PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c
                  L::select(ordinary, next[i].low, L::splat(0))};
     }
   for (int i = 0; i < N; ++i) sum[i] = next[i];
+}
+
+// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (29), bisection where
+// one leaves the bracket. A variable that has its root stays, whatever the others still need. rhs and x may be one array.
+template <class L, int N>
+PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s) {
+  using V = typename L::V;
+  const V inv_s = 1 / s;
+  V r[N], sign[N], low[N], high[N];
+  decltype(c < s) open[N];
+  for (int i = 0; i < N; ++i) {  // the root has the sign of rhs: from here on both are positive
+    sign[i] = rhs[i], r[i] = L::abs(rhs[i]);
+    const auto linear = r[i] * inv_s, flat = r[i] - c;
+    x[i] = L::select((flat > linear) ^ (c < 0), flat, linear);  // (30)
+    low[i] = L::select(c < 0, r[i], x[i]), high[i] = L::select(c < 0, x[i], r[i]);
+    open[i] = r[i] >= 0;
+  }
+  for (int iteration = 0; iteration < L::Float::root_steps; ++iteration) {
+    auto some = L::outside(L::splat(1));  // none yet
+    for (int i = 0; i < N; ++i) {
+      const auto act = activate<L>(x[i]);
+      const auto det = determinant<L>(act, c, s);
+      const auto residual = (x[i] - act.h) + s * act.h - r[i];
+      low[i] = L::select(residual <= 0, x[i], low[i]), high[i] = L::select(residual >= 0, x[i], high[i]);
+      const auto halley = x[i] - residual * det / (det * det - residual * (c * h_second<L>(act)) / 2);
+      const auto inside = (halley >= low[i]) & (halley <= high[i]);
+      const auto next = L::select(inside, halley, (low[i] + high[i]) / 2);
+      const auto step = L::select(inside, L::abs(next - x[i]), high[i] - low[i]);
+      const auto moves = open[i] & (L::abs(residual) > x[i] * L::Float::root_noise);
+      const auto scale = L::select(x[i] < 1, x[i], L::splat(1));
+      x[i] = L::select(moves, next, x[i]);
+      open[i] = moves & (step > scale * L::Float::root_step);
+      some = some | open[i];
+    }
+    if (!L::any(some)) break;
+  }
+  for (int i = 0; i < N; ++i) x[i] = L::copy_sign(x[i], sign[i]);
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -81,6 +81,38 @@ def packed_planar_flow(
     return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint, backend)
 
 
+class PlanarInverseFunction(torch.autograd.Function):
+    """planar_inverse and planar_inverse_backward on z [*batch, D], saving z, z_0 and the roots a [K, rows]."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        z_0, log_det, a = _run_inverse(z, u, w, b, save=True)
+        ctx.save_for_backward(z, u, w, b, z_0, a)
+        ctx.set_materialize_grads(False)
+        return z_0, log_det
+
+    @staticmethod
+    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_z is None and grad_log_det is None:
+            return None, None, None, None
+        z, u, w, b, z_0, a = ctx.saved_tensors
+        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
+        if torch.is_grad_enabled():
+            return _reference_inverse_backward(grad_z, grad_log_det, z, u, w, b)
+        dim = z.shape[-1]
+        dz, du, dw, db = ops.planar_inverse_backward(
+            grad_z.reshape(-1, dim), grad_log_det.reshape(-1), z_0.reshape(-1, dim), *_flat_params(u, w, b), a
+        )
+        return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape)
+
+
+def planar_flow_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """z_0 [*batch, D] and log_det [*batch] of arguments that share one dtype, which the cpp backend takes."""
+    if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
+        return PlanarInverseFunction.apply(z, u, w, b)
+    return _run_inverse(z, u, w, b, save=False)[:2]
+
+
 def needs_plain_torch() -> bool:
     """Inside torch.func transforms and forward-mode AD only plain torch operations are transformed."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -102,6 +134,17 @@ def _reference_backward(
     return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, constraint))
 
 
+def _reference_inverse_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    """The derivatives of the reference's inverse, differentiable once more."""
+    # Aliases: where one argument was computed from another, its gradient must not run on into that one.
+    inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, u, w, b)]
+    z_0, log_det = reference.planar_inverse(*inputs)
+    weighted = (z_0 * grad_z).sum() + (log_det * grad_log_det).sum()
+    return torch.autograd.grad(weighted, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+
+
 def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[K, D], [K, D], [K] as they are, or [P, K, D], [P, K, D], [P, K]: views wherever the strides allow one."""
     if u.dim() <= 3:
@@ -119,6 +162,11 @@ def _run_forward(
         rows, *_flat_params(u, w, b), constraint == "softplus", save
     )
     return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
+
+
+def _run_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    z_0, log_det, a = ops.planar_inverse(z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), save)
+    return _unsafe_view(z_0, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(

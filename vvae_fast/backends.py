@@ -31,12 +31,10 @@ def _cpp_unavailable() -> list[str]:
 
 
 def _cpp_unsupported(problem: Problem) -> list[str]:
-    reasons = []
+    reasons = beyond_kernels(problem, "cpp")
     if problem.device_type != "cpu":
         reasons.append(f"the cpp backend runs on cpu tensors, got {problem.device_type}")
-    if problem.inverse:
-        reasons.append("the cpp backend has no inverse, the reference has")
-    return reasons + beyond_kernels(problem, "cpp")
+    return reasons
 
 
 def _cuda_unavailable() -> list[str]:
@@ -161,8 +159,7 @@ def info() -> dict[str, object]:
 
 
 def _warn_of_the_reference(problem: Problem) -> None:
-    kernels_run = not problem.inverse and not beyond_kernels(problem, "cpp")
-    if ops.load_error and kernels_run and not torch.compiler.is_compiling():
+    if ops.load_error and not beyond_kernels(problem, "cpp") and not torch.compiler.is_compiling():
         _warn_once()
 
 

@@ -98,12 +98,17 @@ def planar_flow_inverse(
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
     Arguments and errors are those of `planar_flow`. What guarantees no inverse is refused with a ValueError:
-    constraint="none", and leaky_relu with a slope above 1. Only the reference backend has an inverse.
+    constraint="none", and leaky_relu with a slope above 1. The backends cpp, for tanh with "softplus", and reference
+    have an inverse.
     """
     problem = shapes.check(z, u, w, b, activation, constraint, slope)
     shapes.check_invertible(activation, constraint, slope)
-    backends.select(problem._replace(inverse=True), backend)
-    z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b), constraint, activation, slope)
+    chosen = _choose(problem._replace(inverse=True), backend)
+    inputs = _to_compute_dtype(problem, z, u, w, b)
+    if chosen == "reference":
+        z_0, log_det = reference.planar_inverse(*inputs, constraint, activation, slope)
+    else:
+        z_0, log_det = autograd.planar_flow_inverse(*inputs)
     return z_0.to(z.dtype), log_det
 
 

@@ -3,14 +3,17 @@
     planar_forward(z, u, w, b, constrained, save) -> (z_K, log_det, a)
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained) -> (dz, du, dw, db)
     planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained) -> (dz, dpacked)
+    planar_inverse(z, u, w, b, save) -> (z_0, log_det, a)
+    planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The operators of the other backends are named triton_planar_forward, cuda_planar_forward
-and so on.
+have the dtype of computation. The inverse is the constrained flow's, its a the same pre-activations. The operators of
+the other backends are named triton_planar_forward, cuda_planar_forward and so on; they have no inverse.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -96,17 +99,40 @@ def _planar_backward_packed(
     return z.new_empty(z.shape), packed.new_empty(packed.shape)
 
 
-def _define(prefix: str) -> Operators:
-    """Schemas and fakes of the operators whose names start with `prefix`."""
+def _planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _planar_forward(z, u, w, b, True, save)
+
+
+def _planar_inverse_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z_0: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _planar_backward(grad_z, grad_log_det, z_0, u, w, b, a, True)
+
+
+def _define(name: str, schema: str, fake: Callable) -> OpOverload:
+    torch.library.define(f"vvae_fast::{name}", schema)
+    torch.library.register_fake(f"vvae_fast::{name}", fake)
+    return getattr(torch.ops.vvae_fast, name).default
+
+
+def _define_flow(prefix: str) -> Operators:
+    """The operators whose names start with `prefix`."""
     fakes = (_planar_forward, _planar_backward, _planar_backward_packed)
-    for (name, schema), fake in zip(_SCHEMAS.items(), fakes, strict=True):
-        torch.library.define(f"vvae_fast::{prefix}{name}", schema)
-        torch.library.register_fake(f"vvae_fast::{prefix}{name}", fake)
-    return Operators(*(getattr(torch.ops.vvae_fast, prefix + name).default for name in _SCHEMAS))
+    named = zip(_SCHEMAS.items(), fakes, strict=True)
+    return Operators(*(_define(prefix + name, schema, fake) for (name, schema), fake in named))
 
 
-OPERATORS = {"cpp": _define(""), "triton": _define("triton_"), "cuda": _define("cuda_")}
+OPERATORS = {"cpp": _define_flow(""), "triton": _define_flow("triton_"), "cuda": _define_flow("cuda_")}
 planar_forward, planar_backward, planar_backward_packed = OPERATORS["cpp"]
+planar_inverse = _define(
+    "planar_inverse", "(Tensor z, Tensor u, Tensor w, Tensor b, bool save) -> (Tensor, Tensor, Tensor)", _planar_inverse
+)
+planar_inverse_backward = _define(
+    "planar_inverse_backward",
+    "(Tensor grad_z, Tensor grad_log_det, Tensor z_0, Tensor u, Tensor w, Tensor b, Tensor a)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _planar_inverse_backward,
+)
 
 
 def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

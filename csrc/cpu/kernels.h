@@ -70,7 +70,8 @@ template <class T>
 struct Forward : Problem<T> {
   Matrix<T> z_K;  // [rows][dim], columns contiguous
   Column<T> log_det;
-  Matrix<T> a;  // [steps][rows], data null where nothing is saved
+  Matrix<T> a;   // [steps][rows], data null where nothing is saved
+  bool inverse;  // z is what the flow gives, z_K becomes what it started from, and log_det the inverse map's
 };
 
 template <class T>
@@ -80,6 +81,15 @@ struct Backward : Problem<T> {
   Matrix<const T> a;     // [steps][rows]
   Matrix<T> dz;          // [rows][dim], columns contiguous
   Params<T> du, dw, db;  // columns contiguous
+};
+
+template <class T>
+struct InverseAdjoint : Problem<T> {
+  Matrix<const T> grad_z;
+  Column<const T> grad_log_det;
+  Matrix<const T> a;        // [steps][rows]
+  Matrix<T> dz, minus_dz;   // [rows][dim], columns contiguous
+  Column<T> minus_log_det;  // -grad_log_det, contiguous
 };
 
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
@@ -126,13 +136,19 @@ struct Kernels {
   void (*prepare)(const Problem<T>&, const Prepared<T>&, T* scratch);
   int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
   void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  void (*shared_inverse)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
   int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
   void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
   void (*finish)(const Backward<T>&, const Prepared<T>&, T* partials, int64_t slices, T* scratch);
   int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
+  void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
   int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
   void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
+  int64_t (*shared_inverse_adjoint_scratch)(int64_t dim);
+  void (*shared_inverse_adjoint)(const InverseAdjoint<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  int64_t (*amortized_inverse_adjoint_scratch)(int64_t dim);
+  void (*amortized_inverse_adjoint)(const InverseAdjoint<T>&, int64_t block, T* scratch);
 };
 
 struct Isa {

@@ -79,7 +79,8 @@ Problem<T> of_set(const Problem<T>& p, int64_t set) {
 template <class T>
 Forward<T> of_set(const Forward<T>& p, int64_t set) {
   const Problem<T>& problem = p;
-  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets), every_lane(p.a, set, p.sets)};
+  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets), every_lane(p.a, set, p.sets),
+          p.inverse};
 }
 
 template <class T>
@@ -88,6 +89,14 @@ Backward<T> of_set(const Backward<T>& p, int64_t set) {
   return {of_set(problem, set),       every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
           every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     p.du.of_set(set),
           p.dw.of_set(set),           p.db.of_set(set)};
+}
+
+template <class T>
+InverseAdjoint<T> of_set(const InverseAdjoint<T>& p, int64_t set) {
+  const Problem<T>& problem = p;
+  return {of_set(problem, set),         every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
+          every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     every(p.minus_dz, set, p.sets),
+          every(p.minus_log_det, set, p.sets)};
 }
 
 template <class T>
@@ -101,8 +110,9 @@ template <class T>
 void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
+  const auto tile_pass = p.inverse ? kernels.shared_inverse : kernels.shared_forward;
   for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
-           [&](int64_t tile) { kernels.shared_forward(p, prepared, tile, arena<T>(kTileScratch, size)); });
+           [&](int64_t tile) { tile_pass(p, prepared, tile, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
@@ -123,10 +133,19 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
 }
 
 template <class T>
+void run_shared(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
+  const Prepared<T> prepared = prepare(p, kernels);
+  const int64_t size = kernels.shared_inverse_adjoint_scratch(p.dim);
+  for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
+           [&](int64_t tile) { kernels.shared_inverse_adjoint(p, prepared, tile, arena<T>(kTileScratch, size)); });
+}
+
+template <class T>
 void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_forward_scratch(p.steps, p.dim);
+  const auto block_pass = p.inverse ? kernels.amortized_inverse : kernels.amortized_forward;
   for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_forward(p, block, arena<T>(kTileScratch, size)); });
+           [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
@@ -136,7 +155,14 @@ void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
            [&](int64_t block) { kernels.amortized_backward(p, block, arena<T>(kTileScratch, size)); });
 }
 
-// Forward or Backward: the direct recursion where every row, or few rows, have a set of their own, the compact form
+template <class T>
+void run_direct(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
+  const int64_t size = kernels.amortized_inverse_adjoint_scratch(p.dim);
+  for_each(ceil_div(p.rows, kernels.lanes), 6 * kernels.lanes * p.steps * p.dim,
+           [&](int64_t block) { kernels.amortized_inverse_adjoint(p, block, arena<T>(kTileScratch, size)); });
+}
+
+// Any of the passes: the direct recursion where every row, or few rows, have a set of their own, the compact form
 // where many share one, side by side over the sets unless each set alone can keep threads busy.
 template <class Pass>
 void run(const Pass& p, bool amortized, const Isa& isa) {

@@ -111,12 +111,11 @@ struct Update {
   }
 };
 
-// z over step k for every row; then, where there is a step k + 1, its w . z, a row a lane.
+// z over step k for every row; then w . z of the step `next`, a row a lane.
 template <class T, int N>
-PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& block, T* z, int64_t k,
+PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& block, T* z, int64_t k, int64_t next,
                                      const Update<T>& by) {
   using S = Simd<T>;
-  const int64_t next = k + 1 < p.steps ? k + 1 : k;
   typename S::V dots[S::width];
   const int64_t u_k = k * p.u.step, w_k = k * p.w.step, w_next_k = next * p.w.step;
   const int count = block.count;
@@ -136,14 +135,14 @@ PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& blo
   return sum_lanes<T>(dots);
 }
 
-// w . z of the first step.
+// w . z of step k.
 template <class T, int N>
-PLANAR_FN typename Simd<T>::V first_dot(const Block<T, N>& block, const T* z) {
+PLANAR_FN typename Simd<T>::V first_dot(const Problem<T>& p, const Block<T, N>& block, const T* z, int64_t k) {
   using S = Simd<T>;
   typename S::V dots[S::width] = {};
   for (int i = 0; i < block.count; ++i)
     for (int64_t v = 0; v < block.length(); ++v)
-      dots[i] += load_row(block.w[i], v, block) * S::load(z + i * block.padded() + v * S::width);
+      dots[i] += load_row(block.w[i] + k * p.w.step, v, block) * S::load(z + i * block.padded() + v * S::width);
   return sum_lanes<T>(dots);
 }
 
@@ -152,7 +151,8 @@ int64_t amortized_forward_scratch(int64_t steps, int64_t dim) {
   return Simd<T>::width * (round_up(dim, Simd<T>::width) + steps);
 }
 
-template <class T, int N>
+// The flow or, from its last step to its first, its inverse, which leaves the roots a of (17).
+template <class T, int N, bool inverse>
 PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* scratch) {
   using S = Simd<T>;
   const Block<T, N> block(p, first, count);
@@ -164,20 +164,25 @@ PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* sc
   load_rows(z, p.z, block);
   auto log_det = no_steps<S>();
   if (p.steps) {
-    auto w_z = first_dot(block, z);
-    auto q = constrain_step(p, block, 0);
-    for (int64_t k = 0; k < p.steps; ++k) {
-      const auto a = w_z + S::load(b + k * S::width);
+    const int64_t last = inverse ? 0 : p.steps - 1, onward = inverse ? -1 : 1;
+    int64_t k = p.steps - 1 - last;
+    auto w_z = first_dot(p, block, z, k);
+    auto q = constrain_step(p, block, k);
+    for (int64_t i = 0; i < p.steps; ++i, k += onward) {
+      const int64_t next = k == last ? k : k + onward;
+      auto a = w_z + S::load(b + k * S::width);
+      if constexpr (inverse) solve<S, 1>(&a, &a, q.c, q.s);
       if (p.a.data) S::store_first(p.a.data + k * p.a.row + first, a, count);
       const auto act = activate<S>(a);
       add_step<S, 1>(&log_det, &act, q.c, q.s);
-      const Update<T> by(act.h, q);
-      if (k + 1 < p.steps) q = constrain_step(p, block, k + 1);
-      w_z = update(p, block, z, k, by);
+      const Update<T> by(inverse ? -act.h : act.h, q);
+      if (next != k) q = constrain_step(p, block, next);
+      w_z = update(p, block, z, k, next, by);
     }
   }
   store_rows(p.z_K, z, block);
-  S::store_first(p.log_det.data + first, value<S>(log_det), count);
+  const auto sum = value<S>(log_det);
+  S::store_first(p.log_det.data + first, inverse ? -sum : sum, count);
 }
 
 template <int N>
@@ -197,12 +202,12 @@ PLANAR_FN void with_length(int64_t dim, const Run& run) {
   }
 }
 
-template <class T>
+template <class T, bool inverse>
 void amortized_forward(const Forward<T>& p, int64_t number, T* scratch) {
   const int64_t first = number * Simd<T>::width;
   const int count = p.rows - first < Simd<T>::width ? int(p.rows - first) : Simd<T>::width;
   with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
-    forward_rows<T, n.value>(p, first, count, scratch);
+    forward_rows<T, n.value, inverse>(p, first, count, scratch);
   });
 }
 
@@ -295,12 +300,13 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
   for (int i = 0; i < count; ++i) lambda[i] = p.grad_log_det.data[(block.first + i) * p.grad_log_det.stride];
   for (int64_t k = 0; k < p.steps; ++k) {
     steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block))};
-    if (k) update(p, block, z, k - 1, Update<T>(steps[k - 1].act.h, steps[k - 1].q));
+    if (k) update(p, block, z, k - 1, k, Update<T>(steps[k - 1].act.h, steps[k - 1].q));
   }
-  if (p.steps) update(p, block, z, p.steps - 1, Update<T>(steps[p.steps - 1].act.h, steps[p.steps - 1].q));
+  const int64_t last = p.steps - 1;
+  if (p.steps) update(p, block, z, last, last, Update<T>(steps[last].act.h, steps[last].q));
   Adjoint<T> x = {};
-  if (p.steps) dot_gradient(p, block, g, p.steps - 1, x);
-  for (int64_t k = p.steps - 1; k >= 0; --k) {
+  if (p.steps) dot_gradient(p, block, g, last, x);
+  for (int64_t k = last; k >= 0; --k) {
     const auto& [q, act] = steps[k];
     const auto g_u = sum_lanes<T>(x.g_u), g_w = sum_lanes<T>(x.g_w);
     const auto r = lambda / determinant<S>(act, q.c, q.s);

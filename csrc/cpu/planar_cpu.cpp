@@ -95,25 +95,33 @@ Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
           leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
 }
 
-template <class T>
-void forward_as(const Tensor& z, const Parameters& q, bool constrained, Tensor& z_K, Tensor& log_det, Tensor* a) {
-  const int64_t rows = z.size(0);
-  run(Forward<T>{problem<T>(z, q, constrained),
-                 rows_of<T>(z_K),
-                 {log_det.mutable_data_ptr<T>(), 1},
-                 {a ? a->mutable_data_ptr<T>() : nullptr, rows, 1}},
-      q.amortized, *chosen_isa().load());
-}
-
-std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
-                                                  bool constrained, bool save) {
+std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Tensor& u, const Tensor& w,
+                                                      const Tensor& b, bool constrained, bool save, bool inverse) {
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0);
   Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det = new_empty(z, {rows});
   Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
-  with_type(z, [&](auto zero) { forward_as<decltype(zero)>(z, q, constrained, z_K, log_det, save ? &a : nullptr); });
+  with_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    run(Forward<T>{problem<T>(z, q, constrained),
+                   rows_of<T>(z_K),
+                   {log_det.mutable_data_ptr<T>(), 1},
+                   {save ? a.mutable_data_ptr<T>() : nullptr, rows, 1},
+                   inverse},
+        q.amortized, *chosen_isa().load());
+  });
   return {z_K, log_det, a};
+}
+
+std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
+                                                  bool constrained, bool save) {
+  return forward_or_inverse(z, u, w, b, constrained, save, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> planar_inverse(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
+                                                  bool save) {
+  return forward_or_inverse(z, u, w, b, true, save, true);
 }
 
 // du, dw and db where they are written, contiguous or behind one another in the rows of one tensor.
@@ -142,14 +150,11 @@ Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64
   return rows ? gradient : torch::stable::zero_(gradient);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
-                                                           const Tensor& z, const Tensor& u, const Tensor& w,
-                                                           const Tensor& b, const Tensor& a, bool constrained) {
-  check_arguments(z, u, w, b);
-  const Parameters q(u, w, b);
+// dz [R, D], which may lie where grad_z does, and the parameters' gradients as tensors of their own.
+std::tuple<Tensor, Tensor, Tensor> backward_into(Tensor& dz, const Tensor& grad_z, const Tensor& grad_log_det,
+                                                 const Tensor& z, const Parameters& q, const Tensor& a,
+                                                 bool constrained) {
   const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
-  check_saved(grad_z, grad_log_det, z, steps, a, z.scalar_type(), check_kind);
-  Tensor dz = new_empty(z, {rows, dim});
   const bool sets = q.amortized;
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor dw = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
@@ -159,6 +164,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
     const auto to = [&](Tensor& t, int64_t step) { return Params<T>{t.mutable_data_ptr<T>(), steps * step, step, 1}; };
     backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz, {to(du, dim), to(dw, dim), to(db, 1)});
   });
+  return {du, dw, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
+                                                           const Tensor& z, const Tensor& u, const Tensor& w,
+                                                           const Tensor& b, const Tensor& a, bool constrained) {
+  check_arguments(z, u, w, b);
+  const Parameters q(u, w, b);
+  check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
+  Tensor dz = new_empty(z, {z.size(0), z.size(1)});
+  const auto [du, dw, db] = backward_into(dz, grad_z, grad_log_det, z, q, a, constrained);
+  return {dz, du, dw, db};
+}
+
+// From the inverse's z = z_0 and a: dz = dL/dz_K by (31), the others by (32).
+std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
+                                                                   const Tensor& z, const Tensor& u, const Tensor& w,
+                                                                   const Tensor& b, const Tensor& a) {
+  check_arguments(z, u, w, b);
+  const Parameters q(u, w, b);
+  const int64_t rows = z.size(0), dim = z.size(1);
+  check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
+  Tensor dz = new_empty(z, {rows, dim}), minus_dz = new_empty(z, {rows, dim}), minus_log_det = new_empty(z, {rows});
+  with_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    run(InverseAdjoint<T>{problem<T>(z, q, true),
+                          matrix<T>(grad_z),
+                          {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
+                          {a.const_data_ptr<T>(), rows, 1},
+                          rows_of<T>(dz),
+                          rows_of<T>(minus_dz),
+                          {minus_log_det.mutable_data_ptr<T>(), 1}},
+        q.amortized, *chosen_isa().load());
+  });
+  const auto [du, dw, db] = backward_into(minus_dz, minus_dz, minus_log_det, z, q, a, true);
   return {dz, du, dw, db};
 }
 
@@ -207,6 +247,8 @@ void set_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
   m.impl("planar_forward", TORCH_BOX(&vvae::planar_forward));
+  m.impl("planar_inverse", TORCH_BOX(&vvae::planar_inverse));
   m.impl("planar_backward", TORCH_BOX(&vvae::planar_backward));
+  m.impl("planar_inverse_backward", TORCH_BOX(&vvae::planar_inverse_backward));
   m.impl("planar_backward_packed", TORCH_BOX(&vvae::planar_backward_packed));
 }

@@ -69,35 +69,40 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 
-// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26).
-template <class T>
+// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse takes the last step first
+// and leaves -h and the roots a of (17), docs/math.md section 5.
+template <class T, bool inverse>
 PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps) {
   using S = Simd<T>;
   for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
     LogDet<S> sum[kRegisters];
     for (int v = 0; v < kRegisters; ++v) sum[v] = no_steps<S>();
-    for (int64_t k = 0; k < steps; ++k) {
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t k = inverse ? steps - 1 - i : i, first = inverse ? k + 1 : 0, end = inverse ? steps : k;
+      const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
       typename S::V acc[kRegisters];
       for (int v = 0; v < kRegisters; ++v) acc[v] = S::load(a + k * kTile + lane + v * S::width);
-      for (int64_t j = 0; j < k; ++j)
+      for (int64_t j = first; j < end; ++j)
         for (int v = 0; v < kRegisters; ++v)
           acc[v] += q.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
+      if constexpr (inverse) solve<S, kRegisters>(acc, acc, c, s);
       Activated<S> act[kRegisters];
       for (int v = 0; v < kRegisters; ++v) {
         act[v] = activate<S>(acc[v]);
         S::store(a + k * kTile + lane + v * S::width, acc[v]);
-        S::store(h + k * kTile + lane + v * S::width, act[v].h);
+        S::store(h + k * kTile + lane + v * S::width, inverse ? -act[v].h : act[v].h);
       }
-      add_step<S, kRegisters>(sum, act, S::splat(q.c[start + k]), S::splat(q.s[start + k]));
+      add_step<S, kRegisters>(sum, act, c, s);
     }
     for (int v = 0; v < kRegisters; ++v) {
       T* to = log_det + lane + v * S::width;
-      S::store(to, S::load(to) + value<S>(sum[v]));
+      S::store(to, inverse ? S::load(to) - value<S>(sum[v]) : S::load(to) + value<S>(sum[v]));
     }
   }
 }
 
-template <class T>
+// The flow or, from its last chunk to its first, its inverse.
+template <class T, bool inverse>
 void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   T* z = scratch;              // [dim][kTile]
@@ -107,11 +112,13 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
   load_tile(z, p.z.from(row), n, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   fill(log_det, T(0), kTile);
-  for (int64_t start = 0; start < p.steps; start += q.chunk) {
+  const int64_t chunks = ceil_div(p.steps, q.chunk);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t start = (inverse ? chunks - 1 - i : i) * q.chunk;
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
     for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, q.b[start + k], kTile);
     product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
-    scan(a, h, log_det, q, start, steps);
+    scan<T, inverse>(a, h, log_det, q, start, steps);
     product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a.data)
       for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n, p.stream);
