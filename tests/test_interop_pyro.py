@@ -231,9 +231,13 @@ def test_conditional_in_their_distribution():
     torch.testing.assert_close(flow.log_prob(samples.clone()), value, rtol=1e-3, atol=1e-3)
     flow.log_prob(torch.randn(6, DIM)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+    samples = flow.rsample((6,))
+    value = flow.log_prob(samples)
     with torch.no_grad():
         net.net.layers[0].weight.add_(1.0)
-    assert not torch.allclose(flow.log_prob(samples), value)
+    fresh = conditional.condition(context).log_prob(samples)
+    assert not torch.allclose(fresh, value)
+    torch.testing.assert_close(flow.log_prob(samples), fresh)
 
 
 def test_conditional_of_a_plain_function():
