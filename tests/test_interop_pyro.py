@@ -90,6 +90,7 @@ def test_in_their_transformed_distribution(cache_size):
     with pytest.raises(KeyError):
         wanted.log_prob(torch.randn(4, 6, DIM))
     ours.clear_cache()
+    assert stack._cached_call is None
     assert ours.expand((2,)).sample().shape == (2, DIM)
     single = dist.TransformedDistribution(base, [Planar(DIM), Planar(DIM).inv])
     assert single.log_prob(single.sample((3,))).shape == (3,)
