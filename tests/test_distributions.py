@@ -207,6 +207,11 @@ def test_the_cache_sees_other_tensors():
     y = transform(x)
     transform.u = transform.u + 0.5
     assert not torch.equal(transform(x), y)
+    square = PlanarTransform(torch.randn(3, 3), torch.randn(3, 3), torch.randn(3), cache_size=1)
+    x = torch.randn(5, 3)
+    y = square(x)
+    square.u = square.u.t()  # the same memory and version
+    assert not torch.equal(square(x), y)
 
 
 def test_the_cache_sees_an_optimizers_step():

@@ -97,19 +97,22 @@ def solve(rhs: Tensor, c: Tensor, s: Tensor, activation: str, slope: float) -> T
 
 
 def _search(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> Tensor:
-    """Safeguarded Newton inside the bracket of docs/math.md (17)."""
+    """Newton inside the bracket of docs/math.md (17), a bisection where it leaves it or does not halve the residual."""
     given = rhs
     if activation == "elu":
         rhs = rhs.clamp(max=0)
     low, high = _bracket(rhs, c, activation)
-    x = rhs
+    x = best = rhs
+    size = least = torch.full_like(low, torch.inf)  # |residual| of the iteration before, and of the best one
     for _ in range(_ROOT_ITERATIONS[rhs.dtype]):
         residual, det = _residual(x, rhs, c, s, activation)
         low, high = torch.where(residual <= 0, x, low), torch.where(residual >= 0, x, high)
+        before, size = size, residual.abs()
+        best, least = torch.where(size <= least, x, best), torch.minimum(size, least)
         newton = x - residual / det
-        inside = (newton >= low) & (newton <= high)
+        inside = (newton >= low) & (newton <= high) & (2 * size <= before)
         x = torch.where(inside, newton, (low + high) / 2)
-    return torch.where(given >= 0, given / s, x) if activation == "elu" else x
+    return torch.where(given >= 0, given / s, best) if activation == "elu" else best
 
 
 def _bracket(rhs: Tensor, c: Tensor, activation: str) -> tuple[Tensor, Tensor]:

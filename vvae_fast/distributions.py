@@ -128,10 +128,14 @@ class CachedPlanar(Transform):
             return
         tensors = self._watched(x, y)
         if tensors is None:
-            self._cached_x_y, self._cached_call = (None, None), None
+            self.clear_cache()
             return
         self._cached_x_y = x, y
         self._cached_call = _Call(log_det, tensors, _versions(tensors), torch.is_grad_enabled())
+
+    def clear_cache(self) -> None:
+        """Forgets the last call, and what its graph holds; Pyro's distributions call it."""
+        self._cached_x_y, self._cached_call = (None, None), None
 
     def _watched(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, ...] | None:
         """What must not change; None where a change would leave no trace."""
