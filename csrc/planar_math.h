@@ -159,7 +159,7 @@ PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c
   for (int i = 0; i < N; ++i) sum[i] = next[i];
 }
 
-// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (29), bisection where
+// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (33), bisection where
 // one leaves the bracket. A variable that has its root stays, whatever the others still need. rhs and x may be one array.
 template <class L, int N>
 PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s) {
@@ -170,7 +170,7 @@ PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c
   for (int i = 0; i < N; ++i) {  // the root has the sign of rhs: from here on both are positive
     sign[i] = rhs[i], r[i] = L::abs(rhs[i]);
     const auto linear = r[i] * inv_s, flat = r[i] - c;
-    x[i] = L::select((flat > linear) ^ (c < 0), flat, linear);  // (30)
+    x[i] = L::select((flat > linear) ^ (c < 0), flat, linear);  // (34)
     low[i] = L::select(c < 0, r[i], x[i]), high[i] = L::select(c < 0, x[i], r[i]);
     open[i] = r[i] >= 0;
   }

@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
   return {dz, du, dw, db};
 }
 
-// From the inverse's z = z_0 and a: dz = dL/dz_K by (31), the others by (32).
+// From the inverse's z = z_0 and a: dz = dL/dz_K by (35), the others by (36).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
                                                                    const Tensor& b, const Tensor& a) {

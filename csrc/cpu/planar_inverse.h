@@ -1,5 +1,5 @@
-// The gradient that the inverse passes on, dL/dz_K of docs/math.md (31), from the first step to the last. With it
-// planar_backward gives those of the parameters, (32).
+// The gradient that the inverse passes on, dL/dz_K of docs/math.md (35), from the first step to the last. With it
+// planar_backward gives those of the parameters, (36).
 #pragma once
 
 #include "planar_amortized.h"
