@@ -103,7 +103,7 @@ def _search(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> Tensor:
         rhs = rhs.clamp(max=0)
     low, high = _bracket(rhs, c, activation)
     looks = rhs.device.type == "cpu" and not _traced()  # a GPU would wait for the answer
-    tolerance = 4 * torch.finfo(rhs.dtype).eps
+    tolerance = 2 * torch.finfo(rhs.dtype).eps
     x = best = rhs
     size = least = torch.full_like(low, torch.inf)  # |residual| of the iteration before, and of the best one
     done = settled = torch.zeros_like(low, dtype=torch.bool)  # a row is done one iteration after it has settled
