@@ -2,8 +2,8 @@
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
 // primitives splat, select, abs, copy_sign, exp_both, log, quotient (by a number in [1, 2]), product_error, outside and
-// any, the constants tiny and saturated on it and Float, its format (exponential.h). No torch, no memory; few branches on
-// data, none of them for one lane alone.
+// any, the constants tiny and saturated on it and Float, its format (exponential.h). No torch, no memory; few branches
+// on data, none for one lane alone.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -159,8 +159,8 @@ PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c
   for (int i = 0; i < N; ++i) sum[i] = next[i];
 }
 
-// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (33), bisection where
-// one leaves the bracket. A variable that has its root stays, whatever the others still need. rhs and x may be one array.
+// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (33), a bisection
+// where one leaves the bracket. A variable that has its root stays, whatever the others need. x may be rhs.
 template <class L, int N>
 PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s) {
   using V = typename L::V;
@@ -194,6 +194,14 @@ PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c
     if (!L::any(some)) break;
   }
   for (int i = 0; i < N; ++i) x[i] = L::copy_sign(x[i], sign[i]);
+}
+
+// mu = dL/dR of one step of the inverse from e = dL/dz_{k-1} . u_hat, (35).
+template <class L>
+PLANAR_FN typename L::V root_gradient(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                      typename L::V s) {
+  const auto det = determinant<L>(act, c, s);
+  return -(e * act.h_prime + lambda * c * h_second<L>(act) / det) / det;
 }
 
 }  // namespace PLANAR_NAMESPACE

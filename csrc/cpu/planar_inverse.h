@@ -8,14 +8,6 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// mu = dL/dR of one step from e = g . u_hat, with g the gradient before the step: docs/math.md section 5.
-template <class L>
-PLANAR_FN typename L::V root_gradient(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
-                                      typename L::V s) {
-  const auto det = determinant<L>(act, c, s);
-  return -(e * act.h_prime + lambda * c * h_second<L>(act) / det) / det;
-}
-
 template <class T>
 int64_t shared_inverse_adjoint_scratch(int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;

@@ -69,8 +69,8 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 
-// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse takes the last step first
-// and leaves -h and the roots a of (17), docs/math.md section 5.
+// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse takes the last step
+// first and leaves -h and the roots a of (17).
 template <class T, bool inverse>
 PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps) {
   using S = Simd<T>;
