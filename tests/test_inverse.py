@@ -33,9 +33,9 @@ def test_round_trip_and_derivatives(activation, constraint, batch, params):
         return reference.planar_inverse(*tensors, constraint, activation, SLOPE)
 
     inputs = [t.requires_grad_() for t in p.inputs]
-    assert gradcheck(inverse, inputs, check_forward_ad=True)
+    assert gradcheck(inverse, inputs, check_forward_ad=True, fast_mode=True)
     if params == ():
-        assert gradgradcheck(inverse, inputs)
+        assert gradgradcheck(inverse, inputs, fast_mode=True)
 
 
 @each_activation
@@ -52,9 +52,9 @@ def test_a_million_points(activation):
 @each_pair
 def test_residual_over_the_promised_range(activation, constraint, dtype, bound):
     """The residual of what comes back, computed in float64, for w.u from -80 to 100 and |R| from 0 to 150."""
-    alpha = torch.cat([torch.linspace(-80, 100, 181), torch.tensor([math.log(math.e - 1)])]).to(dtype)
+    alpha = torch.cat([torch.linspace(-80, 100, 91), torch.tensor([math.log(math.e - 1)])]).to(dtype)
     small = torch.logspace(-30, 1, 63, dtype=torch.float64)
-    rhs = torch.cat([torch.linspace(-150, 150, 401, dtype=torch.float64), small, -small]).to(dtype)
+    rhs = torch.cat([torch.linspace(-150, 150, 151, dtype=torch.float64), small, -small]).to(dtype)
     at = reference.constrain(alpha[:, None], torch.ones_like(alpha)[:, None], constraint)
     rhs, c, s = rhs.expand(len(alpha), -1), at.c[:, None], at.s[:, None]
     x = activations.solve(rhs, c, s, activation, SLOPE)
