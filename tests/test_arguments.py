@@ -54,7 +54,7 @@ def test_only_the_documented_broadcast(function, batch, params):
 
 
 def test_inverse_without_a_guarantee_is_refused():
-    with pytest.raises(ValueError, match='constraint must be "softplus" to invert'):
+    with pytest.raises(ValueError, match='constraint must be "softplus" or "log_softplus" to invert, got "none"'):
         vvae_fast.planar_flow_inverse(**good(constraint="none"))
 
 

@@ -14,7 +14,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 def test_signature():
     assert "planar_flow(z, u, w, b, *," in BLOCKS[0]
-    assert vvae_fast.planar_flow.__kwdefaults__ == {"activation": "tanh", "constraint": "softplus", "backend": None}
+    assert vvae_fast.planar_flow.__kwdefaults__ == {
+        "activation": "tanh",
+        "slope": 0.2,
+        "constraint": "softplus",
+        "log_det_eps": 0.0,
+        "backend": None,
+    }
 
 
 def test_equivalent_code_is_equivalent():

@@ -34,9 +34,7 @@ class PlanarFlowFunction(torch.autograd.Function):
 
 
 def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
-    """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the backend `backend` takes."""
-    if backend == "reference":
-        return reference.planar_forward(z, u, w, b, constraint)[:2]
+    """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
         return PlanarFlowFunction.apply(z, u, w, b, constraint, backend)
     return _run_forward(z, u, w, b, constraint, backend, save=False)[:2]
@@ -78,7 +76,7 @@ def packed_planar_flow(
     z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` with the parameters that `ops.unpack` finds in packed [*params, K (2 D + 1)]."""
-    if backend == "reference" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return planar_flow(z, *ops.unpack(packed, num_steps, z.shape[-1]), constraint, backend)
     return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint, backend)
 

@@ -11,7 +11,7 @@ import torch
 
 from vvae_fast import _preference, config, kernels, ops
 from vvae_fast._version import __version__
-from vvae_fast.shapes import Problem
+from vvae_fast.shapes import Problem, beyond_kernels
 
 AUTO = "auto"
 LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
@@ -36,7 +36,7 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
         reasons.append(f"the cpp backend runs on cpu tensors, got {problem.device_type}")
     if problem.inverse:
         reasons.append("the cpp backend has no inverse, the reference has")
-    return reasons
+    return reasons + beyond_kernels(problem, "cpp")
 
 
 def _cuda_unavailable() -> list[str]:
@@ -66,7 +66,7 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
     most = ops.cuda_most_dim[problem.compute_dtype]
     if problem.dim > most:
         reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
-    return reasons
+    return reasons + beyond_kernels(problem, "cuda")
 
 
 _BACKENDS = {
@@ -161,7 +161,8 @@ def info() -> dict[str, object]:
 
 
 def _warn_of_the_reference(problem: Problem) -> None:
-    if ops.load_error and not problem.inverse and not torch.compiler.is_compiling():
+    kernels_run = not problem.inverse and not beyond_kernels(problem, "cpp")
+    if ops.load_error and kernels_run and not torch.compiler.is_compiling():
         _warn_once()
 
 

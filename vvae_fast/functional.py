@@ -12,10 +12,12 @@ def planar_flow(
     b: Tensor,
     *,
     activation: str = "tanh",
+    slope: float = 0.2,
     constraint: str = "softplus",
+    log_det_eps: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K planar steps z <- z + u_hat tanh(w . z + b) and the sum of their log-determinants, in one fused pass.
+    """K planar steps z <- z + u_hat h(w . z + b) and the sum of their log-determinants, in one fused pass.
 
     Rezende & Mohamed 2015, equations 10 to 13, with the invertibility constraint of their appendix A.1 on u.
 
@@ -24,8 +26,13 @@ def planar_flow(
         u, w: [K, D], shared by all samples, or [*params, K, D], amortized, where *params are the trailing dimensions of
             *batch: z [S, B, D] with u [B, K, D] draws S samples per data point and copies nothing.
         b: u's shape without D.
-        activation: "tanh".
-        constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "none" leaves u.
+        activation: h: "tanh", "leaky_relu", "elu", "sigmoid" or "linear". The fused kernels run tanh; the others, and
+            what is said so below, run on the reference.
+        slope: leaky_relu's below 0, above 0; the other activations ignore it.
+        constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "log_softplus" does
+            so by flowjax's formula, docs/math.md (29), on the reference; "none" leaves u.
+        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|, on the reference: for
+            models of pythae, which has 1e-4.
         backend: one of `vvae_fast.info()["backends"]`, or None for `use_backend`'s, the environment's or the fastest.
 
     Returns:
@@ -33,12 +40,14 @@ def planar_flow(
         log q_K(z_K) = log q_0(z) - log_det.
 
     Raises:
-        TypeError: an argument is no floating tensor, or dtypes differ outside torch.autocast.
-        ValueError: shapes, devices or names that do not fit; the message says which and what was wanted.
+        TypeError: an argument is no floating tensor or no number, or dtypes differ outside torch.autocast.
+        ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
-    problem = shapes.check(z, u, w, b, activation, constraint)
+    problem = shapes.check(z, u, w, b, activation, constraint, slope, log_det_eps)
     chosen = _choose(problem, backend)
+    if chosen == "reference":
+        return _run_reference(problem, z, u, w, b, slope)
     if z.dtype == u.dtype == w.dtype == b.dtype and (
         z.dtype == problem.compute_dtype or backends.computes_halves(chosen)
     ):
@@ -48,13 +57,25 @@ def planar_flow(
 
 
 def packed_planar_flow(
-    z: Tensor, packed: Tensor, num_steps: int, dim: int, *, constraint: str = "softplus", backend: str | None = None
+    z: Tensor,
+    packed: Tensor,
+    num_steps: int,
+    dim: int,
+    *,
+    activation: str = "tanh",
+    slope: float = 0.2,
+    constraint: str = "softplus",
+    log_det_eps: float = 0.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
-    problem = shapes.check(z, *ops.unpack(packed.detach(), num_steps, dim), "tanh", constraint)
+    params = ops.unpack(packed.detach(), num_steps, dim)
+    problem = shapes.check(z, *params, activation, constraint, slope, log_det_eps)
     chosen = _choose(problem, backend)
+    if chosen == "reference":
+        return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim), slope)
     if z.dtype != packed.dtype or not backends.computes_halves(chosen):
         z_K, log_det = autograd.packed_planar_flow(
             *_to_compute_dtype(problem, z, packed), num_steps, constraint, chosen
@@ -70,20 +91,29 @@ def planar_flow_inverse(
     b: Tensor,
     *,
     activation: str = "tanh",
+    slope: float = 0.2,
     constraint: str = "softplus",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
-    Arguments and errors are those of `planar_flow`; constraint="none" guarantees no inverse and is refused. Only the
-    reference backend has an inverse.
+    Arguments and errors are those of `planar_flow`. What guarantees no inverse is refused with a ValueError:
+    constraint="none", and leaky_relu with a slope above 1. Only the reference backend has an inverse.
     """
-    problem = shapes.check(z, u, w, b, activation, constraint)
-    if constraint == "none":
-        raise ValueError('constraint must be "softplus" to invert, got "none": w . u <= -1 has no inverse')
+    problem = shapes.check(z, u, w, b, activation, constraint, slope)
+    shapes.check_invertible(activation, constraint, slope)
     backends.select(problem._replace(inverse=True), backend)
-    z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b))
+    z_0, log_det = reference.planar_inverse(*_to_compute_dtype(problem, z, u, w, b), constraint, activation, slope)
     return z_0.to(z.dtype), log_det
+
+
+def _run_reference(
+    problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor, slope: float
+) -> tuple[Tensor, Tensor]:
+    z_K, log_det, _ = reference.planar_forward(
+        *_to_compute_dtype(problem, z, u, w, b), problem.constraint, problem.activation, slope, problem.log_det_eps
+    )
+    return z_K.to(z.dtype), log_det
 
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:

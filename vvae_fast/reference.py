@@ -10,27 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bisection alone reaches the last bit of a bracket of width 200 in this many halvings; Newton needs far fewer.
-_ROOT_ITERATIONS = {torch.float32: 36, torch.float64: 66}
+from vvae_fast.activations import activate, log_abs_determinant, log_abs_determinant_backward, solve
 
 
 class Constrained(NamedTuple):
-    """The invertible parameters of K steps, docs/math.md (4), (5)."""
+    """The invertible parameters of K steps, docs/math.md (4), (5), (29)."""
 
     u_hat: Tensor  # [*params, K, D]
     c: Tensor  # [*params, K]  w . u_hat
-    s: Tensor  # [*params, K]  1 + c, taken from the softplus: 1 + c would cancel
+    s: Tensor  # [*params, K]  1 + c, taken from m(alpha) + 1: 1 + c would cancel
     alpha: Tensor  # [*params, K]  w . u
     rho: Tensor  # [*params, K]  u_hat = u + rho w / n
     inv_n: Tensor  # [*params, K]  1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
-
-
-class Activated(NamedTuple):
-    """tanh and its first two derivatives at a [*batch]."""
-
-    h: Tensor
-    h_prime: Tensor
-    h_second: Tensor
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -40,7 +31,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
-    """u_hat with w . u_hat > -1 (Rezende & Mohamed 2015, appendix A.1), docs/math.md (4), (5)."""
+    """u_hat with w . u_hat > -1: Rezende & Mohamed 2015, appendix A.1, docs/math.md (4), (5), or flowjax's (29)."""
     alpha = (w * u).sum(-1)  # [*params, K]
     if constraint == "none":
         zero = torch.zeros_like(alpha)
@@ -48,10 +39,24 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
     n = (w * w).sum(-1)  # [*params, K]
     nonzero = n >= torch.finfo(n.dtype).tiny
     inv_n = torch.where(nonzero, 1 / torch.where(nonzero, n, 1), 0)  # [*params, K]
-    s = torch.where(nonzero, softplus(alpha), 1)  # [*params, K]
-    rho = softplus(-alpha) - 1  # [*params, K]
+    s = softplus(alpha)
+    if constraint == "softplus":
+        rho = softplus(-alpha) - 1  # [*params, K]
+    else:
+        s = torch.log1p(s)
+        rho = s - (1 + alpha)  # 1 + alpha is exact where it comes near s
+    s = torch.where(nonzero, s, 1)  # [*params, K]
     u_hat = u + (rho * inv_n)[..., None] * w  # [*params, K, D]
     return Constrained(u_hat, s - 1, s, alpha, rho, inv_n)
+
+
+def _constraint_slopes(alpha: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+    """dc/dalpha and -drho/dalpha [*params, K], which add to 1, docs/math.md (6), (30)."""
+    up, down = torch.sigmoid(alpha), torch.sigmoid(-alpha)
+    if constraint == "softplus":
+        return up, down
+    s = softplus(alpha)
+    return up / (1 + s), (down + s) / (1 + s)
 
 
 def constrain_backward(
@@ -62,36 +67,23 @@ def constrain_backward(
         return v + gamma[..., None] * w, gamma[..., None] * u
     q = (v * w).sum(-1) * at.inv_n  # [*params, K]  v . w / n
     nonzero = at.inv_n > 0
-    dalpha = torch.where(nonzero, gamma * torch.sigmoid(at.alpha) - q * torch.sigmoid(-at.alpha), 0)  # [*params, K]
+    dc, minus_drho = _constraint_slopes(at.alpha, constraint)
+    dalpha = torch.where(nonzero, gamma * dc - q * minus_drho, 0)  # [*params, K]
     du = v + dalpha[..., None] * w
     w_n = at.inv_n[..., None] * w  # w / n first: rho q / n^2 alone overflows where |w| is small
     dw = (at.rho * at.inv_n)[..., None] * v + dalpha[..., None] * u - (2 * at.rho * q)[..., None] * w_n
     return du, dw
 
 
-def activate(a: Tensor) -> Activated:
-    """tanh; its derivative without the cancellation of 1 - h^2, docs/math.md (7)."""
-    h = torch.tanh(a)
-    h_prime = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
-    return Activated(h, h_prime, -2 * h * h_prime)
-
-
-def determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
-    """The determinant of one step [*batch], docs/math.md (7): near the zero of 1 + c h', a sum of positive terms."""
-    x = c * act.h_prime
-    return torch.where((x >= -0.5) | (c < -2), 1 + x, s - c * (act.h * act.h))
-
-
-def log_abs_determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
-    """log|det| of one step [*batch], docs/math.md (8)."""
-    x = c * act.h_prime
-    mild = x >= -0.5
-    det = torch.where(mild, 1, determinant(act, c, s))
-    return torch.log1p(torch.where(mild, x, 0)) + torch.log(det.abs())
-
-
 def planar_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str = "softplus"
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: str = "softplus",
+    activation: str = "tanh",
+    slope: float = 0.2,
+    log_det_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_K [*batch, D], log_det [*batch] and the pre-activations a [K, *batch], docs/math.md (1) to (3)."""
     p = constrain(u, w, constraint)
@@ -99,8 +91,8 @@ def planar_forward(
     pre_activations = []
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
-        act = activate(a)
-        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k])
+        act = activate(a, activation, slope)
+        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], log_det_eps)
         z = z + p.u_hat[..., k, :] * act.h[..., None]  # [*batch, D]
         pre_activations.append(a)
     a = torch.stack(pre_activations) if pre_activations else log_det.new_empty((0, *log_det.shape))
@@ -108,26 +100,36 @@ def planar_forward(
 
 
 def planar_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str = "softplus"
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: str = "softplus",
+    activation: str = "tanh",
+    slope: float = 0.2,
+    log_det_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz [*batch, D], du and dw [*params, K, D], db [*params, K]: the adjoint of `planar_forward`, docs/math.md (16).
 
     Written in differentiable operations, so that it serves double backward too.
     """
     p = constrain(u, w, constraint)
-    z_before, pre_activations = [], []
+    z_before, activated = [], []
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
+        act = activate(a, activation, slope)
         z_before.append(z)
-        pre_activations.append(a)
-        z = z + p.u_hat[..., k, :] * torch.tanh(a)[..., None]
+        activated.append(act)
+        z = z + p.u_hat[..., k, :] * act.h[..., None]
 
     g = grad_z  # [*batch, D]  dL/dz_k
     v, dw, db, gamma = [], [], [], []
     for k in reversed(range(u.shape[-2])):
-        act = activate(pre_activations[k])
+        act = activated[k]
         c = p.c[..., k]
-        r = grad_log_det / determinant(act, c, p.s[..., k])  # [*batch]
+        r = log_abs_determinant_backward(grad_log_det, act, c, p.s[..., k], log_det_eps)  # [*batch]
         e = (g * p.u_hat[..., k, :]).sum(-1)  # [*batch]
         delta = e * act.h_prime + r * c * act.h_second  # [*batch]  dL/da_k
         params = w[..., k, :].shape
@@ -144,38 +146,22 @@ def planar_backward(
     return g, du, dw + dw_constraint, db
 
 
-def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def planar_inverse(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: str = "softplus",
+    activation: str = "tanh",
+    slope: float = 0.2,
+) -> tuple[Tensor, Tensor]:
     """z_0 [*batch, D] from z_K, and the log_det [*batch] of this inverse map, docs/math.md (17), (18)."""
-    p = constrain(u, w, "softplus")
+    p = constrain(u, w, constraint)
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     for k in reversed(range(u.shape[-2])):
         c, s = p.c[..., k], p.s[..., k]
         rhs = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
-        act = activate(_solve(rhs, c, s))
+        act = activate(solve(rhs, c, s, activation, slope), activation, slope)
         log_det = log_det - log_abs_determinant(act, c, s)
         z = z - p.u_hat[..., k, :] * act.h[..., None]
     return z, log_det
-
-
-def _solve(rhs: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """The root x [*batch] of x + c tanh(x) = rhs: safeguarded Newton inside its bracket, docs/math.md (17)."""
-    with torch.no_grad():
-        low, high = rhs - c.abs(), rhs + c.abs()
-        x = rhs
-        for _ in range(_ROOT_ITERATIONS[rhs.dtype]):
-            residual, slope = _residual(x, rhs, c, s)
-            low, high = torch.where(residual <= 0, x, low), torch.where(residual >= 0, x, high)
-            newton = x - residual / slope
-            inside = (newton >= low) & (newton <= high)
-            x = torch.where(inside, newton, (low + high) / 2)
-    # A Newton step doubles the order to which derivatives are right: two give the implicit function theorem's first
-    # and second derivatives, docs/math.md (18), and leave the value where it is.
-    for _ in range(2):
-        residual, slope = _residual(x, rhs, c, s)
-        x = x - residual / slope
-    return x
-
-
-def _residual(x: Tensor, rhs: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    act = activate(x)
-    return (x - act.h) + s * act.h - rhs, determinant(act, c, s)

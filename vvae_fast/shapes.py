@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("tanh",)
-CONSTRAINTS = ("softplus", "none")
+ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
+CONSTRAINTS = ("softplus", "none", "log_softplus")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -22,25 +22,89 @@ class Problem(NamedTuple):
     compute_dtype: torch.dtype
     device_type: str
     inverse: bool = False
+    activation: str = "tanh"
+    constraint: str = "softplus"
+    log_det_eps: float = 0.0
 
 
-def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, activation: str, constraint: str) -> Problem:
+def check(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    activation: str,
+    constraint: str,
+    slope: float = 0.2,
+    log_det_eps: float = 0.0,
+) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
 
-    Raises TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices and names.
+    Raises TypeError for what is not a floating tensor or a number or mixes dtypes, ValueError for shapes, devices,
+    names and numbers out of range.
     """
     if not _alike(z, u, w, b):
         _check_kinds(z, u, w, b)
     _check_shapes(z, u, w, b)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
+    check_formulas(activation, constraint, slope, log_det_eps)
 
     amortized = u.dim() > 2
     num_sets = math.prod(u.shape[:-2]) if amortized else 1
     rows = z.shape[0] if z.dim() == 2 else math.prod(z.shape[:-1])
-    return Problem(rows, z.shape[-1], u.shape[-2], num_sets, amortized, _compute_dtype(z, u, w, b), z.device.type)
+    dtype, device_type = _compute_dtype(z, u, w, b), z.device.type
+    return Problem(
+        rows,
+        z.shape[-1],
+        u.shape[-2],
+        num_sets,
+        amortized,
+        dtype,
+        device_type,
+        False,
+        activation,
+        constraint,
+        log_det_eps,
+    )
+
+
+def check_formulas(activation: str, constraint: str, slope: float, log_det_eps: float = 0.0) -> None:
+    """Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
+    if activation == "leaky_relu":
+        _check_number("slope", slope)
+        if not 0 < slope < math.inf:
+            raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
+    if type(log_det_eps) is not float or log_det_eps != 0.0:
+        _check_number("log_det_eps", log_det_eps)
+        if not 0 <= log_det_eps < math.inf:
+            raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
+
+
+def check_invertible(activation: str, constraint: str, slope: float) -> None:
+    """Raises ValueError, with the reason, where a step may have no inverse; the names are known."""
+    if constraint == "none":
+        raise ValueError(
+            'constraint must be "softplus" or "log_softplus" to invert, got "none": w . u <= -1 has no inverse'
+        )
+    if activation == "leaky_relu" and slope > 1:
+        raise ValueError(
+            f"slope must be at most 1 to invert leaky_relu, got {slope}: the constraint keeps w . u_hat above -1, and "
+            "1 + (w . u_hat) slope can still be negative (flowjax accepts such a slope)"
+        )
+
+
+def beyond_kernels(problem: Problem, name: str) -> list[str]:
+    """Why the kernels of the backend `name`, made for tanh and an exact logarithm, cannot run the problem."""
+    reasons = []
+    if problem.activation != "tanh":
+        reasons.append(f"the {name} backend runs the activation tanh, got {problem.activation}")
+    if problem.constraint == "log_softplus":
+        reasons.append(f"the {name} backend runs the constraints softplus and none, got {problem.constraint}")
+    if problem.log_det_eps:
+        reasons.append(f"the {name} backend runs log_det_eps 0.0, got {problem.log_det_eps}")
+    return reasons
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +154,11 @@ def check_size(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
 def is_trailing(params: torch.Size, batch: torch.Size) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vvae_fast import config, ops
 from vvae_fast.kernels import _heuristics, launch
-from vvae_fast.shapes import Problem
+from vvae_fast.shapes import Problem, beyond_kernels
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -46,7 +46,7 @@ def unsupported(problem: Problem) -> list[str]:
     most = _heuristics.most_direct_dim(problem.compute_dtype)
     if problem.dim > most and not launch.BARRIER_ORDERS_MEMORY:
         reasons.append(f"on AMD's GPUs the triton backend runs D up to {most}, got {problem.dim}")
-    return reasons
+    return reasons + beyond_kernels(problem, "triton")
 
 
 def _planar() -> ModuleType:

@@ -5,37 +5,89 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vvae_fast import reference
 from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
 from vvae_fast.ops import unpack
-from vvae_fast.shapes import check_size, is_trailing
+from vvae_fast.shapes import check_formulas, check_size, compute_dtype, is_trailing
 
-# softplus(w . u) = 1 at w . u = log(e - 1), and there u_hat = 0: the flow starts as the identity, docs/math.md (4).
-_IDENTITY_ALPHA = math.log(math.e - 1)
+# The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
+_IDENTITY_ALPHA = {
+    "softplus": math.log(math.e - 1),
+    "log_softplus": math.log(math.expm1(math.e - 1)),
+    "none": 0.0,
+}
 
 
-def _identity_u(w: Tensor) -> Tensor:
+def _identity_u(w: Tensor, constraint: str) -> Tensor:
     """u [K, D] for w [K, D] such that u_hat = 0."""
-    return _IDENTITY_ALPHA * w / w.square().sum(-1, keepdim=True)
+    return _IDENTITY_ALPHA[constraint] * w / w.square().sum(-1, keepdim=True)
 
 
-class PlanarFlow(nn.Module):
-    """K planar steps whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
+class _Planar(nn.Module):
+    """What both modules share: the sizes, the formulas, the backend, and what follows from a set of parameters."""
 
-    Starts as the identity map. `flow(z)` maps z [*batch, D] to (z_K [*batch, D], log_det [*batch] in nats);
-    `flow.inverse(z)` maps back, with the log_det of the inverse.
-
-    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size or backend no name.
-    """
-
-    def __init__(self, dim: int, num_steps: int, *, backend: str | None = None) -> None:
+    def __init__(
+        self, dim: int, num_steps: int, activation: str, slope: float, constraint: str, backend: str | None
+    ) -> None:
         super().__init__()
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
+        check_formulas(activation, constraint, slope)
         if backend is not None:
             check_name(backend)
-        self.dim, self.num_steps, self.backend = dim, num_steps, backend
+        self.dim, self.num_steps = dim, num_steps
+        self.activation, self.slope, self.constraint, self.backend = activation, slope, constraint, backend
+
+    def _options(self) -> dict[str, str | float | None]:
+        """The keyword arguments of `planar_flow`."""
+        return {
+            "activation": self.activation,
+            "slope": self.slope,
+            "constraint": self.constraint,
+            "backend": self.backend,
+        }
+
+    def _u_hat(self, u: Tensor, w: Tensor) -> Tensor:
+        dtype = compute_dtype(u.dtype)
+        return reference.constrain(u.to(dtype), w.to(dtype), self.constraint).u_hat.to(u.dtype)
+
+    def _trajectory(self, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        points = [z]
+        for k in range(self.num_steps):
+            step = u[..., k : k + 1, :], w[..., k : k + 1, :], b[..., k : k + 1]
+            points.append(planar_flow(points[-1], *step, **self._options())[0])
+        return torch.stack(points)
+
+    def _repr(self, **sizes: int) -> str:
+        """The sizes, and of the options what differs from the defaults."""
+        changed = {name: x for name, x in self._options().items() if x != planar_flow.__kwdefaults__[name]}
+        return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
+
+
+class PlanarFlow(_Planar):
+    """K planar steps whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
+
+    Starts as the identity map, with constraint="none" by u = 0. `flow(z)` maps z [*batch, D] to (z_K [*batch, D],
+    log_det [*batch] in nats); `flow.inverse(z)` maps back, with the log_det of the inverse. activation, slope,
+    constraint and backend are those of `planar_flow`.
+
+    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size, or where one of the
+    others is no name or out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_steps: int,
+        *,
+        activation: str = "tanh",
+        slope: float = 0.2,
+        constraint: str = "softplus",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, num_steps, activation, slope, constraint, backend)
         self.u = nn.Parameter(torch.empty(num_steps, dim))
         self.w = nn.Parameter(torch.empty(num_steps, dim))
         self.b = nn.Parameter(torch.empty(num_steps))
@@ -45,19 +97,43 @@ class PlanarFlow(nn.Module):
         """Draws w and b so that the hyperplanes w . z + b = 0 spread over the prior, and sets u so that u_hat = 0."""
         with torch.no_grad():
             self.w.normal_(std=self.dim**-0.5)
-            self.u.copy_(_identity_u(self.w))
+            self.u.copy_(_identity_u(self.w, self.constraint))
             self.b.normal_()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `planar_flow`'s."""
-        return planar_flow(z, self.u, self.w, self.b, backend=self.backend)
+        return planar_flow(z, self.u, self.w, self.b, **self._options())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D]."""
-        return planar_flow_inverse(z, self.u, self.w, self.b, backend=self.backend)
+        return planar_flow_inverse(z, self.u, self.w, self.b, **self._options())
+
+    def u_hat(self) -> Tensor:
+        """The constrained directions [K, D] that the steps move along, docs/math.md (4)."""
+        return self._u_hat(self.u, self.w)
+
+    def trajectory(self, z: Tensor) -> Tensor:
+        """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D]; errors as `planar_flow`'s."""
+        return self._trajectory(z, self.u, self.w, self.b)
+
+    def step(self, k: int) -> "PlanarFlow":
+        """The flow of step k alone, k < 0 counting from the end. Its parameters lie in this flow's memory, so that
+        training either moves both, and have gradients of their own.
+
+        Raises IndexError where there is no such step.
+        """
+        if not -self.num_steps <= k < self.num_steps:
+            raise IndexError(f"k must be a step of {self.num_steps}, got {k}")
+        k %= self.num_steps
+        with torch.device("meta"):  # no random numbers are drawn
+            step = PlanarFlow(self.dim, 1, **self._options())
+        step.u, step.w, step.b = (
+            nn.Parameter(t.detach()[k : k + 1], t.requires_grad) for t in (self.u, self.w, self.b)
+        )
+        return step.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_steps={self.num_steps}"
+        return self._repr(dim=self.dim, num_steps=self.num_steps)
 
 
 class _Head(Linear):
@@ -67,25 +143,32 @@ class _Head(Linear):
         pass
 
 
-class AmortizedPlanarFlow(nn.Module):
+class AmortizedPlanarFlow(_Planar):
     """K planar steps whose parameters one linear head computes from a context, a set for each data point.
 
-    Starts as the identity map for every context. `flow(z, context)` with context [*params, F] and z [*batch, D], where
-    *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det [*batch] in nats): z [S, B, D] with
-    context [B, F] draws S samples for each data point. `flow.inverse(z, context)` maps back.
+    Starts as the identity map for every context, with constraint="none" by u = 0. `flow(z, context)` with context
+    [*params, F] and z [*batch, D], where *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det
+    [*batch] in nats): z [S, B, D] with context [B, F] draws S samples for each data point. `flow.inverse(z, context)`
+    maps back. activation, slope, constraint and backend are those of `planar_flow`.
 
-    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size or
-    backend no name.
+    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or where
+    one of the others is no name or out of range.
     """
 
-    def __init__(self, dim: int, num_steps: int, context_dim: int, *, backend: str | None = None) -> None:
-        super().__init__()
-        check_size("dim", dim, 1)
-        check_size("num_steps", num_steps, 0)
+    def __init__(
+        self,
+        dim: int,
+        num_steps: int,
+        context_dim: int,
+        *,
+        activation: str = "tanh",
+        slope: float = 0.2,
+        constraint: str = "softplus",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, num_steps, activation, slope, constraint, backend)
         check_size("context_dim", context_dim, 1)
-        if backend is not None:
-            check_name(backend)
-        self.dim, self.num_steps, self.context_dim, self.backend = dim, num_steps, context_dim, backend
+        self.context_dim = context_dim
         self.head = _Head(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
         self.reset_parameters()
 
@@ -99,7 +182,7 @@ class AmortizedPlanarFlow(nn.Module):
         with torch.no_grad():
             w.normal_(std=self.dim**-0.5)
             b = torch.randn_like(w[:, 0])
-            self.head.bias.copy_(torch.cat([_identity_u(w).flatten(), w.flatten(), b]))
+            self.head.bias.copy_(torch.cat([_identity_u(w, self.constraint).flatten(), w.flatten(), b]))
             self.head.weight.zero_()
             self.head.weight[2 * w.numel() :].uniform_(-bound, bound)
 
@@ -143,13 +226,24 @@ class AmortizedPlanarFlow(nn.Module):
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
         packed = self._packed(context)
         self._check_z(z, context)
-        return packed_planar_flow(z, packed, self.num_steps, self.dim, backend=self.backend)
+        return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
         params = self.params(context)
         self._check_z(z, context)
-        return planar_flow_inverse(z, *params, backend=self.backend)
+        return planar_flow_inverse(z, *params, **self._options())
+
+    def u_hat(self, context: Tensor) -> Tensor:
+        """The constrained directions [*params, K, D] that the steps move along, docs/math.md (4)."""
+        u, w, _ = self.params(context)
+        return self._u_hat(u, w)
+
+    def trajectory(self, z: Tensor, context: Tensor) -> Tensor:
+        """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D] and context [*params, F]."""
+        params = self.params(context)
+        self._check_z(z, context)
+        return self._trajectory(z, *params)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_steps={self.num_steps}, context_dim={self.context_dim}"
+        return self._repr(dim=self.dim, num_steps=self.num_steps, context_dim=self.context_dim)

@@ -1,0 +1,195 @@
+"""The choice of activation, constraint and log_det_eps: refusals, backends, and the modules that carry it."""
+
+import copy
+
+import pytest
+import torch
+from problems import random_problem
+
+import vvae_fast
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, ops, reference, shapes
+from vvae_fast.functional import packed_planar_flow
+
+REFUSED = [
+    (ValueError, r"activation must be one of .*'linear'.*got 'relu'", {"activation": "relu"}),
+    (ValueError, r"constraint must be one of .*'log_softplus'.*got 'exp'", {"constraint": "exp"}),
+    (ValueError, r"slope must be finite and above 0, got 0", {"activation": "leaky_relu", "slope": 0}),
+    (ValueError, r"slope must be finite and above 0, got -0.1", {"activation": "leaky_relu", "slope": -0.1}),
+    (ValueError, r"slope must be finite and above 0, got nan", {"activation": "leaky_relu", "slope": float("nan")}),
+    (ValueError, r"slope must be finite and above 0, got inf", {"activation": "leaky_relu", "slope": float("inf")}),
+    (TypeError, r"slope must be a float, got str", {"activation": "leaky_relu", "slope": "0.2"}),
+    (TypeError, r"slope must be a float, got bool", {"activation": "leaky_relu", "slope": True}),
+]
+REFUSED_FORWARD = [
+    (ValueError, r"log_det_eps must be finite and at least 0, got -0.1", {"log_det_eps": -0.1}),
+    (ValueError, r"log_det_eps must be finite and at least 0, got nan", {"log_det_eps": float("nan")}),
+    (TypeError, r"log_det_eps must be a float, got Tensor", {"log_det_eps": torch.tensor(1e-4)}),
+    (TypeError, r"log_det_eps must be a float, got NoneType", {"log_det_eps": None}),
+]
+
+
+def ids(cases):
+    return [message for _, message, _ in cases]
+
+
+@pytest.mark.parametrize(("error", "message", "changes"), REFUSED, ids=ids(REFUSED))
+def test_refused_by_name(error, message, changes):
+    p = random_problem((5,), 4, 3)
+    packed = torch.cat([t.flatten() for t in p.inputs[1:]])
+    for function in (vvae_fast.planar_flow, vvae_fast.planar_flow_inverse):
+        with pytest.raises(error, match=message):
+            function(*p.inputs, **changes)
+    with pytest.raises(error, match=message):
+        packed_planar_flow(p.z, packed, 4, 3, **changes)
+    with pytest.raises(error, match=message):
+        PlanarFlow(3, 4, **changes)
+    with pytest.raises(error, match=message):
+        AmortizedPlanarFlow(3, 4, 5, **changes)
+
+
+@pytest.mark.parametrize(("error", "message", "changes"), REFUSED_FORWARD, ids=ids(REFUSED_FORWARD))
+def test_log_det_eps_is_refused_by_name(error, message, changes):
+    with pytest.raises(error, match=message):
+        vvae_fast.planar_flow(*random_problem((5,), 4, 3).inputs, **changes)
+
+
+def test_slope_is_leaky_relus():
+    p = random_problem((5,), 4, 3)
+    vvae_fast.planar_flow(*p.inputs, slope=-1.0)
+
+
+BEYOND = [
+    ({"activation": "elu"}, "runs the activation tanh, got elu"),
+    ({"constraint": "log_softplus"}, "runs the constraints softplus and none, got log_softplus"),
+    ({"log_det_eps": 1e-4}, "runs log_det_eps 0.0, got 0.0001"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), BEYOND)
+def test_kernels_say_what_they_do_not_run(changes, reason, monkeypatch):
+    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 1024})  # of the extension, where there is one
+    p = random_problem((5,), 4, 3)
+    packed = torch.cat([t.flatten() for t in p.inputs[1:]]).requires_grad_()
+    with pytest.raises(RuntimeError, match=f"'cpp' was asked for and cannot run: the cpp backend {reason}"):
+        vvae_fast.planar_flow(*p.inputs, backend="cpp", **changes)
+    with pytest.raises(RuntimeError, match=reason), vvae_fast.use_backend("cpp"):
+        packed_planar_flow(p.z, packed, 4, 3, **changes)
+    problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", **changes)
+    for name in ("triton", "cuda"):
+        assert f"the {name} backend {reason}" in backends._BACKENDS[name].unsupported(problem)
+    assert backends.select(problem._replace(device_type="cpu"), "auto") == "reference"
+    wanted = vvae_fast.planar_flow(*p.inputs, backend="reference", **changes)
+    torch.testing.assert_close(vvae_fast.planar_flow(*p.inputs, **changes), wanted)
+    got = packed_planar_flow(p.z, packed, 4, 3, **changes)
+    torch.testing.assert_close(got, wanted)
+    assert torch.autograd.grad(got[0].sum(), packed)[0].norm() > 0
+
+
+def test_the_fast_path_stays_with_the_kernels():
+    problem = shapes.check(*random_problem((5,), 4, 3).inputs, "tanh", "none")
+    assert (problem.activation, problem.constraint, problem.log_det_eps) == ("tanh", "none", 0.0)
+    for name in backends.NAMES:
+        assert shapes.beyond_kernels(problem, name) == []
+
+
+OPTIONS = [
+    {"activation": activation, "constraint": constraint, "slope": 0.4}
+    for activation in shapes.ACTIVATIONS
+    for constraint in shapes.CONSTRAINTS
+]
+
+
+def modules(options):
+    torch.manual_seed(0)
+    shared, amortized = PlanarFlow(3, 4, **options).double(), AmortizedPlanarFlow(3, 4, 5, **options).double()
+    for flow, context in (shared, ()), (amortized, (torch.randn(7, 5, dtype=torch.float64),)):
+        flow.reset_parameters()  # in float64
+        yield flow, context
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_modules_start_as_the_identity_and_pass_the_options_on(options):
+    for flow, context in modules(options):
+        z = torch.randn(7, 3, dtype=torch.float64)
+        z_K, log_det = flow(z, *context)
+        torch.testing.assert_close(z_K, z, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=1e-13)
+        torch.testing.assert_close(flow.u_hat(*context), torch.zeros_like(flow.u_hat(*context)), rtol=0, atol=1e-14)
+        gradients = torch.autograd.grad(z_K.square().sum() + log_det.sum(), list(flow.parameters()))
+        assert sum(g.norm() for g in gradients) > 0
+        with torch.no_grad():
+            for t in flow.parameters():
+                t.add_(torch.randn_like(t), alpha=0.3)
+        params = flow.params(*context) if context else (flow.u, flow.w, flow.b)
+        z_K, log_det = flow(z, *context)
+        torch.testing.assert_close((z_K, log_det), vvae_fast.planar_flow(z, *params, **options))
+        if options["constraint"] != "none":
+            torch.testing.assert_close(flow.inverse(z_K, *context)[0], z)
+        torch.testing.assert_close(copy.deepcopy(flow)(z, *context), (z_K, log_det))
+
+
+def test_no_constraint_no_inverse_of_modules():
+    for flow, context in modules({"constraint": "none"}):
+        with pytest.raises(ValueError, match='constraint must be "softplus" or "log_softplus" to invert, got "none"'):
+            flow.inverse(torch.zeros(7, 3, dtype=torch.float64), *context)
+
+
+def test_repr_says_what_differs():
+    assert repr(PlanarFlow(2, 3, slope=0.2)) == "PlanarFlow(dim=2, num_steps=3)"
+    flow = PlanarFlow(2, 3, activation="leaky_relu", slope=0.1, constraint="none", backend="reference")
+    options = "activation='leaky_relu', slope=0.1, constraint='none', backend='reference'"
+    assert repr(flow) == f"PlanarFlow(dim=2, num_steps=3, {options})"
+    amortized = repr(AmortizedPlanarFlow(2, 3, 4, activation="elu"))
+    assert "dim=2, num_steps=3, context_dim=4, activation='elu'" in amortized
+
+
+def test_options_are_not_state():
+    keys = list(PlanarFlow(2, 3).state_dict())
+    assert list(PlanarFlow(2, 3, activation="elu", constraint="none").state_dict()) == keys == ["u", "w", "b"]
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "leaky_relu", "constraint": "log_softplus"}])
+def test_trajectory_goes_through_the_steps(options):
+    for flow, context in modules(options):
+        with torch.no_grad():
+            for t in flow.parameters():
+                t.add_(torch.randn_like(t), alpha=0.3)
+        z = torch.randn(2, 7, 3, dtype=torch.float64)
+        points = flow.trajectory(z, *context)
+        assert points.shape == (5, 2, 7, 3)
+        torch.testing.assert_close(points[0], z)
+        torch.testing.assert_close(points[-1], flow(z, *context)[0])
+        u, w, b = flow.params(*context) if context else (flow.u, flow.w, flow.b)
+        torch.testing.assert_close(
+            flow.u_hat(*context), reference.constrain(u, w, options.get("constraint", "softplus")).u_hat
+        )
+        first = vvae_fast.planar_flow(z, u[..., :2, :], w[..., :2, :], b[..., :2], **options)[0]
+        torch.testing.assert_close(points[2], first)
+        points[-1].sum().backward()
+        assert all(t.grad is not None for t in flow.parameters())
+    assert PlanarFlow(3, 0).trajectory(torch.zeros(7, 3)).shape == (1, 7, 3)
+
+
+def test_step_is_a_flow_of_one_step_in_the_same_memory():
+    flow = PlanarFlow(3, 4, activation="elu", constraint="log_softplus", slope=0.1, backend="reference").eval()
+    with torch.no_grad():
+        flow.u.normal_()
+    z = torch.randn(7, 3)
+    random_state = torch.get_rng_state()
+    steps = [flow.step(k) for k in range(4)]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    log_det, points = 0, flow.trajectory(z)
+    for k, step in enumerate(steps):
+        assert repr(step) == repr(flow).replace("num_steps=4", "num_steps=1")
+        assert not step.training
+        z, one = step(z)
+        log_det = log_det + one
+        torch.testing.assert_close(z, points[k + 1])
+    torch.testing.assert_close(log_det, flow(points[0])[1])
+    assert torch.equal(flow.step(-1).w, flow.w[3:])
+    with torch.no_grad():
+        steps[1].u.add_(1)
+    assert torch.equal(steps[1].u, flow.u[1:2])
+    for k in (4, -5):
+        with pytest.raises(IndexError, match=f"k must be a step of 4, got {k}"):
+            flow.step(k)

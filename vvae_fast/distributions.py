@@ -1,0 +1,242 @@
+"""Planar flows as transforms of torch.distributions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from vvae_fast import shapes
+from vvae_fast.autograd import needs_plain_torch
+from vvae_fast.functional import planar_flow, planar_flow_inverse
+
+
+class _Call(NamedTuple):
+    """The log-determinant of one call, and what has to be unchanged for it to hold."""
+
+    log_det: Tensor  # [*batch]
+    tensors: tuple[Tensor, ...]  # held, so that another tensor cannot pass for one of them
+    versions: tuple[tuple[int, int, bool], ...]
+    with_grad: bool
+
+
+class CachedPlanar(Transform):
+    """What every planar transform shares: broadcasting, the inverse, and a cache that a change of anything empties.
+
+    A subclass gives `options`, the arguments of `planar_flow` by name, `_params()`, and `_sources()`.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, options: dict[str, object], cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.options = options
+        self._cached_x_y = None, None
+        self._cached_call: _Call | None = None
+
+    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
+        """u, w [*params, K, D] and b [*params, K] as they are now."""
+        raise NotImplementedError
+
+    def _sources(self) -> tuple[Tensor, ...] | None:
+        """The tensors that the parameters come from; None where they are not known, and nothing is cached."""
+        raise NotImplementedError
+
+    @property
+    def bijective(self) -> bool:
+        """Whether an inverse is guaranteed: not by the constraint "none", nor by leaky_relu with a slope above 1."""
+        return self._why_not_bijective() is None
+
+    def _why_not_bijective(self) -> ValueError | None:
+        try:
+            shapes.check_invertible(*(self.options[name] for name in ("activation", "constraint", "slope")))
+        except ValueError as error:
+            return error
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [*batch, D] for x, whose batch dimensions are broadcast with those of the parameters."""
+        if self._cached(x=x) is not None:
+            return self._cached_x_y[1]
+        y, log_det = self._flow(x)
+        self._remember(x, y, log_det)
+        return y
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._flow(x)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if self._cached(y=y) is not None:
+            return self._cached_x_y[0]
+        x, log_det = self._flow_inverse(y)
+        self._remember(x, y, -log_det)
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._flow_inverse(y)[0]
+
+    def _flow(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return planar_flow(*_broadcast(x, *self._params()), **self.options)
+
+    def _flow_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if why := self._why_not_bijective():
+            raise NotImplementedError(
+                f"{why}. With cache_size=1 the last sample is known without an inverse, until anything changes; for "
+                "gradients of its log_prob draw it with rsample"
+            )
+        return planar_flow_inverse(*_broadcast(y, *self._params()), **self.options)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dy/dx| [*batch] in nats, computed from x unless (x, y) is the pair of the last call."""
+        call = self._cached(x=x, y=y)
+        return self._flow(x)[1] if call is None else call.log_det
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape [*batch, D] of y for that of x."""
+        return self._shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape [*batch, D] of x for that of y."""
+        return self._shape(shape)
+
+    def _shape(self, shape: torch.Size) -> torch.Size:
+        u = self._params()[0]
+        if len(shape) < 1 or shape[-1] != u.shape[-1]:
+            raise ValueError(f"x must be [*batch, D] with the parameters' D = {u.shape[-1]}, got {tuple(shape)}")
+        return torch.Size((*torch.broadcast_shapes(shape[:-1], u.shape[:-2]), shape[-1]))
+
+    def _cached(self, **given: Tensor) -> _Call | None:
+        """The last call, where x, y or both are its own tensors and nothing has changed since."""
+        x, y = self._cached_x_y
+        call = self._cached_call
+        if call is None or given.get("x", x) is not x or given.get("y", y) is not y:
+            return None
+        tensors = self._watched(x, y)
+        same = tensors is not None and len(tensors) == len(call.tensors)
+        same = same and all(a is b for a, b in zip(tensors, call.tensors, strict=True))
+        if not same or _versions(tensors) != call.versions:
+            return None
+        # A call under no_grad has no graph: its answer would be a constant to the parameters.
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return None if wants_grad and not call.with_grad else call
+
+    def _remember(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        if self._cache_size == 0:
+            return
+        tensors = self._watched(x, y)
+        if tensors is None:
+            self.clear_cache()
+            return
+        self._cached_x_y = x, y
+        self._cached_call = _Call(log_det, tensors, _versions(tensors), torch.is_grad_enabled())
+
+    def clear_cache(self) -> None:
+        """Forgets the last call, and what its graph holds; Pyro's distributions call it."""
+        self._cached_x_y, self._cached_call = (None, None), None
+
+    def _watched(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, ...] | None:
+        """What must not change; None where a change would leave no trace."""
+        if x is None or y is None or torch.compiler.is_compiling() or needs_plain_torch():
+            return None
+        sources = self._sources()
+        if sources is None or any(t.is_inference() for t in (x, y, *sources)):
+            return None
+        return x, y, *sources
+
+    def __getstate__(self) -> dict[str, object]:
+        state = super().__getstate__()
+        return {**state, "_cached_x_y": (None, None), "_cached_call": None}  # graphs can be neither copied nor pickled
+
+
+class PlanarTransform(CachedPlanar):
+    """K planar steps as a transform of torch.distributions: `TransformedDistribution(base, PlanarTransform(u, w, b))`.
+
+    Args:
+        u, w: [*params, K, D], and b: [*params, K], tensors or parameters, held and not copied. *params are batch
+            dimensions of the distribution and broadcast with those of a sample, as torch's transforms do.
+        activation, slope, constraint: as `planar_flow`'s. `bijective` is False for constraint="none": no inverse is
+            guaranteed, and only a sample's own log_prob is known, with cache_size=1.
+        cache_size: 1 keeps x, y and log_det of the last call, so that the log_prob of a sample inverts nothing; 0, the
+            default, keeps nothing. A change of x, y, u, w or b, in place too, makes the cache void, and so does asking
+            with gradients for what was drawn without. Writes through `.data` are not seen, by PyTorch's own rule.
+
+    Raises TypeError or ValueError where u, w, b or a name do not fit, as `planar_flow`; NotImplementedError where an
+    inverse is asked for that is not guaranteed.
+    """
+
+    def __init__(
+        self,
+        u: Tensor,
+        w: Tensor,
+        b: Tensor,
+        *,
+        activation: str = "tanh",
+        slope: float = 0.2,
+        constraint: str = "softplus",
+        cache_size: int = 0,
+    ) -> None:
+        super().__init__(flow_options(activation, slope, constraint), cache_size)
+        self.u, self.w, self.b = u, w, b
+        check_params(u, w, b, self.options)
+
+    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u, self.w, self.b
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        return self.u, self.w, self.b
+
+    def with_cache(self, cache_size: int = 1) -> PlanarTransform:
+        """This transform where it has that cache_size, else one of the same tensors that has it."""
+        if cache_size == self._cache_size:
+            return self
+        return type(self)(self.u, self.w, self.b, **self.options, cache_size=cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, PlanarTransform)
+            and self.options == other.options
+            and all(_equal(a, b) for a, b in zip(self._params(), other._params(), strict=True))
+        )
+
+    __hash__ = None  # as torch's transforms: equal by value, and the values may change
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"PlanarTransform(u={tuple(self.u.shape)}, {named})"
+
+
+def flow_options(activation: str, slope: float = 0.2, constraint: str = "softplus") -> dict[str, object]:
+    """`planar_flow`'s arguments by name."""
+    return {"activation": activation, "slope": slope, "constraint": constraint}
+
+
+def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) -> None:
+    """Raises `planar_flow`'s errors where parameters or names do not fit one another, before there is a sample."""
+    if not isinstance(u, Tensor):
+        raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
+    if u.dim() < 2:
+        raise ValueError(f"u must have shape [K, D] or [*params, K, D], got {tuple(u.shape)}")
+    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, **options)
+
+
+def _broadcast(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [*batch, D] and parameters [*params, K, D] such that *params ends *batch, by broadcasting both."""
+    params = u.shape[:-2]
+    if not isinstance(x, Tensor) or x.dim() < 1 or shapes.is_trailing(params, x.shape[:-1]):
+        return x, u, w, b  # planar_flow refuses what is no tensor
+    batch = torch.broadcast_shapes(x.shape[:-1], params)
+    trailing = batch[len(batch) - len(params) :]
+    expanded = (t.expand(*trailing, *t.shape[len(params) :]) for t in (u, w, b))
+    return x.expand(*batch, x.shape[-1]), *expanded
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:
+    """Every write in place raises a version, and module.to() moves the memory."""
+    return tuple((t._version, t.data_ptr(), t.requires_grad) for t in tensors)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))

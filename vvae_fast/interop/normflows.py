@@ -1,0 +1,152 @@
+"""normflows' planar flow, and one fused layer for a run of them. normflows itself is not imported."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast import shapes
+from vvae_fast.distributions import flow_options
+from vvae_fast.functional import planar_flow, planar_flow_inverse
+from vvae_fast.interop import _runs
+
+_SLOPE = 0.2  # normflows' own, for leaky_relu
+
+
+class PlanarStack(_runs.Stack):
+    """K planar steps over events of any shape, one fused layer of a normflows model: u, w [K, *shape] and b [K].
+
+    `stack(z)` maps z [*batch, *shape] to (z_K [*batch, *shape], log_det [*batch] in nats), `stack.inverse(z)` back,
+    for every activation. Initialised as normflows initialises each step.
+
+    Args:
+        shape: the event's shape, an int or a sequence of at least one.
+        num_steps: K, at least 1.
+        act: an activation of `planar_flow`; "leaky_relu" has normflows' slope 0.2.
+
+    Raises TypeError or ValueError where shape, num_steps or act is not one of these.
+    """
+
+    def __init__(self, shape: int | Sequence[int], num_steps: int, act: str = "tanh") -> None:
+        super().__init__()
+        shapes.check_size("num_steps", num_steps, 1)
+        self.shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+        if not self.shape:
+            raise ValueError("shape must have at least one dimension, got (): pass (1,) for scalars")
+        for size in self.shape:
+            shapes.check_size("shape's sizes", size, 1)
+        if act not in shapes.ACTIVATIONS:
+            raise ValueError(f"act must be one of {shapes.ACTIVATIONS}, got {act!r}")
+        self.act = act
+        self.u = nn.Parameter(torch.empty(num_steps, *self.shape))
+        self.w = nn.Parameter(torch.empty(num_steps, *self.shape))
+        self.b = nn.Parameter(torch.empty(num_steps))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws u and w uniformly between +-sqrt(2) and +-sqrt(2 / D), D the event's size, and sets b to 0."""
+        limit = math.sqrt(2 / math.prod(self.shape))
+        nn.init.uniform_(self.u, -math.sqrt(2), math.sqrt(2))
+        nn.init.uniform_(self.w, -limit, limit)
+        nn.init.zeros_(self.b)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_K [*batch, *shape], log_det [*batch] in nats) for z [*batch, *shape]; errors as `planar_flow`'s."""
+        return self._run(planar_flow, z)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_0 [*batch, *shape], log_det [*batch] of the inverse map in nats) for z [*batch, *shape]."""
+        return self._run(planar_flow_inverse, z)
+
+    def _run(self, flow, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        batch = z.shape[: max(z.dim() - len(self.shape), 0)]
+        if z.shape[len(batch) :] != self.shape:
+            raise ValueError(f"z must be [*batch, *shape] with shape = {self.shape}, got {tuple(z.shape)}")
+        size = math.prod(self.shape)
+        options = flow_options(self.act, _SLOPE)
+        u, w = self.u.reshape(-1, size), self.w.reshape(-1, size)
+        z_K, log_det = flow(z.reshape(*batch, size), u, w, self.b, **options)
+        return z_K.reshape(z.shape), log_det
+
+    def unfused(self) -> nn.ModuleList:
+        """A list of K layers `Planar` that hold copies of the parameters, with normflows' state_dict."""
+        rows = zip(*(p.detach().clone().split(1) for p in (self.u, self.w, self.b)), strict=True)
+        return nn.ModuleList(Planar(self.shape, self.act, *row) for row in rows)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, num_steps={self.num_steps}, act={self.act!r}"
+
+
+class Planar(PlanarStack):
+    """normflows' `Planar(shape, act="tanh", u=None, w=None, b=None)`: u, w [1, *shape] and b [1], its state_dict.
+
+    `planar(z)` maps z [*batch, *shape] to (z, log_det [*batch] in nats); `planar.inverse(z)` maps back, for every
+    activation. Works inside a normflows model. Raises ValueError where u, w or b has another shape, and as PlanarStack.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        act: str = "tanh",
+        u: Tensor | None = None,
+        w: Tensor | None = None,
+        b: Tensor | None = None,
+    ) -> None:
+        super().__init__(shape, 1, act)
+        for name, value in (("u", u), ("w", w), ("b", b)):
+            if value is None:
+                continue
+            wanted = getattr(self, name).shape
+            if value.shape != wanted:
+                raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(value.shape)}: reshape it")
+            setattr(self, name, nn.Parameter(value))
+
+
+def from_normflows(model: nn.Module) -> nn.Module:
+    """Replaces, in place, each run of planar layers in `model.flows` by one fused layer, and returns the model.
+
+    A run is of consecutive layers, normflows' own `Planar` or this module's, of one act, shape, dtype, device and
+    requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are new, with the
+    values of the old ones: make the optimizer afterwards. Lists inside other flows are not searched.
+
+    Raises TypeError where model has no ModuleList `flows`, such as nf.NormalizingFlow has.
+    """
+    _flows(model)
+    counts = _runs.uses(model)
+
+    def key(layer: nn.Module):
+        ours = type(layer) in (Planar, PlanarStack)
+        if not ours and not _runs.is_class(layer, "normflows.flows.planar", "Planar"):
+            return None
+        return _runs.key(layer, counts, layer.act) if ours or _normflows_slope(layer) else None
+
+    _runs.fuse(model.flows, key, lambda layer: PlanarStack(layer.u.shape[1:], 1, layer.act))
+    return model
+
+
+def to_normflows_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model that `from_normflows` fused, as before: `flows.{k}.u`, `.w` and `.b`; copies."""
+    _flows(model)
+    return _runs.unfused_state_dict(model, "flows")
+
+
+def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads the state_dict of the normflows model, as before `from_normflows`, into the fused one.
+
+    Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
+    """
+    _flows(model)
+    _runs.load_unfused_state_dict(model, "flows", state_dict)
+
+
+def _flows(model: nn.Module) -> None:
+    if not isinstance(getattr(model, "flows", None), nn.ModuleList):
+        raise TypeError(f"model must have a ModuleList `flows`, as nf.NormalizingFlow has, got {type(model).__name__}")
+
+
+def _normflows_slope(layer: nn.Module) -> bool:
+    """Whether a layer of normflows' own has the slope that they all have, unless someone changed it."""
+    return layer.act != "leaky_relu" or layer.h.negative_slope == _SLOPE

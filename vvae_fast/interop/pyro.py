@@ -1,0 +1,230 @@
+"""Pyro's planar transforms, and one fused transform for a stack of them."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast import shapes
+from vvae_fast.distributions import CachedPlanar, flow_options
+from vvae_fast.interop._runs import is_class
+
+try:  # Pyro's conditional distributions take nothing but its own class
+    from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
+except ImportError:
+    _ConditionalBase = nn.Module
+
+
+class _PlanarModule(CachedPlanar, nn.Module):
+    """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
+
+    def __init__(self, cache_size: int = 1) -> None:
+        super().__init__(flow_options("tanh"), cache_size)
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __repr__ = nn.Module.__repr__
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        return self.u, self.w, self.bias
+
+    def with_cache(self, cache_size: int = 1):
+        """This transform where it has that cache_size, else one that shares its parameters and has it."""
+        if cache_size == self._cache_size:
+            return self
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1, got {cache_size}")
+        other = copy.copy(self)
+        other._cache_size = cache_size
+        return other
+
+
+class PlanarStack(_PlanarModule):
+    """K of Pyro's planar steps as one transform: bias [K], u and w [K, D].
+
+    For `TransformedDistribution` and `pyro.module`: maps x [*batch, D]; log_prob of its own samples comes from the
+    cache, of any other point from the inverse. Initialised as Pyro initialises each step.
+
+    Raises TypeError or ValueError where input_dim or num_steps, both at least 1, is not a size.
+    """
+
+    def __init__(self, input_dim: int, num_steps: int, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size)
+        shapes.check_size("input_dim", input_dim, 1)
+        shapes.check_size("num_steps", num_steps, 1)
+        self.input_dim = input_dim
+        self.bias = nn.Parameter(torch.empty(num_steps))
+        self.u = nn.Parameter(torch.empty(num_steps, input_dim))
+        self.w = nn.Parameter(torch.empty(num_steps, input_dim))
+        self.reset_parameters()
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return len(self.bias)
+
+    def reset_parameters(self) -> None:
+        """Draws u and w uniformly between +-1 / sqrt(D), and sets bias to 0."""
+        _reset(self)
+
+    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u, self.w, self.bias
+
+    def to_pyro_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state_dict of a list of Pyro's transforms: `{prefix}{k}.bias` [1], `.u` and `.w` [D]; copies."""
+        return {
+            f"{prefix}{k}.{name}": (value[k : k + 1] if name == "bias" else value[k]).clone()
+            for k in range(self.num_steps)
+            for name, value in self.state_dict().items()
+        }
+
+    def load_pyro_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+        """Loads `{prefix}{k}.bias` [1], `.u` and `.w` [D] of K of Pyro's transforms; other prefixes are left alone.
+
+        Raises ValueError where a step is missing or there is one more, RuntimeError as load_state_dict does.
+        """
+        own = {name for name in state_dict if name.startswith(prefix)}
+        wanted = {name: [f"{prefix}{k}.{name}" for k in range(self.num_steps)] for name in ("bias", "u", "w")}
+        names = {name for of_steps in wanted.values() for name in of_steps}
+        if own != names:
+            raise ValueError(
+                f"state_dict must have the bias, u and w of K = {self.num_steps} steps at {prefix!r}, got without "
+                f"{sorted(names - own)} and with {sorted(own - names)}: make the stack with as many steps"
+            )
+        rows = {name: [state_dict[n] for n in of_steps] for name, of_steps in wanted.items()}
+        self.load_state_dict({name: (torch.cat if name == "bias" else torch.stack)(v) for name, v in rows.items()})
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}, num_steps={self.num_steps}"
+
+
+class Planar(_PlanarModule):
+    """Pyro's `Planar(input_dim)`: bias [1], u and w [D], its state_dict, and an inverse.
+
+    Maps x [*batch, D]; log_prob of its own samples comes from the cache, of any other point from the inverse.
+    Raises TypeError or ValueError where input_dim is no size of at least 1.
+    """
+
+    def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size)
+        shapes.check_size("input_dim", input_dim, 1)
+        self.input_dim = input_dim
+        self.bias = nn.Parameter(torch.empty(1))
+        self.u = nn.Parameter(torch.empty(input_dim))
+        self.w = nn.Parameter(torch.empty(input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws u and w uniformly between +-1 / sqrt(D), and sets bias to 0."""
+        _reset(self)
+
+    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u[None], self.w[None], self.bias
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}"
+
+
+class ConditionedPlanar(CachedPlanar):
+    """One planar step whose parameters a function computes at every call, as Pyro's does.
+
+    Args:
+        nn: maps context to (bias [*params, 1], u [*params, D], w [*params, D]). The cache sees a change of a module's
+            parameters and buffers; of any other callable nothing is cached, and every log_prob inverts.
+        context: a tensor.
+    """
+
+    def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], context: Tensor, cache_size: int = 1):
+        super().__init__(flow_options("tanh"), cache_size)
+        self.nn, self.context = nn, context
+
+    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
+        params = self.nn(self.context)
+        if not isinstance(params, (tuple, list)) or len(params) != 3:
+            raise ValueError(f"nn must give (bias, u, w) of sizes [1, D, D], got {_sizes(params)}")
+        bias, u, w = params
+        if u.shape != w.shape or bias.shape != (*u.shape[:-1], 1):
+            raise ValueError(f"nn must give bias [*params, 1], u and w [*params, D], got {_sizes(params)}")
+        return u[..., None, :], w[..., None, :], bias
+
+    def _sources(self) -> tuple[Tensor, ...] | None:
+        if not isinstance(self.nn, torch.nn.Module):
+            return None
+        return self.context, *self.nn.parameters(), *self.nn.buffers()
+
+    def _shape(self, shape: torch.Size) -> torch.Size:
+        return shape  # as Pyro's, which asks nn for nothing and samples as many as there are contexts
+
+    def with_cache(self, cache_size: int = 1) -> "ConditionedPlanar":
+        """This transform where it has that cache_size, else another of the same nn and context."""
+        return self if cache_size == self._cache_size else ConditionedPlanar(self.nn, self.context, cache_size)
+
+
+class ConditionalPlanar(_ConditionalBase):
+    """Pyro's `ConditionalPlanar(nn)`: nn maps a context [*params, C] to (bias, u, w) of sizes [1, D, D].
+
+    `conditional.condition(context)` is a transform with an inverse. A `ConditionalTransformModule` of Pyro's where Pyro
+    is installed, so that `ConditionalTransformedDistribution` takes it.
+    """
+
+    def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.nn = nn
+
+    domain = CachedPlanar.domain
+    codomain = CachedPlanar.codomain
+    bijective = True
+
+    def condition(self, context: Tensor) -> ConditionedPlanar:
+        """The transform of this context; errors of nn's outputs come when it is called."""
+        return ConditionedPlanar(self.nn, context)
+
+
+def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStack:
+    """One fused transform with the values of a list of planar transforms, Pyro's own or this module's, in their order.
+
+    A ComposeTransform's `parts` and a ModuleList are such lists. The parameters are new: make the optimizer afterwards.
+
+    Raises TypeError where a transform is no planar one, ValueError where there is none or their sizes differ.
+    """
+    layers = list(transforms)
+    if not layers:
+        raise ValueError("transforms must hold at least one planar transform, got none")
+    for layer in layers:
+        if not isinstance(layer, (Planar, PlanarStack)) and not is_class(
+            layer, "pyro.distributions.transforms.planar", "Planar"
+        ):
+            raise TypeError(
+                f"transforms must all be Planar, Pyro's or this package's, got {type(layer).__name__}: fuse the runs "
+                "between other transforms one by one"
+            )
+    dims = {layer.u.shape[-1] for layer in layers}
+    if len(dims) > 1:
+        raise ValueError(f"transforms must share one input_dim, got {sorted(dims)}")
+    dim = dims.pop()
+    joined = {
+        "u": torch.cat([layer.u.detach().reshape(-1, dim) for layer in layers]),
+        "w": torch.cat([layer.w.detach().reshape(-1, dim) for layer in layers]),
+        "bias": torch.cat([layer.bias.detach() for layer in layers]),
+    }
+    stack = PlanarStack(dim, len(joined["bias"])).to(joined["u"])
+    stack.load_state_dict(joined)
+    return stack
+
+
+def _reset(transform: _PlanarModule) -> None:
+    bound = 1 / math.sqrt(transform.input_dim)
+    nn.init.uniform_(transform.w, -bound, bound)
+    nn.init.uniform_(transform.u, -bound, bound)
+    nn.init.zeros_(transform.bias)
+
+
+def _sizes(params: object) -> str:
+    if isinstance(params, (tuple, list)):
+        return str([tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in params])
+    return type(params).__name__

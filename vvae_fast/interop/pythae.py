@@ -1,0 +1,168 @@
+"""pythae's planar flow, and one fused layer for a run of them. Of pythae only its output class is used, where it is."""
+
+import functools
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast import shapes
+from vvae_fast.functional import planar_flow
+from vvae_fast.interop import _runs
+
+_LOG_DET_EPS = 1e-4  # pythae's log(|det| + 1e-4)
+_ACTIVATIONS = ("linear", "tanh", "elu")  # pythae's
+
+
+class _StandIn(OrderedDict):
+    """pythae's ModelOutput where pythae is not installed: the same access by name, by attribute and by position."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key, value) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def to_tuple(self) -> tuple:
+        """The values in their order."""
+        return tuple(self.values())
+
+
+@functools.cache
+def _output_class() -> type:
+    """pythae's own where pythae is there; asked for at the first call, since importing pythae takes seconds."""
+    try:
+        from pythae.models.base.base_utils import ModelOutput
+    except ImportError:
+        return _StandIn
+    return ModelOutput
+
+
+class PlanarStack(_runs.Stack):
+    """K of pythae's planar steps as one layer: w, u [K, D] and b [K], no constraint on u.
+
+    `stack(x)` gives an output with `.out` [B, D] and `.log_abs_det_jac` [B] in nats, the sum of log(|det| + 1e-4) over
+    the steps, for x [B, *input_dim], flattened. A batch of one keeps [1], where pythae gives a tensor without
+    dimensions. There is no inverse: pythae's steps guarantee none, and nor does it have one.
+
+    log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|, which the fused kernels can run for tanh.
+
+    Raises TypeError or ValueError where dim or num_steps, both at least 1, is not a size, activation none of "linear",
+    "tanh", "elu", or log_det_eps no number of at least 0.
+    """
+
+    def __init__(
+        self, dim: int, num_steps: int, activation: str = "tanh", *, log_det_eps: float = _LOG_DET_EPS
+    ) -> None:
+        super().__init__()
+        shapes.check_size("dim", dim, 1)
+        shapes.check_size("num_steps", num_steps, 1)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
+        shapes.check_formulas(activation, "none", 0.2, log_det_eps)
+        self.input_dim, self.activation, self.log_det_eps = dim, activation, log_det_eps
+        self.w = nn.Parameter(torch.randn(num_steps, dim))
+        self.u = nn.Parameter(torch.randn(num_steps, dim))
+        self.b = nn.Parameter(torch.randn(num_steps))
+
+    def forward(self, x: Tensor, **kwargs: object):
+        """An output with out [B, D] and log_abs_det_jac [B] for x [B, *input_dim]; errors as `planar_flow`'s."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.input_dim:
+            raise ValueError(f"x must be [B, *input_dim] with {self.input_dim} numbers a row, got {tuple(x.shape)}")
+        out, log_det = planar_flow(
+            x.reshape(len(x), self.input_dim),
+            self.u,
+            self.w,
+            self.b,
+            activation=self.activation,
+            constraint="none",
+            log_det_eps=self.log_det_eps,
+        )
+        return _output_class()(out=out, log_abs_det_jac=log_det)
+
+    def inverse(self, y: Tensor, **kwargs: object):
+        """Raises NotImplementedError, as pythae's."""
+        raise NotImplementedError("pythae's planar steps have no constraint on u, so that no inverse is guaranteed")
+
+    def update(self) -> None:
+        """Does nothing; pythae's trainer calls it after every epoch."""
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}, num_steps={self.num_steps}, activation={self.activation!r}"
+
+
+class PlanarFlow(PlanarStack):
+    """pythae's `PlanarFlow(config)`: w, u [1, D] and b [1], its state_dict and its output.
+
+    Args:
+        model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
+
+    Raises ValueError where input_dim is None, and as PlanarStack.
+    """
+
+    def __init__(self, model_config) -> None:
+        size = model_config.input_dim
+        if size is None:
+            raise ValueError("model_config.input_dim must be the shape of a data point, got None: set it")
+        super().__init__(size if isinstance(size, int) else math.prod(size), 1, model_config.activation)
+        self.model_config, self.model_name = model_config, "PlanarFlow"
+
+
+def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Module:
+    """Replaces, in place, each run of planar layers in `model.net` by one fused layer, and returns the model.
+
+    For VAE_LinNF. A run is of consecutive layers, pythae's own `PlanarFlow` or this module's, of one activation, size,
+    dtype, device and requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are
+    new, with the values of the old ones: make the optimizer afterwards.
+
+    log_det_eps=0.0 in place of pythae's 1e-4 is for speed: the fused kernels run the exact log|det|, which differs by
+    at most 1e-4 / |det| nats a step, and is infinite where a determinant is 0.
+
+    Raises TypeError where model has no ModuleList `net`.
+    """
+    _net(model)
+    counts = _runs.uses(model)
+
+    def key(layer: nn.Module):
+        activation = _activation(layer)
+        if activation is None:
+            return None
+        # stacks made with another epsilon stay as they are
+        return _runs.key(layer, counts, activation, getattr(layer, "log_det_eps", _LOG_DET_EPS))
+
+    _runs.fuse(
+        model.net, key, lambda layer: PlanarStack(layer.u.shape[1], 1, _activation(layer), log_det_eps=log_det_eps)
+    )
+    return model
+
+
+def to_pythae_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model that `from_pythae` fused, as before: `net.{k}.w`, `.u` and `.b`; copies."""
+    _net(model)
+    return _runs.unfused_state_dict(model, "net")
+
+
+def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads the state_dict of pythae's model, as before `from_pythae`, into the fused one.
+
+    Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
+    """
+    _net(model)
+    _runs.load_unfused_state_dict(model, "net", state_dict)
+
+
+def _net(model: nn.Module) -> None:
+    if not isinstance(getattr(model, "net", None), nn.ModuleList):
+        raise TypeError(f"model must have a ModuleList `net`, as VAE_LinNF has, got {type(model).__name__}")
+
+
+def _activation(layer: nn.Module) -> str | None:
+    """The name of a planar layer's activation; None of any other layer."""
+    if type(layer) in (PlanarFlow, PlanarStack):
+        return layer.activation
+    theirs = _runs.is_class(layer, "pythae.models.normalizing_flows.planar_flow.planar_flow_model", "PlanarFlow")
+    return layer.model_config.activation if theirs else None
