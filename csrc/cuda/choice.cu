@@ -19,8 +19,9 @@ bool shares(const Problem& p) { return !p.amortized || p.rows / p.sets >= kFewSa
 bool is_compact(const Problem& p) {
   constexpr int least_dim = 49, least_steps = 8;
   const Form form = asked_form.load();
-  if (p.dtype == Dtype::float64 || form == Form::direct || compact_bytes(p.dim) > most_shared_bytes()) return false;
-  return form == Form::compact || (p.dim >= least_dim && p.steps >= least_steps);
+  const bool by_shape = form == Form::automatic && p.dim >= least_dim && p.steps >= least_steps;
+  if (p.dtype == Dtype::float64 || !(by_shape || form == Form::compact)) return false;
+  return compact_bytes(p.dim) <= most_shared_bytes();  // last: it asks the driver
 }
 
 }  // namespace
