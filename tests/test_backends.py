@@ -18,7 +18,7 @@ from vvae_fast._version import __version__
 
 def problem():
     p = random_problem((3,), 2, 2)
-    return shapes.check(*p.inputs, "tanh", "softplus")
+    return shapes.check(*p.inputs, shapes.Formulas())
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -166,7 +166,7 @@ def test_interpreted_kernels_are_chosen_by_name_only():
     code = (
         "import torch, vvae_fast\n"
         "from vvae_fast import backends, shapes\n"
-        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), 'tanh', 'softplus')\n"
+        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), shapes.Formulas())\n"
         "print(backends.select(p, None), backends.select(p, 'triton'))\n"
     )
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -31,10 +31,7 @@ def _cpp_unavailable() -> list[str]:
 
 
 def _cpp_unsupported(problem: Problem) -> list[str]:
-    reasons = beyond_kernels(problem, "cpp")
-    if problem.device_type != "cpu":
-        reasons.append(f"the cpp backend runs on cpu tensors, got {problem.device_type}")
-    return reasons
+    return [] if problem.device_type == "cpu" else [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
 
 
 def _cuda_unavailable() -> list[str]:
@@ -136,7 +133,7 @@ def select(problem: Problem, name: str | None) -> str:
             interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
             if not interpreted and not _reasons(backend, problem):
                 if backend.name == "reference" and problem.device_type == "cpu":
-                    _warn_of_the_reference(problem)
+                    _warn_of_the_reference()
                 return backend.name
     check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
@@ -158,8 +155,8 @@ def info() -> dict[str, object]:
     }
 
 
-def _warn_of_the_reference(problem: Problem) -> None:
-    if ops.load_error and not beyond_kernels(problem, "cpp") and not torch.compiler.is_compiling():
+def _warn_of_the_reference() -> None:
+    if ops.load_error and not torch.compiler.is_compiling():
         _warn_once()
 
 

@@ -52,7 +52,7 @@ class CachedPlanar(Transform):
 
     def _why_not_bijective(self) -> ValueError | None:
         try:
-            shapes.check_invertible(*(self.options[name] for name in ("activation", "constraint", "slope")))
+            shapes.check_invertible(shapes.Formulas(**self.options))
         except ValueError as error:
             return error
         return None
@@ -219,7 +219,7 @@ def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) ->
         raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
     if u.dim() < 2:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D], got {tuple(u.shape)}")
-    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, **options)
+    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, shapes.Formulas(**options))
 
 
 def _broadcast(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

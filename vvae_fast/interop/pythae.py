@@ -47,7 +47,7 @@ class PlanarStack(_runs.Stack):
     the steps, for x [B, *input_dim], flattened. A batch of one keeps [1], where pythae gives a tensor without
     dimensions. There is no inverse: pythae's steps guarantee none, and nor does it have one.
 
-    log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|, which the fused kernels can run for tanh.
+    log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|.
 
     Raises TypeError or ValueError where dim or num_steps, both at least 1, is not a size, activation none of "linear",
     "tanh", "elu", or log_det_eps no number of at least 0.
@@ -61,7 +61,7 @@ class PlanarStack(_runs.Stack):
         shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
-        shapes.check_formulas(activation, "none", 0.2, log_det_eps)
+        shapes.check_formulas(shapes.Formulas("none", activation, log_det_eps=log_det_eps))
         self.input_dim, self.activation, self.log_det_eps = dim, activation, log_det_eps
         self.w = nn.Parameter(torch.randn(num_steps, dim))
         self.u = nn.Parameter(torch.randn(num_steps, dim))

@@ -59,19 +59,47 @@ _DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_forward.name(), _DEVICES)
-def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _planar().planar_forward(z, u, w, b, constrained, save)
+def _(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _planar().planar_forward(z, u, w, b, constraint == 0, save)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_backward.name(), _DEVICES)
 def _(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained)
+    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, constraint == 0)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_backward_packed.name(), _DEVICES)
 def _(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    packed: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained)
+    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, constraint == 0)

@@ -10,7 +10,7 @@ from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
 from vvae_fast.ops import unpack
-from vvae_fast.shapes import check_formulas, check_size, compute_dtype, is_trailing
+from vvae_fast.shapes import Formulas, check_formulas, check_size, compute_dtype, is_trailing
 
 # The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
 _IDENTITY_ALPHA = {
@@ -34,7 +34,7 @@ class _Planar(nn.Module):
         super().__init__()
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
-        check_formulas(activation, constraint, slope)
+        check_formulas(Formulas(constraint, activation, slope))
         if backend is not None:
             check_name(backend)
         self.dim, self.num_steps = dim, num_steps
