@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast import ops
+from vvae_fast.shapes import Formulas
 
 NUM_STEPS = 20  # two chunks, the second not full
 
@@ -63,8 +64,8 @@ def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
     """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
     operators = ops.OPERATORS[backend]
-    a = operators.planar_forward(z, u, w, b, True, True)[2]
-    answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, True)
+    a = operators.planar_forward(z, u, w, b, *Formulas().numbers(), True)[2]
+    answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *Formulas().numbers())
     if not all(t.isfinite().all() for t in [t.cpu() for t in answers]):
         raise ArithmeticError(f"{case}: gradients are not finite")
 
@@ -73,7 +74,7 @@ def read_past_the_end() -> None:
     """A forward whose z has lost its memory behind its first number."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
-    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, True, False)
+    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *Formulas().numbers(), False)
     torch.cuda.synchronize()
 
 

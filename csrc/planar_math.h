@@ -136,8 +136,8 @@ PLANAR_FN Activated<L> activate(typename L::V a, const AnyActivation<T>& f) {
     }
     case Activation::sigmoid: {
       const auto e = L::exp_both(-L::abs(a)).value;
-      const auto p = 1 / (1 + e);
-      return {L::select(up, p, e * p), e * p * p};
+      const auto h = L::select(up, L::splat(1), e) / (1 + e);
+      return {h, h * (L::select(up, e, L::splat(1)) / (1 + e))};
     }
     default: return {a, L::splat(1)};
   }

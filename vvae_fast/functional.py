@@ -27,13 +27,12 @@ def planar_flow(
         u, w: [K, D], shared by all samples, or [*params, K, D], amortized, where *params are the trailing dimensions of
             *batch: z [S, B, D] with u [B, K, D] draws S samples per data point and copies nothing.
         b: u's shape without D.
-        activation: h: "tanh", "leaky_relu", "elu", "sigmoid" or "linear". The fused kernels run tanh; the others, and
-            what is said so below, run on the reference.
+        activation: h: "tanh", "leaky_relu", "elu", "sigmoid" or "linear".
         slope: leaky_relu's below 0, above 0; the other activations ignore it.
         constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "log_softplus" does
-            so by flowjax's formula, docs/math.md (29), on the reference; "none" leaves u.
-        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|, on the reference: for
-            models of pythae, which has 1e-4.
+            so by flowjax's formula, docs/math.md (29); "none" leaves u.
+        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|: for models of pythae,
+            which has 1e-4.
         backend: one of `vvae_fast.info()["backends"]`, or None for `use_backend`'s, the environment's or the fastest.
 
     Returns:
@@ -80,9 +79,7 @@ def packed_planar_flow(
     if chosen == "reference":
         return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
     if z.dtype != packed.dtype or not backends.computes_halves(chosen):
-        z_K, log_det = autograd.packed_planar_flow(
-            *_to_compute_dtype(problem, z, packed), num_steps, formulas, chosen
-        )
+        z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, formulas, chosen)
         return z_K.to(z.dtype), log_det
     return autograd.packed_planar_flow(z, packed, num_steps, formulas, chosen)
 
@@ -101,8 +98,7 @@ def planar_flow_inverse(
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
     Arguments and errors are those of `planar_flow`. What guarantees no inverse is refused with a ValueError:
-    constraint="none", and leaky_relu with a slope above 1. The backends cpp, for tanh with "softplus", and reference
-    have an inverse.
+    constraint="none", and leaky_relu with a slope above 1.
     """
     formulas = Formulas(constraint, activation, slope)
     problem = shapes.check(z, u, w, b, formulas)
@@ -116,9 +112,7 @@ def planar_flow_inverse(
     return z_0.to(z.dtype), log_det
 
 
-def _run_reference(
-    problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _run_reference(problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     z_K, log_det, _ = reference.planar_forward(*_to_compute_dtype(problem, z, u, w, b), *problem.formulas)
     return z_K.to(z.dtype), log_det
 

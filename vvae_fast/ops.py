@@ -71,8 +71,7 @@ _SCHEMAS = {
     f" {_FORMULAS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
     f" {_FORMULAS}) -> (Tensor, Tensor)",
-    "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
+    "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z_0, Tensor u, Tensor w, Tensor b,"
     f" Tensor a, {_INVERTIBLE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }

@@ -88,7 +88,7 @@ template <class T, class F>
 void amortized_inverse_adjoint(const InverseAdjoint<T>& p, int64_t number, T* scratch) {
   const int64_t first = number * Simd<T>::width;
   const int count = p.rows - first < Simd<T>::width ? int(p.rows - first) : Simd<T>::width;
-  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
+  with_length<T, F>(p.dim, [&](auto n) __attribute__((always_inline)) {
     inverse_adjoint_rows<T, n.value, F>(p, first, count, scratch);
   });
 }
