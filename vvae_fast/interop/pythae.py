@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +102,15 @@ class PlanarFlow(PlanarStack):
     Args:
         model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
 
-    Raises ValueError where input_dim is None, and as PlanarStack.
+    Raises ValueError where input_dim is None, TypeError where it is no shape, and as PlanarStack.
     """
 
     def __init__(self, model_config) -> None:
         size = model_config.input_dim
         if size is None:
             raise ValueError("model_config.input_dim must be the shape of a data point, got None: set it")
+        if not isinstance(size, (int, Sequence)) or isinstance(size, str):
+            raise TypeError(f"model_config.input_dim must be a shape or an int, got {type(size).__name__}")
         super().__init__(size if isinstance(size, int) else math.prod(size), 1, model_config.activation)
         self.model_config, self.model_name = model_config, "PlanarFlow"
 
@@ -122,9 +125,11 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     log_det_eps=0.0 in place of pythae's 1e-4 is for speed: the fused kernels run the exact log|det|, which differs by
     at most 1e-4 / |det| nats a step, and is infinite where a determinant is 0.
 
-    Raises TypeError where model has no ModuleList `net`.
+    Raises TypeError where model has no ModuleList `net`, TypeError or ValueError where log_det_eps is no number of at
+    least 0.
     """
     _net(model)
+    shapes.check_formulas("tanh", "none", 0.2, log_det_eps)
     counts = _runs.uses(model)
 
     def key(layer: nn.Module):
