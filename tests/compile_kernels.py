@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import triton
@@ -93,11 +92,9 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled}
 
 
-def record(
-    form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, formulas: dict = MappingProxyType({})
-) -> list[tuple]:
-    """What forward and backward of one problem launch in the form "direct" or "compact", or what "inverse" does, which
-    is direct, less the backward of the parameters."""
+def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, *formulas) -> list[tuple]:
+    """What forward and backward of one problem launch in the form "direct" or "compact"; for "inverse" what the inverse
+    and its adjoint do, which are direct. `formulas` are those of `Formulas`."""
     _heuristics.is_compact = lambda *problem: form == "compact"
     recorder = Recorder()
     for module in LAUNCHING:
@@ -109,11 +106,11 @@ def record(
         torch.empty(*sets, num_steps, dim, **new),
         torch.empty(*sets, num_steps, **new),
     )
-    formulas = Formulas(**formulas)
+    formulas = Formulas(*formulas)
     if form == "inverse":
         z_0, log_det, a = planar.planar_inverse(z, u, u, b, formulas, True)
         planar.planar_inverse_backward(z, log_det, z_0, u, u, b, a, formulas)
-        return recorder.launches[:2]
+        return recorder.launches[:2]  # the others are the backward
     z_K, log_det, a = planar.planar_forward(z, u, u, b, formulas, True)
     planar.planar_backward(z_K, log_det, z, u, u, b, a, formulas)
     return recorder.launches
