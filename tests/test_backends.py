@@ -285,7 +285,8 @@ def test_auto_takes_what_was_measured_to_be_faster(gpu_backends, monkeypatch):
     assert backends.select(on_gpu(rows=10**6), None) == "triton"
     assert backends.select(on_gpu(amortized=True), None) == "triton"
     assert backends.select(problem(), None) == "cpp"
-    assert backends.select(on_gpu(inverse=True), None) == "reference"
+    assert backends.select(on_gpu(inverse=True), None) == "triton"  # cuda has none
+    assert backends.select(on_gpu(inverse=True, dim=2049), None) == "reference"
 
 
 def test_auto_takes_the_other_where_the_faster_cannot_run(gpu_backends, monkeypatch):
