@@ -122,8 +122,8 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     dtype, device and requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are
     new, with the values of the old ones: make the optimizer afterwards.
 
-    log_det_eps=0.0 in place of pythae's 1e-4 is for speed: the fused kernels run the exact log|det|, which differs by
-    at most 1e-4 / |det| nats a step, and is infinite where a determinant is 0.
+    log_det_eps=0.0 in place of pythae's 1e-4 gives the exact log|det|, which differs by at most 1e-4 / |det| nats a
+    step, and is infinite where a determinant is 0.
 
     Raises TypeError where model has no ModuleList `net`, TypeError or ValueError where log_det_eps is no number of at
     least 0.
