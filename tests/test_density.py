@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from vvae_fast.train.density_plots import plot_fits
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 
+ROOT = Path(__file__).parent.parent
 SMALL = FitConfig("U1", num_steps=2, iterations=40, restarts=2, batch_size=64)
 
 
@@ -72,6 +75,13 @@ def test_nothing_of_a_target_lies_outside_the_box(name):
     finer = divergence(identity(0), ENERGIES[name], make_grid(BOX, 512)).log_normalizer
     assert inside == pytest.approx(double, abs=1e-12)
     assert inside == pytest.approx(finer, abs=1e-7)
+
+
+@pytest.mark.parametrize(("name", "widths"), [("U2", 0.4), ("U3", 0.7), ("U4", 0.75)])
+def test_normalizers_of_the_tapered_energies(name, widths):
+    root = math.sqrt(2 * math.pi)
+    exact = math.log((8 + 0.4 * root) * widths * root)
+    assert divergence(identity(0), ENERGIES[name], make_grid()).log_normalizer == pytest.approx(exact, abs=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [0, 5])
@@ -180,6 +190,7 @@ def test_a_second_call_fits_nothing_and_fresh_fits_all(tmp_path, monkeypatch, ca
     assert (out / "results.json").read_bytes() == first
     assert (out / "figure.png").read_bytes() == picture
     assert fitted == []
+    assert "[1/2] U1 K=1: already finished" in capsys.readouterr().out
     assert main(command(out)) == 0
     assert fitted == ["U1 K=3", "U4 K=3"]
 
@@ -260,3 +271,23 @@ def test_a_record_is_that_of_the_best_restart():
     assert record["seed"] == 7
     assert record["restarts"] == {"7": best.divergence.kl, "8": 9.0}
     assert torch.equal(density_runs.load_flow(record).w, flow.w)
+
+
+def committed() -> list[dict]:
+    return json.loads((ROOT / "docs/results/density/results.json").read_text())["fits"]
+
+
+@pytest.mark.parametrize(("name", "bar"), [("U1", 0.05), ("U2", 0.05), ("U3", 0.15), ("U4", 0.15)])
+def test_the_committed_flows_of_32_steps_are_near_their_targets(name, bar):
+    config = FitConfig(name, num_steps=32)
+    record = next(record for record in committed() if record["config"] == config.to_json())
+    got = divergence(density_runs.load_flow(record), ENERGIES[name], make_grid())
+    assert got.kl == pytest.approx(record["kl"], rel=1e-6)
+    assert got.mass == pytest.approx(1, abs=1e-6)
+    assert got.kl < bar
+
+
+def test_the_committed_table_is_what_the_command_prints(capsys):
+    density_runs.print_table(committed())
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.strip().splitlines())
+    assert printed in re.sub("\n\n", "\n", (ROOT / "docs/density.md").read_text())

@@ -11,6 +11,7 @@ import torch
 
 import vvae_fast
 from vvae_fast import backends
+from vvae_fast.train.density import FitConfig
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim or --num-samples")
+        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim, --num-samples or --steps")
     except KeyboardInterrupt:
         print("vvae-fast: interrupted; the same command goes on after the last finished epoch or fit", file=sys.stderr)
         return INTERRUPTED
@@ -117,7 +118,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _density(arguments: argparse.Namespace) -> None:
-    from vvae_fast.train.density import FitConfig
     from vvae_fast.train.density_runs import density
 
     _check_backend()
@@ -190,9 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     density = _command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
     density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
     density.add_argument("--steps", type=_positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
-    density.add_argument("--iterations", type=_positive, default=10_000, help="of Adam, for each restart")
-    density.add_argument("--restarts", type=_positive, default=4, help="seeds from --seed on; the least KL is kept")
-    density.add_argument("--seed", type=_seed, default=0)
+    density.add_argument("--iterations", type=_positive, default=FitConfig.iterations, help="of Adam, for each restart")
+    density.add_argument("--restarts", type=_positive, default=FitConfig.restarts, help="seeds from --seed on")
+    density.add_argument("--seed", type=_seed, default=FitConfig.seed)
     density.add_argument("--out", type=_path, default=Path("runs") / "density", help="folder of results")
     density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 

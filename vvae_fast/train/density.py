@@ -26,8 +26,8 @@ class FitConfig:
 
     energy: str
     num_steps: int
-    iterations: int = 10_000
-    restarts: int = 4
+    iterations: int = 5000
+    restarts: int = 8
     seed: int = 0
     batch_size: int = 1024
     lr: float = 0.01

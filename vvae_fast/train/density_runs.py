@@ -19,6 +19,7 @@ from vvae_fast.train.progress import Progress
 RESULTS, FIGURE = "results.json", "figure.png"
 QUADRATURE = {"box": BOX, "points": POINTS, "taper_start": TAPER_START, "taper_width": TAPER_WIDTH}
 PARAMETERS = ("u", "w", "b")
+COLUMN_WIDTH = 16
 
 
 def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
@@ -41,7 +42,9 @@ def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
         with Progress(len(configs), configs[0].restarts * configs[0].iterations) as progress:
             for config in configs:
                 progress.start(config.label)
-                if config.label not in records:
+                if config.label in records:
+                    progress.show("already finished", "", 0)
+                else:
                     records[config.label] = _fit(config, progress)
                     write_json(path, {"quadrature": QUADRATURE, "fits": list(records.values())})
                 progress.conclude(f"KL {records[config.label]['kl']:.4f}")
@@ -53,14 +56,15 @@ def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
 
 
 def _fit(config: FitConfig, progress: Progress) -> dict:
-    grid = make_grid()
+    def report(iterations: int) -> None:
+        progress.show("training", f", iteration {iterations}/{config.restarts * config.iterations}", iterations)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step is too small to share, and sums over the grid keep their order
     try:
-        restarts = fit(config, grid, lambda iterations: progress.show("training", f", {iterations}", iterations))
+        return to_record(config, fit(config, make_grid(), report))
     finally:
         torch.set_num_threads(threads)
-    return to_record(config, restarts)
 
 
 def to_record(config: FitConfig, restarts: Sequence[Restart]) -> dict:
@@ -95,15 +99,14 @@ def _load(path: Path) -> dict[str, dict]:
     """The records of a results.json by their labels."""
     content = read_json(path)
     try:
-        check_equal(QUADRATURE, content["quadrature"], path)
+        quadrature = dict(content["quadrature"])
         records = {FitConfig(**record["config"]).label: record for record in content["fits"]}
         for record in records.values():
             load_flow(record)
             Divergence(*(float(record[name]) for name in Divergence._fields))
-    except RunError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise RunError(f"{path} is not a result of vvae-fast density; remove it or use --fresh") from error
+    check_equal(QUADRATURE, quadrature, path)
     return records
 
 
@@ -118,6 +121,7 @@ def print_table(records: Sequence[dict]) -> None:
     for energy in energies:
         table.add_row(energy, *(f"{kls[energy, num_steps]:.4f}" for num_steps in steps))
     screen = console.Console(highlight=False)
+    screen.width = max(screen.width, COLUMN_WIDTH * (1 + len(steps)))  # cells are never cut
     screen.print(table)
     error = max(abs(record["mass"] - 1) for record in records)
     legend = (
