@@ -17,7 +17,7 @@ class Progress:
 
     Args:
         num_runs: the length of the series.
-        epochs: the most epochs, or other units of work, that a run can have.
+        epochs: the most epochs a run can have.
     """
 
     def __init__(self, num_runs: int, epochs: int):
@@ -64,7 +64,7 @@ class Progress:
         self.conclude(f"-ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}")
 
     def show(self, stage: str, detail: str, completed: int) -> None:
-        """A run's stage, what to say of it, and how many epochs it has completed."""
+        """A run's stage, what to say of it, and how many of its epochs, or whatever it counts instead, are completed."""
         text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
         if stage not in ROUTINE:
             self._print(text)
