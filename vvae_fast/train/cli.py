@@ -1,4 +1,4 @@
-"""The command line: `vvae-fast compare`, `train`, `evaluate` and `info`."""
+"""The command line: `vvae-fast compare`, `train`, `evaluate`, `density` and `info`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 import vvae_fast
 from vvae_fast import backends
+from vvae_fast.train.density import FitConfig
+from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
 
@@ -32,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim or --num-samples")
+        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim, --num-samples or --steps")
     except KeyboardInterrupt:
-        print("vvae-fast: interrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        print("vvae-fast: interrupted; the same command goes on after the last finished epoch or fit", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -115,6 +117,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"  {name + ':':16}{value:.3f}")
 
 
+def _density(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train.density_runs import density
+
+    _check_backend()
+    options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
+    energies, steps = dict.fromkeys(arguments.energies), _unique(arguments.steps)
+    density([FitConfig(energy, k, **options) for energy in energies for k in steps], arguments.out, arguments.fresh)
+
+
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int):
     """The RunConfig that the arguments ask for, and its data."""
     from vvae_fast.train.data import load_dataset
@@ -175,6 +186,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
     evaluate.add_argument("--root", type=_path, help="MNIST's folder")
     evaluate.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
+
+    density = _command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
+    density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
+    density.add_argument("--steps", type=_positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
+    density.add_argument("--iterations", type=_positive, default=FitConfig.iterations, help="of Adam, for each restart")
+    density.add_argument("--restarts", type=_positive, default=FitConfig.restarts, help="seeds from --seed on")
+    density.add_argument("--seed", type=_seed, default=FitConfig.seed)
+    density.add_argument("--out", type=_path, default=Path("runs") / "density", help="folder of results")
+    density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 
     _command(commands, "info", _info, "say which backends are available, and why not")
     return parser

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vvae_fast.train.checkpoints import BEST, LAST, PREVIOUS, load_last
-from vvae_fast.train.files import RunError, read_json
+from vvae_fast.train.files import RunError, check_equal, read_json
 from vvae_fast.train.module import CHECKPOINT_KEY
 from vvae_fast.train.runconfig import RECORD, RESULT_KEYS, RunConfig, is_config, is_history, is_number
 
@@ -20,14 +20,7 @@ CONTENTS = {CONFIG, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PREVIOUS}
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:
     """Raises RunError where `content`, the configuration that `path` records, is not `config`."""
-    wanted = config.to_json()
-    differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
-    if differing:
-        key = differing[0]
-        raise RunError(
-            f"{path} belongs to another run ({key} is {content.get(key)} there, {wanted.get(key)} here); "
-            "use --fresh to replace it or choose another --out"
-        )
+    check_equal(config.to_json(), content, path)
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
