@@ -129,7 +129,7 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     least 0.
     """
     _net(model)
-    shapes.check_formulas("tanh", "none", 0.2, log_det_eps)
+    shapes.check_formulas(shapes.Formulas("none", log_det_eps=log_det_eps))
     counts = _runs.uses(model)
 
     def key(layer: nn.Module):

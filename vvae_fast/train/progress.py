@@ -64,7 +64,7 @@ class Progress:
         self.conclude(f"-ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}")
 
     def show(self, stage: str, detail: str, completed: int) -> None:
-        """A run's stage, what to say of it, and how many of its epochs, or whatever it counts instead, are completed."""
+        """A run's stage, what to say of it, and how many of its epochs, or what it counts instead, are completed."""
         text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
         if stage not in ROUTINE:
             self._print(text)
