@@ -179,7 +179,7 @@ __device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set,
     }
     sum_lanes(alpha, n, lanes);
     if (!writes) continue;
-    const auto q = constrain<Lane<float>>(alpha, n, p.constrained);
+    const auto q = constrain<Lane<float>>(alpha, n, p.constraint);
     const float of_w = rho_over_n(q);
     for (int d = lane; d < block.columns; d += lanes) u_i[d] += of_w * w_i[d];
     if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};

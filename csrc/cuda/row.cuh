@@ -27,6 +27,16 @@ void with_layout(int dim, const F& f) {
   if constexpr (sizeof(T) == 4) return f(Layout<32, 8>());
 }
 
+// A layout for what has fewer kernels: more of a row's columns are not there.
+template <class T, class F>
+void with_few_layouts(int dim, const F& f) {
+  if (dim <= 4) return f(Layout<1, 1>());
+  if (dim <= 16) return f(Layout<4, 1>());
+  if (dim <= 64) return f(Layout<8, 2>());
+  if (dim <= 256) return f(Layout<32, 2>());
+  return f(Layout<32, sizeof(T) == 4 ? 8 : 4>());
+}
+
 // Calls f with a number of the type that the caller's tensors hold.
 template <class F>
 void with_type(Dtype dtype, const F& f) {
@@ -46,6 +56,43 @@ void with_half_or_float(Dtype dtype, const F& f) {
     case Dtype::float16: return f(float16());
     default: return f(float());
   }
+}
+
+// The same for kernels that no half precision has.
+template <class F>
+void with_float_or_double(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float64: return f(double());
+    default: return f(float());
+  }
+}
+
+// Calls f with a number of the tensors' type, a layout and the activation, of which there are three lots of kernels.
+// The first ask which activation it is when they run: few, for activations that are seldom used.
+template <class F>
+void with_any_activation(const Problem& p, const F& f) {
+  with_float_or_double(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>::of(p.formulas)); });
+  });
+}
+
+// With as few that know that it is tanh.
+template <class F>
+void with_activation_of_few(const Problem& p, const F& f) {
+  if (!p.formulas.is_tanh()) return with_any_activation(p, f);
+  with_float_or_double(p.dtype, [&](auto zero) {
+    with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
+  });
+}
+
+// With many of these, for every layout and type.
+template <class F>
+void with_activation(const Problem& p, const F& f) {
+  if (!p.formulas.is_tanh()) return with_any_activation(p, f);
+  with_type(p.dtype, [&](auto zero) {
+    with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
+  });
 }
 
 // A tensor's rows as a kernel reads them.
