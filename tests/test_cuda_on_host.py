@@ -126,7 +126,7 @@ def test_formulas(plain, activation, dtype, inverse):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_constraints_of_the_half_precisions(plain, dtype):
     problems = [random_problem((37,), 17, 24, params, 0.5, dtype) for params in ((), (37,))]
-    cases = [Case(p, Formulas(constraint)) for p in problems for constraint in CONSTRAINTS]
+    cases = [Case(p, Formulas(constraint)) for p in problems for constraint in CONSTRAINTS[:2]]
     check(cases, cuda_host.run(plain, cases))
 
 

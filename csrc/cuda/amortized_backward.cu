@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
       const auto [step, a] = next;
       if (ahead) next = read(k + 1 < steps ? k + 1 : k);
       const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint);
-      const T h = activate<Lane<T>>(a, p.activation).h;
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
+      const T h = activate<Lane<T>>(a, p.params.activation).h;
       z = add(z, h, add(u, rho_over_n(q), w));
     }
     for (int k = steps - 1; k >= 0; --k) {
@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
       const auto [step, a] = next;
       if (ahead) next = read(k > 0 ? k - 1 : k);
       const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint);
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
       const auto u_hat = add(u, rho_over_n(q), w);
       const T e = dot(g, u_hat), g_w = dot(g, w);
-      const auto act = activate<Lane<T>>(a, p.activation);
-      const T r = determinant_gradient<Lane<T>>(lambda, act, q.c, q.s, p.activation);
-      const T delta = e * act.h_prime + r * q.c * h_second<Lane<T>>(act, p.activation);
+      const auto act = activate<Lane<T>>(a, p.params.activation);
+      const T r = determinant_gradient<Lane<T>>(lambda, act, q.c, q.s, p.params.activation);
+      const T delta = e * act.h_prime + r * q.c * h_second<Lane<T>>(act, p.params.activation);
       const auto adjoint = constrain_backward<Lane<T>>(q, act.h * g_w, r * act.h_prime);  // (6)
       z = add(z, -act.h, u_hat);
       Row<T, Layout> du, dw;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
 }  // namespace
 
 void launch_amortized_backward(const Backward& f, void* stream) {
-  with_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);

@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
     const auto u = widen(step.u), w = widen(step.w);
     const T b = widen(step.b);
     step = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const auto u_hat = add(u, rho_over_n(q), w);
     const T a = dot(w, z) + b;
-    const auto act = activate<Lane<T>>(a, p.activation);
+    const auto act = activate<Lane<T>>(a, p.params.activation);
     if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.activation);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
     z = add(z, act.h, u_hat);
   }
   if (!inside) return;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
 }  // namespace
 
 void launch_amortized_forward(const Forward& f, void* stream) {
-  with_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);

@@ -21,14 +21,14 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_inverse_kernel(const Fo
     const auto u = widen(step.u), w = widen(step.w);
     const T b = step.b;
     step = read_step<Layout>(p.params, set, k > 0 ? k - 1 : k);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const auto u_hat = add(u, rho_over_n(q), w);
     const T rhs = dot(w, z) + b;
     T a;
-    solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.activation);
-    const auto act = activate<Lane<T>>(a, p.activation);
+    solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
+    const auto act = activate<Lane<T>>(a, p.params.activation);
     if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.activation);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
     z = add(z, -act.h, u_hat);
   }
   if (!inside) return;
@@ -50,12 +50,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int k = 0; k < steps; ++k) {
     const int after = k + 1 < steps ? k + 1 : k;
     const auto u = widen(step.u), w = widen(step.w);
-    const auto act = activate<Lane<T>>(next, p.activation);
+    const auto act = activate<Lane<T>>(next, p.params.activation);
     step = read_step<Layout>(p.params, set, after);
     next = p.a[after * p.rows + row];
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const T e = dot(g, add(u, rho_over_n(q), w));
-    g = add(g, root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.activation), w);
+    g = add(g, root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.params.activation), w);
   }
   if (inside) store_gradients(p, row, g, lambda);
 }
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void launch_amortized_inverse(const Forward& f, void* stream) {
-  with_activation_of_few(f.p, [&](auto zero, auto layout, auto activation) {
+  with_few_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
@@ -73,7 +73,7 @@ void launch_amortized_inverse(const Forward& f, void* stream) {
 }
 
 void launch_amortized_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  with_any_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_any_formulas(f.p, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
         for (int k = 0; k < kChunk; ++k) {
           const auto q = chunk.numbers[k];
           a_k[k] += q.b;
-          const auto act = activate<L>(a_k[k], p.activation);
-          add_step<L, 1>(&log_det, &act, q.c, q.s, p.activation);
+          const auto act = activate<L>(a_k[k], p.params.activation);
+          add_step<L, 1>(&log_det, &act, q.c, q.s, p.params.activation);
           h[at.own * kExchangeStride + k] = act.h;
 #pragma unroll
           for (int after = k + 1; after < kChunk; ++after) a_k[after] += chunk.gram[k * kChunk + after] * act.h;

@@ -76,8 +76,9 @@ Problem problem(const Tensor& z, bool amortized, int64_t sets, int64_t steps, co
   STD_TORCH_CHECK(steps * dim < kMostNumbers, "vvae_fast: u must have fewer than 2^30 elements K x D on CUDA, got ",
                   steps, " x ", dim);
   const Problem p = {type, formulas, amortized, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
-  STD_TORCH_CHECK(computes(p), "vvae_fast: z must be float32 or float64 on CUDA for other activations than tanh and for ",
-                  "log_det_eps, got ", torch::headeronly::toString(z.scalar_type()), ": convert it to float32");
+  STD_TORCH_CHECK(computes(p), "vvae_fast: z must be float32 or float64 on CUDA for other activations than tanh, for ",
+                  "log_softplus and for log_det_eps, got ", torch::headeronly::toString(z.scalar_type()),
+                  ": convert it to float32");
   return p;
 }
 

@@ -67,29 +67,32 @@ void with_float_or_double(Dtype dtype, const F& f) {
   }
 }
 
-// Calls f with a number of the tensors' type, a layout and the activation, of which there are three lots of kernels.
-// The first ask which activation it is when they run: few, for activations that are seldom used.
+// What kernels know when they are compiled: tanh, an exact logarithm, and no third constraint.
+inline bool is_usual(const Formulas& f) { return f.is_tanh() && f.constraint != Constraint::log_softplus; }
+
+// Calls f with a number of the tensors' type, a layout and planar_math.h's F, of which there are three lots of kernels.
+// The first ask for the formulas when they run: few, for what is seldom used.
 template <class F>
-void with_any_activation(const Problem& p, const F& f) {
+void with_any_formulas(const Problem& p, const F& f) {
   with_float_or_double(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>::of(p.formulas)); });
   });
 }
 
-// With as few that know that it is tanh.
+// As few for the usual formulas.
 template <class F>
-void with_activation_of_few(const Problem& p, const F& f) {
-  if (!p.formulas.is_tanh()) return with_any_activation(p, f);
+void with_few_kernels(const Problem& p, const F& f) {
+  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
   with_float_or_double(p.dtype, [&](auto zero) {
     with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
   });
 }
 
-// With many of these, for every layout and type.
+// Many of these, for every layout and type.
 template <class F>
-void with_activation(const Problem& p, const F& f) {
-  if (!p.formulas.is_tanh()) return with_any_activation(p, f);
+void with_kernels(const Problem& p, const F& f) {
+  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
   with_type(p.dtype, [&](auto zero) {
     with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
   });

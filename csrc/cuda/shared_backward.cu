@@ -104,7 +104,7 @@ __device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile
 #pragma unroll
   for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
     const int i = lane_of_row<Layout>() + j * Layout::lanes;
-    if (i < count) h[i] = activate<Lane<T>>(a[j], at.p.activation).h;
+    if (i < count) h[i] = activate<Lane<T>>(a[j], at.p.params.activation).h;
   }
   read_a(at, first + at.p.chunk, a);
   __syncwarp();
@@ -120,14 +120,14 @@ __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T,
   const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
   write_row(tile.g + at.group * columns, at.g);
   for (int i = lane; i < count; i += Layout::lanes) {
-    const auto act = activate<Lane<T>>(at.a_of(first + i), at.p.activation);
+    const auto act = activate<Lane<T>>(at.a_of(first + i), at.p.params.activation);
     const T c = numbers[i].c, s = numbers[i].s;
     // (11); where the rows end the determinant may be 0.
-    const T r = at.inside ? determinant_gradient<Lane<T>>(at.lambda, act, c, s, at.p.activation) : T(0);
+    const T r = at.inside ? determinant_gradient<Lane<T>>(at.lambda, act, c, s, at.p.params.activation) : T(0);
     tile.scalars.h[start + i] = act.h;
     tile.scalars.r_h_prime[start + i] = r * act.h_prime;
     tile.slope[start + i] = act.h_prime;
-    tile.bend[start + i] = r * c * h_second<Lane<T>>(act, at.p.activation);
+    tile.bend[start + i] = r * c * h_second<Lane<T>>(act, at.p.params.activation);
   }
   __syncwarp();
   auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
 }  // namespace
 
 void launch_shared_backward(const Backward& f, void* stream) {
-  with_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using T = compute_t<S>;
     using L = decltype(layout);

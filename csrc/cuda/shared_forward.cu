@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         const int after = k + 1 < count ? k + 1 : k, second = k + 2 < count ? k + 2 : after;
         const auto u_hat = read_row<Layout>(staged.u_hat + k * Layout::columns);
         const T part = part_of_dot(z, w_after);
-        const auto act = activate<Lane<T>>(a, p.activation);
+        const auto act = activate<Lane<T>>(a, p.params.activation);
         if (saves) store(p.a + a_at, a);
         a_at += p.rows;
         const auto now = q;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         w_after = read_row<Layout>(staged.w + second * Layout::columns);
         z = add(z, act.h, u_hat);
         a = (sum_lanes<Layout>(part) + q.b) + now.next * act.h;  // (27)
-        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, p.activation);
+        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, p.params.activation);
       }
     }
     if (!inside) continue;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
 }  // namespace
 
 void launch_shared_forward(const Forward& f, void* stream) {
-  with_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using T = compute_t<S>;
     using L = decltype(layout);

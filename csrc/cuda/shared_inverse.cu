@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const Share
         const auto q = staged.numbers[k];
         const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + q.b;
         T a;
-        solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.activation);
-        const auto act = activate<Lane<T>>(a, p.activation);
+        solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
+        const auto act = activate<Lane<T>>(a, p.params.activation);
         if (saves) store(p.a + (first + k) * p.rows + row, a);
-        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.activation);
+        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
         z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
       }
     }
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (!working) continue;
       for (int k = 0; k < count; ++k) {
-        const auto act = activate<Lane<T>>(next, p.activation);
+        const auto act = activate<Lane<T>>(next, p.params.activation);
         next = a_of(first + k + 1);
         const auto q = staged.numbers[k];
         const T e = dot(g, read_row<Layout>(staged.u_hat + k * Layout::columns));
-        const T mu = root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.activation);
+        const T mu = root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.params.activation);
         g = add(g, mu, read_row<Layout>(staged.w + k * Layout::columns));
       }
     }
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void launch_shared_inverse(const Forward& f, void* stream) {
-  with_activation_of_few(f.p, [&](auto zero, auto layout, auto activation) {
+  with_few_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
@@ -104,7 +104,7 @@ void launch_shared_inverse(const Forward& f, void* stream) {
 }
 
 void launch_shared_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  with_any_activation(f.p, [&](auto zero, auto layout, auto activation) {
+  with_any_formulas(f.p, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);

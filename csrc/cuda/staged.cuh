@@ -11,35 +11,40 @@ constexpr int kThreads = 128;  // of a block of the direct kernels
 // Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
 constexpr int64_t kStagedBytes = 48 * 1024;
 
-// u, w [sets, K, D] and b [sets, K].
-template <class S>
+// u, w [sets, K, D] and b [sets, K], and the formulas as far as the kernel does not know them. F is planar_math.h's.
+template <class S, class F>
 struct ParamsView {
   Rows<S> u, w;
   const S* b;
   int64_t u_set, u_step, w_set, w_step, b_set, b_step;
   int dim, steps;
-  Constraint constraint;
+  F activation;
+  Constraint of_problem;
 
   explicit ParamsView(const Problem& p)
       : u(rows_of<S>(p.u, p.dim)), w(rows_of<S>(p.w, p.dim)), b(static_cast<const S*>(p.b.data)), u_set(p.u.set),
         u_step(p.u.step), w_set(p.w.set), w_step(p.w.step), b_set(p.b.set), b_step(p.b.step), dim(p.dim),
-        steps(p.steps), constraint(p.formulas.constraint) {}
+        steps(p.steps), activation(F::of(p.formulas)), of_problem(p.formulas.constraint) {}
 
+  // Kernels that know tanh have two constraints: the code of the third would lengthen every step.
+  __device__ __forceinline__ Constraint constraint() const {
+    if (!std::is_same<F, Tanh>::value) return of_problem;
+    return of_problem == Constraint::none ? Constraint::none : Constraint::softplus;
+  }
   __device__ __forceinline__ Rows<S> u_of(int64_t set, int64_t k) const { return u.from(set * u_set + k * u_step); }
   __device__ __forceinline__ Rows<S> w_of(int64_t set, int64_t k) const { return w.from(set * w_set + k * w_step); }
   __device__ __forceinline__ const S* b_of(int64_t set, int64_t k) const { return b + set * b_set + k * b_step; }
 };
 
-// The arguments of every forward and of every backward, as their kernels take them by value. F is planar_math.h's.
+// The arguments of every forward and of every backward, as their kernels take them by value.
 template <class S, class F>
 struct ProblemView {
-  ParamsView<S> params;
-  F activation;
+  ParamsView<S, F> params;
   Rows<S> z;
   int64_t z_row, rows, sets;
 
   explicit ProblemView(const Problem& p)
-      : params(p), activation(F::of(p.formulas)), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets) {}
+      : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets) {}
 };
 
 template <class S, class F>
@@ -118,8 +123,8 @@ struct RawStep {
   S b;
 };
 
-template <class Layout, class S>
-__device__ __forceinline__ RawStep<S, Layout> read_step(const ParamsView<S>& p, int64_t set, int64_t k) {
+template <class Layout, class S, class F>
+__device__ __forceinline__ RawStep<S, Layout> read_step(const ParamsView<S, F>& p, int64_t set, int64_t k) {
   return {read_raw<Layout>(p.u_of(set, k), p.dim), read_raw<Layout>(p.w_of(set, k), p.dim), *p.b_of(set, k)};
 }
 
@@ -152,8 +157,8 @@ struct Staged {
 };
 
 // u_hat, c and s of the steps from `first` on, (4) and (5); a group of lanes a step. Every thread of the block calls it.
-template <class Layout, class S, class T = compute_t<S>>
-__device__ __forceinline__ void stage_steps(const ParamsView<S>& p, int64_t set, int first, int count,
+template <class Layout, class S, class F, class T = compute_t<S>>
+__device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t set, int first, int count,
                                             const Staged<T, Layout>& to) {
   constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
@@ -167,7 +172,7 @@ __device__ __forceinline__ void stage_steps(const ParamsView<S>& p, int64_t set,
     const auto step = next;
     if (kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
     const auto u = widen(step.u), w = widen(step.w);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constraint);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constraint());
     if (i < count) {
       write_row(to.w + i * columns, w);
       write_row(to.u_hat + i * columns, add(u, rho_over_n(q), w));
@@ -178,8 +183,8 @@ __device__ __forceinline__ void stage_steps(const ParamsView<S>& p, int64_t set,
 }
 
 // The same with what (27) needs of each step and the next.
-template <class Layout, class S, class T = compute_t<S>>
-__device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int first, int count,
+template <class Layout, class S, class F, class T = compute_t<S>>
+__device__ __forceinline__ void stage(const ParamsView<S, F>& p, int64_t set, int first, int count,
                                       const Staged<T, Layout>& to) {
   constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
