@@ -152,7 +152,7 @@ void launch_backward(const Backward& f, void* stream) {
           at<T>(f.dw, s, k, d) = T(at<T>(p.w, s, k, d) + int(p.formulas.activation));
         }
       }
-    for (int64_t r = 0; r < p.rows; ++r)  // last: it may lie where grad_z does
+    for (int64_t r = 0; r < p.rows; ++r)
       for (int d = 0; d < p.dim; ++d)
         static_cast<T*>(f.dz)[r * p.dim + d] = T(at<T>(f.grad_z, r, d) + lambda(r) + at<T>(p.z, r, d));
   });

@@ -7,8 +7,9 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import FORWARD, REVERSE, Case, describe, wanted_of
-from problems import ERROR_FLOOR, NAMES, Problem, oracle, random_problem, relative_errors, run
+from problems import ERROR_FLOOR, NAMES, Problem, random_problem, relative_errors, run
 from test_fused_inverse import edge_points
+from test_fused_inverse import run as invert
 from test_planar_flow import EDGES, edge_problem, strided_views
 
 from vvae_fast import activations, reference
@@ -209,19 +210,21 @@ def test_the_bits_of_a_row_are_the_same_alone(plain, kind, dim):
                 assert torch.equal(answer.tensors[i][where], together.tensors[i][row]), (batch, params, NAMES[i])
 
 
-@pytest.mark.parametrize("form", ["direct", "compact"])
+@pytest.mark.parametrize("kind", ["direct", "compact", "elu", "inverse", "inverse of sigmoid"])
 @pytest.mark.parametrize("params", [(), (9,)], ids=["shared", "amortized"])
 @pytest.mark.parametrize("scale", [0.3, 0.7])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (6, 20), (20, 52), (33, 6)])
-def test_float32_accuracy(plain, num_steps, dim, scale, params, form):
+def test_float32_accuracy(plain, num_steps, dim, scale, params, kind):
     """The rule of tests/problems.py, whose backends are PyTorch's."""
     problems = [random_problem((9,), num_steps, dim, params, scale, seed=seed) for seed in range(8)]
-    done = cuda_host.run(plain, [Case(p, form=form) for p in problems])
+    cases = [Case(p, **KINDS[kind]) for p in problems]
+    done = cuda_host.run(plain, cases)
     assert done.report == ""
     ratios = []
-    for p, answer in zip(problems, done.answers, strict=True):
-        wanted = oracle(p.to(torch.float64))
-        eager = relative_errors(run(p, backend="reference"), wanted)
+    for case, answer in zip(cases, done.answers, strict=True):
+        wanted, eager_loop = wanted_of(case), invert if case.inverse else run
+        loop = eager_loop(case.problem, backend="reference", activation=case.formulas.activation)
+        eager = relative_errors(loop, wanted)
         ours = relative_errors(answer.tensors, wanted)
         ratios.append([max(x / max(y, ERROR_FLOOR), 1e-3) for x, y in zip(ours, eager, strict=True)])
     draws = dict(zip(NAMES, zip(*ratios, strict=True), strict=True))

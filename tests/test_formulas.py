@@ -71,8 +71,9 @@ def test_kernels_say_what_they_do_not_run(changes, reason, monkeypatch):
     p = random_problem((5,), 4, 3)
     packed = torch.cat([t.flatten() for t in p.inputs[1:]]).requires_grad_()
     problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", formulas=shapes.Formulas(**changes))
-    for name in ("triton", "cuda"):
-        assert f"the {name} backend {reason}" in backends._BACKENDS[name].unsupported(problem)
+    assert f"the triton backend {reason}" in backends._BACKENDS["triton"].unsupported(problem)
+    for inverse in (False, True):
+        assert backends._BACKENDS["cuda"].unsupported(problem._replace(inverse=inverse)) == []
     assert backends.select(problem._replace(device_type="cpu"), "auto") == "cpp"
     wanted = vvae_fast.planar_flow(*p.inputs, backend="reference", **changes)
     torch.testing.assert_close(vvae_fast.planar_flow(*p.inputs, **changes), wanted)

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> planar_inverse(const Tensor& z, const Tensor&
   return map(problem(z, u, w, b, formulas), z, save, launch_inverse);
 }
 
-// Fills dz, which may lie where grad_z does, and `weights`, in which du, dw and db lie.
+// Fills dz and `weights`, in which du, dw and db lie.
 void backward(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Tensor& a,
               Tensor& dz, const Gradients& du, const Gradients& dw, const Gradients& db,
               std::initializer_list<Tensor*> weights) {
@@ -197,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor&
   } else {
     torch::stable::copy_(dz, grad_z);
   }
-  const auto [du, dw, db] = backward_into(minus_dz, p, minus_dz, minus_log_det, z, a);
+  Tensor dz_0 = new_empty(z, {p.rows, p.dim});  // which nobody asks for: -grad_z
+  const auto [du, dw, db] = backward_into(dz_0, p, minus_dz, minus_log_det, z, a);
   return {dz, du, dw, db};
 }
 

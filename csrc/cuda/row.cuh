@@ -76,7 +76,7 @@ template <class F>
 void with_any_formulas(const Problem& p, const F& f) {
   with_float_or_double(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>::of(p.formulas)); });
+    with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>()); });
   });
 }
 
@@ -85,7 +85,7 @@ template <class F>
 void with_few_kernels(const Problem& p, const F& f) {
   if (!is_usual(p.formulas)) return with_any_formulas(p, f);
   with_float_or_double(p.dtype, [&](auto zero) {
-    with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
+    with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
   });
 }
 
@@ -94,7 +94,7 @@ template <class F>
 void with_kernels(const Problem& p, const F& f) {
   if (!is_usual(p.formulas)) return with_any_formulas(p, f);
   with_type(p.dtype, [&](auto zero) {
-    with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh::of(p.formulas)); });
+    with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
   });
 }
 

@@ -20,11 +20,6 @@ class Owners {
   // `bytes` of elements of `size` bytes; an output must be written everywhere.
   void watch(const char* name, void* data, int64_t bytes, int size, bool output) {
     memset(data, 0xff, size_t(bytes));  // NaN, in every type
-    watch_again(name, data, bytes, size, output);
-  }
-
-  // What an earlier launch wrote stays.
-  void watch_again(const char* name, void* data, int64_t bytes, int size, bool output = true) {
     std::vector<int64_t> owner(size_t(bytes / size));
     buffers_.push_back({name, static_cast<char*>(data), bytes, size, output, std::move(owner)});
   }

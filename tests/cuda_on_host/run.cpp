@@ -151,7 +151,7 @@ void run_forward(Writer& to, const Problem& p, const Inputs& inputs, bool save, 
   run_backward(to, p, {inputs.grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0]}, a, dz, packed);
 }
 
-// As planar_inverse and planar_inverse_backward: the backward's dz lies where its grad_z does.
+// As planar_inverse and planar_inverse_backward.
 void run_inverse(Writer& to, Problem p, const Inputs& inputs, bool save, bool packed) {
   const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
   const Bytes z_0 = watched("z_0", p.rows * D, size), log_det = watched("log_det", p.rows, size),
@@ -169,8 +169,8 @@ void run_inverse(Writer& to, Problem p, const Inputs& inputs, bool save, bool pa
   });
   write(to, {&dz});
   p.z = {z_0.data(), D, 1};
-  host::owners.watch_again("minus_dz", minus_dz.data(), minus_dz.size(), int(size));
-  run_backward(to, p, {{minus_dz.data(), D, 1}, minus_log_det.data(), 1}, a, minus_dz, packed);
+  const Bytes dz_0 = watched("dz_0", p.rows * D, size);
+  run_backward(to, p, {{minus_dz.data(), D, 1}, minus_log_det.data(), 1}, a, dz_0, packed);
 }
 
 void run_problem(Reader& from, Writer& to) {
