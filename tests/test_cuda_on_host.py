@@ -283,4 +283,24 @@ def test_blocks_that_need_the_most_memory(plain):
     shapes = [(512, 3, torch.float64), (61, 33, torch.float64), (20, 512, torch.float64), (9, 1024, torch.float32)]
     shapes += [(40, 480, torch.float32), (33, 256, torch.float32), (96, 64, torch.float32), (70, 17, torch.float64)]
     cases = [Case(random_problem((5,), num_steps, dim, scale=0.3, dtype=dtype)) for num_steps, dim, dtype in shapes]
+    cases += [Case(random_problem((40,), 9, 300, scale=0.3), Formulas(activation="elu"))]
+    cases += [Case(case.problem, inverse=True) for case in cases[2:4]]
     check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("params", [(), (70,)], ids=["shared", "amortized"])
+def test_a_bad_row_of_the_inverse_stays_alone(plain, params, bad):
+    """And its search ends."""
+    clean = random_problem((70,), 20, 6, params)
+    z = clean.z.clone()
+    z[13, 2] = bad
+    kinds = [KINDS["inverse"], KINDS["inverse of sigmoid"]]
+    done = cuda_host.run(plain, [Case(p, **kind) for kind in kinds for p in (clean, clean._replace(z=z))])
+    assert done.report == ""
+    others = torch.arange(70) != 13
+    for wanted, answer in zip(done.answers[::2], done.answers[1::2], strict=True):
+        assert answer.error == ""
+        assert not answer.tensors[0][13].isfinite().all()
+        for x, y in zip(answer.tensors[: 6 if params else 3], wanted.tensors, strict=False):
+            assert torch.equal(x[others], y[others])

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_inverse_kernel(const Fo
 }
 
 template <class Layout, class T, class F>
-__global__ void __launch_bounds__(kThreads, 1)
-    amortized_inverse_adjoint_kernel(const InverseAdjointView<T, F> p) {
+__global__ void __launch_bounds__(kThreads, 1) amortized_inverse_adjoint_kernel(const InverseAdjointView<T, F> p) {
   const int dim = p.params.dim, steps = p.params.steps;
   const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
   const bool inside = nth < p.rows;

@@ -27,7 +27,7 @@ void with_layout(int dim, const F& f) {
   if constexpr (sizeof(T) == 4) return f(Layout<32, 8>());
 }
 
-// A layout for what has fewer kernels: more of a row's columns are not there.
+// A layout for what has fewer kernels: more of a row's columns are not there. Not measured on a GPU.
 template <class T, class F>
 void with_few_layouts(int dim, const F& f) {
   if (dim <= 4) return f(Layout<1, 1>());

@@ -9,13 +9,12 @@ namespace cuda {
 namespace {
 
 template <class S, class F>
-struct SharedBackward : BackwardView<S, F> {
-  Split split;
-  int chunk, staged;  // steps at a time
+struct SharedBackward : SharedView<BackwardView<S, F>> {
+  int chunk;  // steps of one
   compute_t<S>* partials;
 
   SharedBackward(const Backward& f, const Split& split, int chunk, int staged)
-      : BackwardView<S, F>(f), split(split), chunk(chunk), staged(staged),
+      : SharedView<BackwardView<S, F>>(f, split, staged), chunk(chunk),
         partials(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
@@ -114,8 +113,8 @@ __device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile
 
 // z and g back over the chunk's steps; into the tile what is summed over its rows.
 template <class S, class Layout, class F, class T = compute_t<S>>
-__device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat, const T* w,
-                                          const Numbers<T>* numbers, int first, int count) {
+__device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
+                                          const T* w, const Numbers<T>* numbers, int first, int count) {
   constexpr int columns = Layout::columns;
   const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
   write_row(tile.g + at.group * columns, at.g);

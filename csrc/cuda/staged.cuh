@@ -57,7 +57,7 @@ struct ForwardView : ProblemView<S, F> {
         a(static_cast<compute_t<S>*>(f.a)) {}
 };
 
-// `Saved` is Backward or InverseAdjoint.
+// `Pass` is Backward or InverseAdjoint.
 template <class S, class F>
 struct BackwardView : ProblemView<S, F> {
   Rows<S> grad_z;
@@ -65,8 +65,8 @@ struct BackwardView : ProblemView<S, F> {
   const compute_t<S>*grad_log_det, *a;
   S* dz;
 
-  template <class Saved>
-  explicit BackwardView(const Saved& f)
+  template <class Pass>
+  explicit BackwardView(const Pass& f)
       : ProblemView<S, F>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
         grad_log_det_stride(f.grad_log_det_stride), grad_log_det(static_cast<const compute_t<S>*>(f.grad_log_det)),
         a(static_cast<const compute_t<S>*>(f.a)), dz(static_cast<S*>(f.dz)) {}
@@ -80,6 +80,16 @@ struct InverseAdjointView : BackwardView<T, F> {
       : BackwardView<T, F>(f), minus_dz(static_cast<T*>(f.minus_dz)), minus_log_det(static_cast<T*>(f.minus_log_det)) {}
 };
 
+// The same for rows that share their parameters. `View` is one of those above, made of `Pass`.
+template <class View>
+struct SharedView : View {
+  Split split;
+  int staged;  // steps at a time
+
+  template <class Pass>
+  SharedView(const Pass& f, const Split& split, int staged) : View(f), split(split), staged(staged) {}
+};
+
 // g, the gradient of a row of z_K, and what (36) takes from it and from lambda.
 template <class Layout, class T, class F>
 __device__ __forceinline__ void store_gradients(const InverseAdjointView<T, F>& p, int64_t row, const Row<T, Layout>& g,
@@ -89,16 +99,6 @@ __device__ __forceinline__ void store_gradients(const InverseAdjointView<T, F>& 
   store_row<Layout>(p.minus_dz + row * dim, add(Row<T, Layout>{}, T(-1), g), dim, dim % 4 == 0);
   if (lane_of_row<Layout>() == 0) store(p.minus_log_det + row, -lambda);
 }
-
-// The same for rows that share their parameters. `View` is one of the above.
-template <class View>
-struct SharedView : View {
-  Split split;
-  int staged;  // steps at a time
-
-  template <class Problem>
-  SharedView(const Problem& f, const Split& split, int staged) : View(f), split(split), staged(staged) {}
-};
 
 // Where a backward's weight gradients go.
 template <class S>
