@@ -23,8 +23,7 @@ SLOPE = 0.3
 DTYPES = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)  # of z, u, w, b under autocast
 each_activation = pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
 ways = pytest.mark.parametrize("way", ["forward", "inverse"])
-# One that a kernel runs and one whose inverse is a formula: the reference's search, unrolled, takes minutes to compile.
-compiled_activations = pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
+compiled_activations = pytest.mark.parametrize("activation", ["tanh", "elu"])  # a compile takes seconds
 
 
 class Way(nn.Module):
@@ -112,8 +111,7 @@ def test_export_save_and_load(amortized, way, activation):
     module, inputs = make(amortized, way, activation), inputs_of(amortized, 6)
     batch = torch.export.Dim("batch")
     program = torch.export.export(module, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
-    if activation == "tanh":
-        assert f"planar_{way}" in str(program.graph)
+    assert f"planar_{way}" in str(program.graph)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -11,7 +11,7 @@ import torch
 
 from vvae_fast import _preference, config, kernels, ops
 from vvae_fast._version import __version__
-from vvae_fast.shapes import Problem, beyond_kernels
+from vvae_fast.shapes import Problem
 
 AUTO = "auto"
 LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
@@ -56,12 +56,10 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"the cuda backend runs on cuda tensors, got {problem.device_type}")
-    if problem.inverse:
-        reasons.append("the cuda backend has no inverse, the reference has")
     most = ops.cuda_most_dim[problem.compute_dtype]
     if problem.dim > most:
         reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
-    return reasons + beyond_kernels(problem, "cuda")
+    return reasons
 
 
 _BACKENDS = {
@@ -111,9 +109,9 @@ def _overriding(name: str) -> Iterator[None]:
         _override.name = previous
 
 
-def computes_halves(name: str) -> bool:
+def computes_halves(name: str, problem: Problem) -> bool:
     """Whether the backend takes bfloat16 and float16 as they are and converts on the way."""
-    return name in ("triton", "cuda")
+    return name == "triton" or (name == "cuda" and problem.formulas.is_usual())
 
 
 def select(problem: Problem, name: str | None) -> str:

@@ -50,7 +50,7 @@ def planar_flow(
     if chosen == "reference":
         return _run_reference(problem, z, u, w, b)
     if z.dtype == u.dtype == w.dtype == b.dtype and (
-        z.dtype == problem.compute_dtype or backends.computes_halves(chosen)
+        z.dtype == problem.compute_dtype or backends.computes_halves(chosen, problem)
     ):
         return autograd.planar_flow(z, u, w, b, formulas, chosen)
     z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), formulas, chosen)
@@ -78,7 +78,7 @@ def packed_planar_flow(
     chosen = _choose(problem, backend)
     if chosen == "reference":
         return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
-    if z.dtype != packed.dtype or not backends.computes_halves(chosen):
+    if z.dtype != packed.dtype or not backends.computes_halves(chosen, problem):
         z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, formulas, chosen)
         return z_K.to(z.dtype), log_det
     return autograd.packed_planar_flow(z, packed, num_steps, formulas, chosen)

@@ -24,6 +24,10 @@ class Formulas(NamedTuple):
         """The same as operators take them."""
         return CONSTRAINTS.index(self.constraint), ACTIVATIONS.index(self.activation), self.slope, self.log_det_eps
 
+    def is_usual(self) -> bool:
+        """Whether it is what nearly every flow has, and the CUDA kernels take in the half precisions."""
+        return self.activation == "tanh" and self.constraint != "log_softplus" and self.log_det_eps == 0
+
     @classmethod
     def of_numbers(cls, constraint: int, activation: int, slope: float, log_det_eps: float = 0.0) -> "Formulas":
         """Raises ValueError for a number without a name."""
@@ -104,19 +108,6 @@ def check_invertible(formulas: Formulas) -> None:
             f"slope must be at most 1 to invert leaky_relu, got {slope}: the constraint keeps w . u_hat above -1, and "
             "1 + (w . u_hat) slope can still be negative (flowjax accepts such a slope)"
         )
-
-
-def beyond_kernels(problem: Problem, name: str) -> list[str]:
-    """Why the kernels of the backend `name`, made for tanh and an exact logarithm, cannot run the problem."""
-    reasons = []
-    constraint, activation, _, log_det_eps = problem.formulas
-    if activation != "tanh":
-        reasons.append(f"the {name} backend runs the activation tanh, got {activation}")
-    if constraint == "log_softplus":
-        reasons.append(f"the {name} backend runs the constraints softplus and none, got {constraint}")
-    if log_det_eps:
-        reasons.append(f"the {name} backend runs log_det_eps 0.0, got {log_det_eps}")
-    return reasons
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
