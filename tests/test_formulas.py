@@ -18,12 +18,14 @@ REFUSED = [
     (ValueError, r"slope must be finite and above 0, got -0.1", {"activation": "leaky_relu", "slope": -0.1}),
     (ValueError, r"slope must be finite and above 0, got nan", {"activation": "leaky_relu", "slope": float("nan")}),
     (ValueError, r"slope must be finite and above 0, got inf", {"activation": "leaky_relu", "slope": float("inf")}),
+    (ValueError, r"slope must be finite and above 0, got 1e\+39", {"activation": "leaky_relu", "slope": 1e39}),
     (TypeError, r"slope must be a float, got str", {"activation": "leaky_relu", "slope": "0.2"}),
     (TypeError, r"slope must be a float, got bool", {"activation": "leaky_relu", "slope": True}),
 ]
 REFUSED_FORWARD = [
     (ValueError, r"log_det_eps must be finite and at least 0, got -0.1", {"log_det_eps": -0.1}),
     (ValueError, r"log_det_eps must be finite and at least 0, got nan", {"log_det_eps": float("nan")}),
+    (ValueError, r"log_det_eps must be finite and at least 0, got 1e\+39", {"log_det_eps": 1e39}),
     (TypeError, r"log_det_eps must be a float, got Tensor", {"log_det_eps": torch.tensor(1e-4)}),
     (TypeError, r"log_det_eps must be a float, got NoneType", {"log_det_eps": None}),
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/formulas.h, as the activations are
 ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
+MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -88,11 +89,11 @@ def check_formulas(formulas: Formulas) -> None:
         raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
     if activation == "leaky_relu":
         _check_number("slope", slope)
-        if not 0 < slope < math.inf:
+        if not 0 < slope <= MOST:
             raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
     if type(log_det_eps) is not float or log_det_eps != 0.0:
         _check_number("log_det_eps", log_det_eps)
-        if not 0 <= log_det_eps < math.inf:
+        if not 0 <= log_det_eps <= MOST:
             raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
 
 
