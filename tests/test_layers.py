@@ -55,6 +55,7 @@ ORDER = [
     "train.idx",
     "train.loaders",
     "train.data",
+    "train.processes",
     "train.runconfig",
     "train.objective",
     "train.networks",

@@ -82,6 +82,7 @@ def _one_line(value: object) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.compare import compare, models_to_compare
 
     _check_backend()
@@ -90,10 +91,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     base, dataset = _configuration(arguments, model="vanilla", num_steps=0, seed=arguments.seeds[0])
     steps = _unique(arguments.steps or STEPS)
     models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
-    compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
+    with processes.connected():
+        compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.compare import Model, print_table
     from vvae_fast.train.folder import remove_run
     from vvae_fast.train.progress import Progress
@@ -103,13 +106,17 @@ def _train(arguments: argparse.Namespace) -> None:
     model = Model(arguments.model, 0 if arguments.model == "vanilla" else arguments.steps)
     config, dataset = _configuration(arguments, model=model.kind, num_steps=model.num_steps, seed=arguments.seed)
     out = _out(arguments)
-    if arguments.fresh:
-        remove_run(out)
-    with Progress(1, config.epochs) as progress:
-        progress.start(f"{model.label}, seed {config.seed}")
-        result = run(config, dataset, out, progress.update)
-        progress.finish(result)
-    print_table({model: [result]})
+    with processes.connected():
+        first = processes.is_first()
+        if arguments.fresh and first:
+            remove_run(out)
+        processes.wait_for_all()
+        with Progress(1, config.epochs, quiet=not first) as progress:
+            progress.start(f"{model.label}, seed {config.seed}")
+            result = run(config, dataset, out, progress.update)
+            progress.finish(result)
+    if first:
+        print_table({model: [result]})
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vvae_fast.train import processes
 from vvae_fast.train.data import Dataset
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.extras import require
@@ -76,11 +77,12 @@ def compare(
         for model in models
     ]
     for _, config in runs:
-        if fresh:
+        if fresh and processes.is_first():
             remove_run(out / config.name)
+        processes.wait_for_all()
         check_folder(config, out / config.name)
     results: dict[Model, list[dict]] = {model: [] for model in models}
-    with Progress(len(runs), base.epochs) as progress:
+    with Progress(len(runs), base.epochs, quiet=not processes.is_first()) as progress:
         for model, config in runs:
             progress.start(f"{model.label}, seed {config.seed}")
             result = run(config, dataset, out / config.name, progress.update)
@@ -92,10 +94,11 @@ def compare(
         "environment": describe_environment(),
         "runs": [{key: result[key] for key in RECORD} for rows in results.values() for result in rows],
     }
-    write_json(out / RESULTS, content)
-    print_table(results)
-    _plot(base, dataset, results, out)
-    print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
+    if processes.is_first():
+        write_json(out / RESULTS, content)
+        print_table(results)
+        _plot(base, dataset, results, out)
+        print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
     return content
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.train import processes
 from vvae_fast.train.data import Dataset, make_loaders
 
 EVALUATION_BATCH = 100  # rows
@@ -21,46 +22,57 @@ def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[st
 
     Returns:
         neg_elbo, kl, reconstruction, nll (importance sampling with num_samples) and gap = neg_elbo - nll, averaged
-        over the rows, in nats; and active_units, see `count_active_units`.
+        over the rows, in nats; and active_units, see `_count_active_units`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.device()
     generator = torch.Generator(device).manual_seed(seed)
     # Of its own: the other scores are what they were before active units were counted.
     active_generator = torch.Generator(device).manual_seed(zlib.crc32(f"active units {seed}".encode()))
     vae.to(device)
-    sums = dict.fromkeys((*ElboTerms._fields, "nll"), 0.0)
-    means = []
+    names = (*ElboTerms._fields, "nll")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    moments = torch.zeros(3, vae.latent_dim, dtype=torch.float64)
     _, _, test = make_loaders(dataset, EVALUATION_BATCH, seed)
-    for x in test:
+    for number, x in enumerate(test):
+        if number % processes.count() != processes.rank():
+            _draw_for(vae, len(x), num_samples, generator, active_generator)
+            continue
         x = x.to(device)
-        terms = vae.elbo_terms(x, ELBO_SAMPLES, generator)._asdict()
-        terms["nll"] = -vae.log_likelihood(x, num_samples, generator=generator)
-        for name, values in terms.items():
-            sums[name] += values.double().sum().item()
-        means.append(_half_means(vae.posterior_sample(x, ELBO_SAMPLES, active_generator).z_K).cpu())
+        terms = vae.elbo_terms(x, ELBO_SAMPLES, generator)
+        nll = -vae.log_likelihood(x, num_samples, generator=generator)
+        sums += torch.stack([values.double().sum().cpu() for values in (*terms, nll)])
+        moments += _moments(vae.posterior_sample(x, ELBO_SAMPLES, active_generator).z_K).cpu()
     vae.cpu()
-    scores = {name: value / len(dataset.test) for name, value in sums.items()}
-    return {
-        **scores,
-        "gap": scores["neg_elbo"] - scores["nll"],
-        "active_units": count_active_units(torch.cat(means, 1)),
-    }
+    means = processes.sum_over_all(sums) / len(dataset.test)
+    scores = dict(zip(names, means.tolist(), strict=True))
+    moments = processes.sum_over_all(moments) / len(dataset.test)
+    return {**scores, "gap": scores["neg_elbo"] - scores["nll"], "active_units": _count_active_units(moments)}
 
 
-def _half_means(z_K: Tensor) -> Tensor:
-    """The posterior means of two independent halves of the samples, float64 [2, B, D], for z_K [S, B, D], S even."""
-    return z_K.double().unflatten(0, (2, -1)).mean(1)
+def _draw_for(vae: VAE, num_rows: int, num_samples: int, *generators: torch.Generator) -> None:
+    """Draws, and throws away, what another process draws for its batch: the next batch meets the same streams."""
+    generator, active_generator = generators
+    for source in (generator, active_generator):
+        torch.randn((ELBO_SAMPLES, num_rows, vae.latent_dim), generator=source, device=source.device)
+    for _ in range(num_samples):  # as log_likelihood draws
+        torch.randn((num_rows, vae.latent_dim), generator=generator, device=generator.device)
 
 
-def count_active_units(half_means: Tensor) -> int:
+def _moments(z_K: Tensor) -> Tensor:
+    """Sums over the rows of a, b and a b, where a and b are means over halves of the samples: float64 [3, D], for z_K
+    [S, B, D]."""
+    a, b = z_K.double().unflatten(0, (2, -1)).mean(1)  # [B, D]
+    return torch.stack([a.sum(0), b.sum(0), (a * b).sum(0)])
+
+
+def _count_active_units(moments: Tensor) -> int:
     """How many latent dimensions of z_K have a posterior mean whose variance over the data is above ACTIVE_FROM.
 
     z_K is what the decoder is given; without a flow it is z_0. Its posterior mean is known by samples alone, whose own
     variance would make every dimension active. The covariance of two independent estimates has no such bias.
 
     Args:
-        half_means: two estimates of the means for each of N rows, [2, N, D].
+        moments: means over the data of two estimates a, b of the posterior means and of a b, [3, D].
     """
-    first, second = half_means - half_means.mean(1, keepdim=True)
-    covariance = (first * second).mean(0)  # [D]
-    return int((covariance > ACTIVE_FROM).sum())
+    a, b, product = moments
+    return int((product - a * b > ACTIVE_FROM).sum())

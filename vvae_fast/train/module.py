@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.train import processes
 from vvae_fast.train.extras import require
 from vvae_fast.train.networks import build_optimizer
 from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
@@ -21,6 +23,14 @@ Report = Callable[[str, list[dict]], None]  # called with the stage and the fini
 
 MONITOR = "val/neg_elbo"
 CHECKPOINT_KEY = "vvae_fast"  # our part of a checkpoint: {"config", "history", "stopped"}
+
+
+class Share(NamedTuple):
+    """This process's rows of a batch, x [B, P], which start at row `first` of the batch's `batch_size`."""
+
+    x: Tensor
+    first: int
+    batch_size: int
 
 
 class VAEModule(lightning.LightningModule):
@@ -48,12 +58,17 @@ class VAEModule(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.config, self)
 
-    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Share:
+        rows = processes.share(len(batch), processes.rank(), processes.count())
+        return Share(batch[rows], rows.start, len(batch))
+
+    def training_step(self, batch: Share, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self._start_epoch()
-        terms = self.vae(x)
-        self._train_mean.add(terms[:1], len(x))
-        return free_energy(terms, self._record["beta"])
+        terms = self._terms(batch)
+        self._train_mean.add(terms[:1], len(batch.x))
+        # Gradients are averaged over the processes: summed over the batch's rows, divided by the number of processes.
+        return free_energy(terms, self._record["beta"], batch.batch_size) * processes.count()
 
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
         if batch_idx + 1 == self.trainer.num_training_batches:
@@ -65,8 +80,8 @@ class VAEModule(lightning.LightningModule):
         self._val_generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self._val_mean = _RunningMean()
 
-    def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        self._val_mean.add(self.vae(x, generator=self._val_generator), len(x))
+    def validation_step(self, batch: Share, batch_idx: int) -> None:
+        self._val_mean.add(self._terms(batch, self._val_generator), len(batch.x))
 
     def on_validation_epoch_end(self) -> None:
         values = dict(zip(ElboTerms._fields, self._val_mean.items(), strict=True))
@@ -93,6 +108,11 @@ class VAEModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.history = checkpoint[CHECKPOINT_KEY]["history"]
 
+    def _terms(self, batch: Share, generator: torch.Generator | None = None) -> ElboTerms:
+        """The terms of this process's rows, with their part of the noise that one process would draw."""
+        noise = torch.randn(batch.batch_size, self.vae.latent_dim, generator=generator, device=self.device)
+        return self.vae(batch.x, noise=noise[batch.first : batch.first + len(batch.x)])
+
     def _start_epoch(self) -> None:
         epoch, config = self.current_epoch, self.config
         self._started = time.perf_counter()
@@ -115,4 +135,6 @@ class _RunningMean:
         self.count += count
 
     def items(self) -> list[float]:
-        return (self.sums / self.count).tolist()
+        """Over all processes' data points."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        return (processes.sum_over_all(self.sums) / processes.sum_over_all(count).item()).tolist()

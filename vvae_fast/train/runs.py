@@ -8,12 +8,14 @@ import signal
 import statistics
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
+from vvae_fast.config import local_processes
 from vvae_fast.nn.vae import VAE
+from vvae_fast.train import processes
 from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
 from vvae_fast.train.data import Dataset, make_loaders
 from vvae_fast.train.environment import describe_environment
@@ -60,13 +62,16 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
             report("already finished", result["history"])
         return result
     make_folder(folder)
-    with locked(folder):
+    with locked(folder) if processes.is_first() else nullcontext():
         check_folder(config, folder)  # again: another process may have come first
-        write_json(folder / CONFIG, config.to_json())
         with _quiet_lightning(), _few_threads(config, dataset):
-            write_json(folder / ENVIRONMENT, describe_environment())
+            if processes.is_first():
+                write_json(folder / CONFIG, config.to_json())
+                write_json(folder / ENVIRONMENT, describe_environment())
             result = _fit_and_evaluate(config, dataset, folder, report)
-        write_json(folder / RESULT, result)
+        if processes.is_first():
+            write_json(folder / RESULT, result)
+        processes.wait_for_all()
     return result
 
 
@@ -157,16 +162,20 @@ def _make_trainer(config: RunConfig, folder: Path):
     # Without a patience it stops at the first validation -ELBO that is not finite.
     patience = config.patience or config.epochs
     stopping = callbacks.EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)
+    environment = environments.TorchElasticEnvironment if processes.count() > 1 else environments.LightningEnvironment
     return lightning.Trainer(
         max_epochs=config.epochs,
         accelerator="auto",
-        devices=1,
+        devices=local_processes(),
+        num_nodes=processes.count() // local_processes(),
+        strategy="ddp" if processes.count() > 1 else "auto",
+        use_distributed_sampler=False,  # each process takes its share of every batch, see VAEModule
         callbacks=[stopping, *checkpoint_callbacks(folder)],
         logger=[
             loggers.CSVLogger(folder, name=CSV),  # a new version for each start: it would delete the old one's rows
             loggers.TensorBoardLogger(folder, name=TENSORBOARD, version=""),
         ],
-        plugins=[AtomicCheckpointIO(), environments.LightningEnvironment()],
+        plugins=[AtomicCheckpointIO(), environment()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -196,6 +205,8 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # Config and logs lie there too, and so do the checkpoints when a run goes on.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            # Every process logs what `processes.sum_over_all` made the same for all.
+            warnings.filterwarnings("ignore", "It is recommended to use `self.log.* sync_dist=True")
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
             yield
     finally:
