@@ -28,7 +28,7 @@ COLUMNS = {  # a result's key: heading, decimals
     "num_parameters": ("parameters", 0),
     "seconds_per_epoch": ("s / epoch", 3),
 }
-TABLE_WIDTH = 120  # a narrower terminal breaks its lines: cells are never cut
+TABLE_WIDTH = 160  # a narrower terminal breaks its lines: cells are never cut
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def print_table(results: dict[Model, list[dict]]) -> None:
 
 def _mean_and_spread(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    is_measured = len(values) > 1 and digits > 0  # the others are the same for every seed
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if is_measured else mean
 
 
 def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
