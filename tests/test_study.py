@@ -12,7 +12,7 @@ from vvae_fast.train.compare import Model
 from vvae_fast.train.data import load_dataset
 from vvae_fast.train.files import RunError
 from vvae_fast.train.networks import build_vae
-from vvae_fast.train.runconfig import RunConfig
+from vvae_fast.train.runconfig import RunConfig, is_config
 from vvae_fast.train.study import load_study
 
 yaml = pytest.importorskip("yaml")
@@ -56,7 +56,9 @@ def test_the_protocols(path):
     if path.stem != "mnist_mlp_cpu":
         assert lengths == {0, 2, 4, 8, 16, 32, 80}
     if study.settings["data"] == "digits":
-        study.check_splits(load_dataset("digits"))
+        digits = load_dataset("digits")
+        study.check_splits(digits)
+        assert is_config(study.base(digits).to_json())
 
 
 def test_compare_runs_a_study(write, tmp_path, capsys):
@@ -117,6 +119,7 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
     [
         ({"splits": {"train": 81, "val": 10, "test": 9}}, r"splits are .*81.*, bits.npy has .*80.*; correct"),
         ({"epochs": 0}, "epochs must be a positive int, got 0; correct the file"),
+        ({"epochs": None}, "epochs must be a positive int, got None; correct the file"),
         ({"batch_size": "many"}, "batch_size must be a positive int, got 'many'"),
         ({"lr": "1e-3"}, "lr must be a positive number, got '1e-3'"),
         ({"network": "transformer"}, "network must be one of mlp, gated-mlp, gated-conv, got 'transformer'"),

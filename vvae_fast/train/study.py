@@ -1,4 +1,4 @@
-"""A study in a YAML file: the data, everything that decides its runs, the models and the seeds."""
+"""A study in a YAML file: the data, everything that decides its runs, the models, the seeds: nothing has a default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vvae_fast.train.compare import Model
 from vvae_fast.train.data import SPLITS, Dataset
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import RunError
-from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, is_number
+from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest, is_number
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16]}"
 # The settings of a file, each as the command line's option of that name: what it holds, and how it is told.
@@ -35,7 +35,7 @@ class Study:
     Attributes:
         name: the file's, without its suffix.
         protocol: one line in words, for reports.
-        settings: values of SETTINGS.
+        settings: values of SETTINGS, no hidden for the convolutional network.
         splits: rows of train, val and test, or None.
         models: the table's rows.
         seeds: at least one.
@@ -47,6 +47,11 @@ class Study:
     splits: dict[str, int] | None
     models: list[Model]
     seeds: list[int]
+
+    def base(self, dataset: Dataset) -> RunConfig:
+        """The configuration of the vanilla VAE with the first seed; the other runs differ in model and seed alone."""
+        settings = {**self.settings, "hidden": tuple(self.settings.get("hidden", ())), "data": dataset.name}
+        return RunConfig(VANILLA, 0, self.seeds[0], data_digest=data_digest(dataset), **settings)
 
     def check_splits(self, dataset: Dataset) -> None:
         """Raises RunError where the data set's splits are not those of the file."""
@@ -61,12 +66,13 @@ def load_study(path: Path) -> Study:
     unknown = content.keys() - SETTINGS.keys() - OTHERS
     if unknown:
         raise RunError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(sorted({*SETTINGS, *OTHERS}))}")
-    settings = {name: content[name] for name in SETTINGS if name in content}
+    if content.get("network") == GATED_CONV and "hidden" in content:
+        raise RunError(f"{path}: {GATED_CONV} has its own widths; remove hidden")
+    names = [name for name in SETTINGS if name != "hidden" or content.get("network") != GATED_CONV]
+    settings = {name: content.get(name) for name in names}
     for name, value in settings.items():
         is_valid, wanted = SETTINGS[name]
         _check(is_valid(value), path, name, wanted, value)
-    if (settings.get("network") == GATED_CONV) and "hidden" in settings:
-        raise RunError(f"{path}: {GATED_CONV} has its own widths; remove hidden")
     protocol, splits = content.get("protocol", ""), content.get("splits")
     _check(isinstance(protocol, str), path, "protocol", "a line of text", protocol)
     _check(splits is None or _are_splits(splits), path, "splits", f"rows of {', '.join(SPLITS)}", splits)
