@@ -13,6 +13,7 @@ from study_results import EAGER, FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unu
 from study_text import conclusions, findings, introduction, limitations
 
 from vvae_fast.train.compare import Model
+from vvae_fast.train.runconfig import AMORTIZED, SHARED
 
 PAGE = ROOT / "docs" / "results.md"
 PUBLISHED = FOLDER / "published.yaml"
@@ -23,7 +24,7 @@ TITLES = {"digits": "Digits", "mnist_mlp_cpu": "MNIST, at a budget for two CPU c
 def model_table(results: Results) -> str:
     """A row a model: means and deviations over the seeds, and the seconds of an epoch with both loops."""
     lines = []
-    for model in results.runs:
+    for model in [VANILLA_MODEL, *results.flows(AMORTIZED), *results.flows(SHARED)]:
         scores = [results.score(model, key).text() for key in ("neg_elbo", "nll", "gap", "kl")]
         active = results.score(model, "active_units").text(1)
         parameters = f"{results.runs[model][0]['num_parameters']:,}"
