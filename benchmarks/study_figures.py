@@ -45,6 +45,8 @@ def _draw_score(axes, results: Results, key: str, named: bool) -> None:
     axes.axhspan(mean - deviation, mean + deviation, color=VANILLA_COLOR, alpha=0.15, linewidth=0)
     for kind, color in COLORS.items():
         models = results.flows(kind)
+        if not models:
+            continue
         means, deviations = zip(*(results.score(model, key) for model in models), strict=True)
         style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "capsize": 2}
         label = kind if named else None

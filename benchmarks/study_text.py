@@ -15,7 +15,8 @@ whose parameters all data points share, or which the encoder gives for each data
 are {names}; [study.md](study.md) says how to run them.
 
 `make results` writes this page from the files in [results](results): of each study the `results.json` that
-`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/epochs.py`. No number is typed in.
+`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/epochs.py`. None of these numbers is
+typed in; those of others are in `published.yaml`.
 
 - -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
   posterior. Their difference, the gap, says how tight the bound is. Less is better.
@@ -29,10 +30,15 @@ are {names}; [study.md](study.md) says how to run them.
 
 def findings(results: Results) -> str:
     """What helps, by how much, and what does not: against the vanilla VAE, seed by seed."""
-    parts = [_kind_sentence(results, kind) for kind in (AMORTIZED, SHARED)]
+    parts = [_kind_sentence(results, kind) for kind in kinds(results)]
     parts.append(_where_the_gain_is(results))
     parts.append(_cost(results))
     return "\n".join(f"- {part}" for part in parts if part)
+
+
+def kinds(results: Results) -> list[str]:
+    """The kinds of flows that a study has."""
+    return [kind for kind in (AMORTIZED, SHARED) if results.flows(kind)]
 
 
 def _kind_sentence(results: Results, kind: str) -> str:
@@ -81,7 +87,7 @@ def _cost(results: Results) -> str:
     if vanilla is None:
         return ""
     parts = []
-    for kind in (AMORTIZED, SHARED):
+    for kind in kinds(results):
         model = results.flows(kind)[-1]
         ours, eager = (results.seconds(model, backend) / vanilla for backend in (OURS, EAGER))
         parts.append(f"{kind} K = {model.num_steps} {ours:.2f} times as long ({eager:.1f} times with the eager loop)")
@@ -114,7 +120,7 @@ def conclusions(studies: list[Results]) -> str:
 
 def _of_kinds(results: Results) -> str:
     parts = []
-    for kind in (AMORTIZED, SHARED):
+    for kind in kinds(results):
         model = best(results, kind)
         said = verdict([results.difference(flow, "nll") for flow in results.flows(kind)])
         nll = results.difference(model, "nll").text(sign=True)

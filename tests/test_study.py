@@ -50,10 +50,11 @@ def test_the_protocols(path):
     assert study.settings.keys() >= {"data", "network", "latent_dim", "optimizer", "lr", "schedule", "batch_size"}
     assert study.settings.keys() >= {"epochs", "warmup_epochs", "patience", "num_samples"}
     lengths = {model.num_steps for model in study.models}
-    assert {Model("vanilla", 0), Model("amortized", 4), Model("amortized", 16)} <= set(study.models)
-    assert {Model("shared", 16), Model("shared", 80)} <= set(study.models)
+    assert {Model("vanilla", 0), Model("amortized", 16)} <= set(study.models)
     assert len(study.seeds) > 1
-    if path.stem != "mnist_mlp_cpu":
+    if path.stem == "mnist_mlp_cpu":
+        assert {Model("amortized", 4), Model("shared", 16), Model("shared", 80)} <= set(study.models)
+    elif path.stem != "mnist_mlp_cpu_high_lr":
         assert lengths == {0, 2, 4, 8, 16, 32, 80}
     if study.settings["data"] == "digits":
         digits = load_dataset("digits")
