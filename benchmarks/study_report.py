@@ -1,6 +1,7 @@
 """docs/results.md and its figures from the committed results of studies: `make results`.
 
-Everything here is a function of docs/results/ and configs/: the same files give the same bytes. No number of ours is typed in.
+Everything here is a function of docs/results/ and configs/: the same files give the same bytes. Of our numbers none is
+typed in.
 """
 
 import sys

@@ -55,7 +55,7 @@ def test_two_processes_train_and_evaluate_what_one_does(tmp_path):
     assert len(one) > 20
     assert two == pytest.approx(one, abs=TOLERANCE)
     assert any(two[key] != one[key] for key in one), "not bit for bit: two processes sum in another order"
-    # what two processes began, or finished, one goes on with
+    # one process goes on with what two have begun
     (tmp_path / "two" / "result.json").unlink()
     assert main([*command, str(tmp_path / "two")]) == 0
     again = flat(json.loads((tmp_path / "two" / "result.json").read_text()))

@@ -120,6 +120,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.checkpoints import load_checkpoint
     from vvae_fast.train.data import load_dataset
     from vvae_fast.train.module import CHECKPOINT_KEY
@@ -135,8 +136,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
         )
     vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
+    with processes.connected():
+        scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
+        if not processes.is_first():
+            return
     print(f"{config.name} after epoch {checkpoint['epoch'] + 1}, nats a data point of the test set of {dataset.name}:")
-    for name, value in evaluate(vae, dataset, arguments.num_samples, config.seed).items():
+    for name, value in scores.items():
         print(f"  {name + ':':16}{value if isinstance(value, int) else format(value, '.3f')}")
 
 
