@@ -49,7 +49,9 @@ def timing(results: Results) -> str:
 
 def _seconds(results: Results, model: Model, backend: str) -> str:
     seconds = results.seconds(model, backend)
-    return "-" if seconds is None or (model == VANILLA_MODEL and backend == EAGER) else f"{seconds:.3g}"
+    if seconds is None or (model == VANILLA_MODEL and backend == EAGER):
+        return "-"
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.4f}"
 
 
 def published_table(results: Results, published: list[dict]) -> str:

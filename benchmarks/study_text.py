@@ -7,23 +7,24 @@ from vvae_fast.train.runconfig import AMORTIZED, SHARED
 
 
 def introduction(studies: list[Results]) -> str:
-    names = " and ".join(f"`{results.study.name}`" for results in studies)
+    *names, last = [f"`{results.study.name}`" for results in studies]
     return f"""# Vanilla VAE against flow VAE: results
 
 The vanilla VAE has a diagonal Gaussian posterior. The others push it through K planar steps (Rezende & Mohamed 2015),
 whose parameters all data points share, or which the encoder gives for each data point (amortized). The studies here
-are {names}; [study.md](study.md) says how to run them.
+are {", ".join(names)} and {last}; [study.md](study.md) says how to run them.
 
 `make results` writes this page from the files in [results](results): of each study the `results.json` that
-`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/epochs.py`. None of these numbers is
-typed in; those of others are in `published.yaml`.
+`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/epochs.py`. None of these numbers is typed in; those of
+others are in `published.yaml`.
 
 - -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
   posterior. Their difference, the gap, says how tight the bound is. Less is better.
 - KL: of the posterior from the prior, a part of -ELBO.
 - Active units: dimensions of z_K, which the decoder is given, whose posterior mean has a variance above 0.01 over the
   test set (Burda et al. 2016). The mean is estimated twice, from halves of 50 samples: the covariance of the two is
-  that variance without the samples' own.
+  that variance without the samples' own. A planar step moves z along no axis: behind a flow all dimensions of z_K may
+  be active where few directions are used.
 - A difference is called clear where its mean over the seeds is more than {CLEAR:g} standard deviations of the seeds'
   differences."""
 
@@ -60,7 +61,7 @@ def verdict(differences: list[Spread]) -> str:
     if helping == 0 and harming == 0:
         return "make no clear difference at any length"
     if harming == 0:
-        return f"help clearly at {helping} of {count} lengths, and make no clear difference at the others"
+        return f"help clearly at {helping} of {count} lengths, with no clear difference elsewhere"
     if helping == 0:
         return f"harm clearly at {harming} of {count} lengths, and help clearly at none"
     return f"help clearly at {helping} of {count} lengths and harm clearly at {harming}"

@@ -69,7 +69,7 @@ def test_every_number_of_the_text_comes_from_the_results(copied):
     [
         ([-2.0, -1.0], "help at every length"),
         ([0.1, -0.1], "make no clear difference at any length"),
-        ([-2.0, -0.1], "help clearly at 1 of 2 lengths, and make no clear difference at the others"),
+        ([-2.0, -0.1], "help clearly at 1 of 2 lengths, with no clear difference elsewhere"),
         ([2.0, 0.1], "harm clearly at 1 of 2 lengths, and help clearly at none"),
         ([2.0, -2.0], "help clearly at 1 of 2 lengths and harm clearly at 1"),
     ],
