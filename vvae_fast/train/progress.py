@@ -18,10 +18,11 @@ class Progress:
     Args:
         num_runs: the length of the series.
         epochs: the most epochs a run can have.
+        quiet: show nothing.
     """
 
-    def __init__(self, num_runs: int, epochs: int):
-        self.console = require("rich.console").Console()
+    def __init__(self, num_runs: int, epochs: int, quiet: bool = False):
+        self.console = require("rich.console").Console(quiet=quiet)
         self.num_runs, self.epochs = num_runs, epochs
         self.run, self.title, self.printed_at = 0, "", 0.0
         self.bar = None
