@@ -274,7 +274,7 @@ def test_a_record_is_that_of_the_best_restart():
 
 
 def committed() -> list[dict]:
-    return json.loads((ROOT / "docs/results/density/results.json").read_text())["fits"]
+    return json.loads((ROOT / "docs/density/results.json").read_text())["fits"]
 
 
 @pytest.mark.parametrize(("name", "bar"), [("U1", 0.05), ("U2", 0.05), ("U3", 0.15), ("U4", 0.15)])
