@@ -50,6 +50,6 @@ clean:
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(SOURCES)
-	@echo "Building the extension and installing the extras (about a minute)"
+	@echo "Building the extension and installing the extras (about two minutes)"
 	$(PIP) --no-build-isolation --editable '.[train,bench,test]'
 	@touch $@

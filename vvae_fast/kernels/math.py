@@ -70,11 +70,14 @@ def exp_both(x):
 
 @triton.jit
 def quotient(x, y):
-    """x / y, rounded once: `/` is off by up to 2 units in the last place of float32."""
+    """x / y to nearly a rounding: `/` is off by up to 2 units in the last place of float32. For y in [1, 2]; PTX's
+    exact division takes so many registers that kernels spill."""
     if y.dtype == tl.float64:
         return x / y
     else:
-        return tl.div_rn(x, y)
+        inverse = 1 / y
+        q = x * inverse
+        return q + (x - q * y) * inverse  # fused: the remainder is exact
 
 
 @triton.jit
@@ -149,7 +152,7 @@ def activate(a, F: tl.constexpr):
     elif F.kind == "sigmoid":
         e, _ = exp_both(-tl.abs(a))
         h = quotient(tl.where(up, one, e), 1 + e)  # its error is that of the root where x + c h cancels, (17)
-        h_prime = h * quotient(tl.where(up, e, one), 1 + e)
+        h_prime = h * (tl.where(up, e, one) / (1 + e))
     else:
         h, h_prime = a, one
     return h, h_prime
