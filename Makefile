@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | bench-quick | report: each makes .venv when missing and rebuilds what changed only.
+# make demo | test | lint | bench | bench-quick | report | results: each makes .venv when missing and rebuilds what changed only.
 # make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench bench-quick report gpu clean
+.PHONY: demo test lint bench bench-quick report results gpu clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -30,6 +30,10 @@ bench-quick: .venv/built
 report: .venv/built
 	$(BIN)/python benchmarks/report.py
 
+# docs/results.md and its figures, from docs/results/ and configs/.
+results: .venv/built
+	$(BIN)/python benchmarks/study_report.py
+
 gpu:
 	@$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))
 
@@ -46,6 +50,6 @@ clean:
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(SOURCES)
-	@echo "Building the extension and installing the extras (about a minute)"
+	@echo "Building the extension and installing the extras (about two minutes)"
 	$(PIP) --no-build-isolation --editable '.[train,bench,test]'
 	@touch $@

@@ -14,6 +14,7 @@ from torch import Tensor
 import vvae_fast
 from vvae_fast import ops, reference
 from vvae_fast.autograd import PlanarFlowFunction
+from vvae_fast.shapes import Formulas
 
 
 class Unavailable(Exception):
@@ -97,7 +98,7 @@ class _CudaDirect(PlanarFlowFunction):
 
 def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """What the cuda backend's compact form is compared with: the recursion step by step."""
-    return _CudaDirect.apply(z, u, w, b, "softplus", "cuda")
+    return _CudaDirect.apply(z, u, w, b, Formulas(), "cuda")
 
 
 def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:

@@ -17,22 +17,28 @@ import torch
 from torch import Tensor
 
 from vvae_fast import ops
+from vvae_fast.shapes import Formulas
 
 NUM_STEPS = 20  # two chunks, the second not full
 
 
 class Case(NamedTuple):
-    """A forward and a backward of one form; sets = 0: parameters shared by all rows."""
+    """A forward or an inverse, and its backward, of one form; sets = 0: parameters shared by all rows."""
 
     rows: int
     sets: int
     dim: int
     dtype: torch.dtype
     form: str = "automatic"
+    formulas: Formulas = Formulas()
+    inverse: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.rows} rows, {self.sets or 'shared'} sets, D = {self.dim}, {dtype}, {self.form}"
+        what = [self.formulas.activation] if self.formulas != Formulas() else []
+        what += ["inverse"] if self.inverse else []
+        size = f"{self.rows} rows, {self.sets or 'shared'} sets, D = {self.dim}"
+        return ", ".join([size, dtype, self.form, *what])
 
 
 # Rows that fill no block, columns that are read one by one and in fours. Sets of 20 samples run the kernels of shared
@@ -46,6 +52,13 @@ CASES = [
     for shape in shapes
     for form in forms
     if (dtype, form) != (torch.float64, "compact")  # which there is not
+]
+ELU, SIGMOID = Formulas(activation="elu"), Formulas(activation="sigmoid")
+CASES += [
+    Case(*shape, dtype, "automatic", formulas, inverse)
+    for dtype in (torch.float32, torch.float64)
+    for shape in (SHARED[0], SHARED[1], AMORTIZED[0], AMORTIZED[1])
+    for formulas, inverse in ((ELU, False), (Formulas(), True), (SIGMOID, True))
 ]
 
 
@@ -62,9 +75,13 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
     """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
-    operators = ops.OPERATORS[backend]
-    a = operators.planar_forward(z, u, w, b, True, True)[2]
-    answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, True)
+    operators, numbers = ops.OPERATORS[backend], case.formulas.numbers()
+    if case.inverse:
+        z_0, _, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
+        answers = operators.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
+    else:
+        a = operators.planar_forward(z, u, w, b, *numbers, True)[2]
+        answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
     if not all(t.isfinite().all() for t in [t.cpu() for t in answers]):
         raise ArithmeticError(f"{case}: gradients are not finite")
 
@@ -73,7 +90,7 @@ def read_past_the_end() -> None:
     """A forward whose z has lost its memory behind its first number."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
-    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, True, False)
+    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *Formulas().numbers(), False)
     torch.cuda.synchronize()
 
 

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "formulas.h"
+
 namespace vvae {
 
 using torch::headeronly::ScalarType;
@@ -32,6 +34,15 @@ inline void check_count(int64_t steps, int64_t dim) {
 inline void check_sets(const Tensor& z, int64_t sets) {
   STD_TORCH_CHECK(sets == 0 ? z.size(0) == 0 : z.size(0) % sets == 0, "vvae_fast: z must have a multiple of ", sets,
                   " rows, one for each parameter set, got ", z.size(0));
+}
+
+// Names as their places in vvae_fast/shapes.py.
+inline Formulas formulas_of(int64_t constraint, int64_t activation, double slope, double log_det_eps) {
+  STD_TORCH_CHECK(constraint >= 0 && constraint <= int64_t(Constraint::log_softplus),
+                  "vvae_fast: constraint must be in [0, ", int64_t(Constraint::log_softplus), "], got ", constraint);
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::linear),
+                  "vvae_fast: activation must be in [0, ", int64_t(Activation::linear), "], got ", activation);
+  return {Constraint(constraint), Activation(activation), slope, log_det_eps};
 }
 
 // z [R, D]; u, w [K, D] and b [K], or u, w [P, K, D] and b [P, K].

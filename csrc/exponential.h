@@ -9,7 +9,7 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// root_*: of the search (29) the most steps, the length under which a step is the last one, relative to min(|x|, 1),
+// root_*: of the search (33) the most steps, the length under which a step is the last one, relative to min(|x|, 1),
 // and the residual, relative to |x|, that is rounding.
 template <class T>
 struct Ieee;

@@ -4,7 +4,12 @@
 // primitives splat, select, abs, copy_sign, exp_both, log, quotient (by a number in [1, 2]), product_error, outside and
 // any, the constants tiny and saturated on it and Float, its format (exponential.h). No torch, no memory; few branches
 // on data, none for one lane alone.
+//
+// F is the activation with what it needs: `Tanh`, which nearly every flow has, or `AnyActivation`, known when the kernel
+// runs. Where a formula has no F, it is the same for all.
 #pragma once
+
+#include "formulas.h"
 
 #if defined(__CUDACC__)
 #define PLANAR_FN static __device__ __forceinline__
@@ -31,8 +36,8 @@ struct Constrained {
 
 template <class L>
 struct Activated {
-  typename L::V h;        // tanh(a)
-  typename L::V h_prime;  // 1 - h^2, without the subtraction                             (7)
+  typename L::V h;        //                                                              (2)
+  typename L::V h_prime;  // its derivative; tanh's is 1 - h^2, without the subtraction   (7)
 };
 
 template <class L>
@@ -46,23 +51,37 @@ PLANAR_FN typename L::V log_correction(typename L::V x, typename L::V sum) {
   return (x - (sum - 1)) / sum;
 }
 
-// (4), (5) from alpha = w . u and n = |w|^2. Without the constraint u_hat = u and c = alpha.
 template <class L>
-PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, bool constrained) {
+PLANAR_FN typename L::V log1p_of_positive(typename L::V x) {
+  return L::log(1 + x) + log_correction<L>(x, 1 + x);
+}
+
+// (4), (5), or (29), from alpha = w . u and n = |w|^2. Without the constraint u_hat = u and c = alpha.
+template <class L>
+PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, Constraint constraint) {
   const auto zero = L::splat(0), one = L::splat(1);
-  if (!constrained) return {alpha, 1 + alpha, zero, zero, one, zero};
+  if (constraint == Constraint::none) return {alpha, 1 + alpha, zero, zero, one, zero};
   const auto e = L::exp_both(-L::abs(alpha)).value;
-  const auto log_term = L::log(1 + e) + log_correction<L>(e, 1 + e);  // log1p(e)
+  const auto log_term = log1p_of_positive<L>(e);
   const auto nonzero = n >= L::tiny();
   const auto up = alpha >= 0;
   const auto p = 1 / (1 + e);
-  const auto s = L::select(nonzero, L::select(up, alpha, zero) + log_term, one);
+  auto s = L::select(up, alpha, zero) + log_term;
+  auto rho = L::select(up, zero, -alpha) + log_term - 1;
+  auto rising = L::select(up, p, e * p), falling = L::select(up, e * p, p);
+  if (constraint == Constraint::log_softplus) {
+    const auto scale = 1 / (1 + s);  // (30)
+    rising = rising * scale, falling = (falling + s) * scale;
+    s = log1p_of_positive<L>(s);
+    rho = s - (1 + alpha);
+  }
+  s = L::select(nonzero, s, one);
   return {s - 1,
           s,
-          L::select(up, zero, -alpha) + log_term - 1,
+          rho,
           L::select(nonzero, 1 / n, zero),
-          L::select(nonzero, L::select(up, p, e * p), zero),
-          L::select(nonzero, L::select(up, e * p, p), zero)};
+          L::select(nonzero, rising, zero),
+          L::select(nonzero, falling, zero)};
 }
 
 // u_hat = u + rho_over_n w, (4).
@@ -78,9 +97,23 @@ PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typen
   return {gamma * p.rising - q_n * p.falling, rho_over_n(p), -2 * p.rho * q_n};
 }
 
-// (2), (7): one exponential and one division serve tanh and its derivative; 1 + |h| = 2 / (1 + e^(-2|a|)).
+// h, h' and, from them, 1 - h' without a subtraction that cancels, and h'': the table of docs/math.md (7).
+struct Tanh {
+  static constexpr Tanh of(const Formulas&) { return {}; }
+};
+
+template <class T>
+struct AnyActivation {
+  Activation kind;
+  T slope;  // leaky_relu's below 0
+  T eps;    // inside the logarithm, (31)
+
+  static constexpr AnyActivation of(const Formulas& f) { return {f.activation, T(f.slope), T(f.log_det_eps)}; }
+};
+
+// tanh: one exponential and one division serve both; 1 + |h| = 2 / (1 + e^(-2|a|)).
 template <class L>
-PLANAR_FN Activated<L> activate(typename L::V a) {
+PLANAR_FN Activated<L> activate(typename L::V a, Tanh) {
   const auto e = L::exp_both(-2 * L::abs(a));
   const auto magnitude = L::quotient(-e.minus_one, 2 + e.minus_one);
   const auto root = 1 + magnitude;
@@ -88,27 +121,108 @@ PLANAR_FN Activated<L> activate(typename L::V a) {
   return {L::copy_sign(magnitude, a), h_prime};
 }
 
+template <class L, class T>
+PLANAR_FN Activated<L> activate(typename L::V a, const AnyActivation<T>& f) {
+  const auto up = a >= 0;
+  switch (f.kind) {
+    case Activation::tanh: return activate<L>(a, Tanh{});
+    case Activation::leaky_relu: {
+      const auto h_prime = L::select(up, L::splat(1), L::splat(f.slope));
+      return {a * h_prime, h_prime};
+    }
+    case Activation::elu: {
+      const auto e = L::exp_both(L::select(up, L::splat(0), a));
+      return {L::select(up, a, e.minus_one), e.value};
+    }
+    case Activation::sigmoid: {
+      const auto e = L::exp_both(-L::abs(a)).value;
+      const auto h = L::select(up, L::splat(1), e) / (1 + e);
+      return {h, h * (L::select(up, e, L::splat(1)) / (1 + e))};
+    }
+    default: return {a, L::splat(1)};
+  }
+}
+
+// 1 - h'.
+template <class L>
+PLANAR_FN typename L::V rest(const Activated<L>& act, Tanh) {
+  return act.h * act.h;
+}
+
+template <class L, class T>
+PLANAR_FN typename L::V rest(const Activated<L>& act, const AnyActivation<T>& f) {
+  if (f.kind == Activation::tanh) return rest<L>(act, Tanh{});
+  if (f.kind == Activation::elu) return L::select(act.h >= 0, L::splat(0), -act.h);
+  return 1 - act.h_prime;
+}
+
 // h'' at the same point, for (12).
 template <class L>
-PLANAR_FN typename L::V h_second(const Activated<L>& act) {
+PLANAR_FN typename L::V h_second(const Activated<L>& act, Tanh) {
   return -2 * act.h * act.h_prime;
 }
 
-// (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens only without the
-// constraint.
+template <class L, class T>
+PLANAR_FN typename L::V h_second(const Activated<L>& act, const AnyActivation<T>& f) {
+  switch (f.kind) {
+    case Activation::tanh: return h_second<L>(act, Tanh{});
+    case Activation::elu: return L::select(act.h >= 0, L::splat(0), act.h_prime);
+    case Activation::sigmoid: return act.h_prime * (1 - 2 * act.h);
+    default: return L::splat(0);
+  }
+}
+
+// x, further from zero by the eps of (31).
 template <class L>
-PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
+PLANAR_FN typename L::V beyond(typename L::V x, Tanh) {
+  return x;
+}
+
+template <class L, class T>
+PLANAR_FN typename L::V beyond(typename L::V x, const AnyActivation<T>& f) {
+  return x + L::copy_sign(L::splat(f.eps), x);
+}
+
+// What (8) adds to 1: c h', and eps with it.
+template <class L>
+PLANAR_FN typename L::V excess(typename L::V x, Tanh) {
+  return x;
+}
+
+template <class L, class T>
+PLANAR_FN typename L::V excess(typename L::V x, const AnyActivation<T>& f) {
+  return x + f.eps;
+}
+
+// (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens only without the
+// constraint. With the eps of (31), the number whose logarithm is taken.
+template <class L, class F>
+PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s, const F& f) {
   const auto x = c * act.h_prime;
-  return L::select((x >= L::splat(-0.5)) | (c < -2), 1 + x, s - c * (act.h * act.h));
+  const auto det = L::select((x >= L::splat(-0.5)) | (c < -2), 1 + x, s - c * rest<L>(act, f));
+  return beyond<L>(det, f);
 }
 
 // (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both.
-template <class L>
-PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s) {
+template <class L, class F>
+PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s, const F& f) {
   const auto x = c * act.h_prime;
-  const auto det = determinant<L>(act, c, s);
+  const auto det = determinant<L>(act, c, s, f);
   const auto lossy = (x >= L::splat(-0.5)) & (x <= L::splat(0x1p60));  // no correction of infinity
-  return L::log(L::abs(det)) + L::select(lossy, log_correction<L>(x, det), L::splat(0));
+  return L::log(L::abs(det)) + L::select(lossy, log_correction<L>(excess<L>(x, f), det), L::splat(0));
+}
+
+// (11): r from lambda, 0 where lambda is 0, as it is for rows that are not there: their determinant may be 0.
+template <class L>
+PLANAR_FN typename L::V determinant_gradient(typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                             typename L::V s, Tanh f) {
+  return lambda / determinant<L>(act, c, s, f);
+}
+
+template <class L, class T>
+PLANAR_FN typename L::V determinant_gradient(typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                             typename L::V s, const AnyActivation<T>& f) {
+  return L::select(lambda == 0, lambda, lambda / determinant<L>(act, c, s, f));
 }
 
 // (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the
@@ -129,79 +243,35 @@ PLANAR_FN typename L::V value(const LogDet<L>& sum) {
 }
 
 // sum with one more step, where its product is ordinary.
-template <class L>
-PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, typename L::V c, typename L::V s) {
+template <class L, class F>
+PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, typename L::V c, typename L::V s,
+                               const F& f) {
   const auto x = c * act.h_prime;
-  const auto det = determinant<L>(act, c, s);
+  const auto det = determinant<L>(act, c, s, f);
   const auto factor = L::abs(det);
-  const auto lost = L::select(x >= L::splat(-0.5), x - (det - 1), L::splat(0));
+  const auto lost = L::select(x >= L::splat(-0.5), excess<L>(x, f) - (det - 1), L::splat(0));
   const auto high = sum.high * factor;
   return {sum.log, high, sum.low * factor + (sum.high * lost + L::product_error(sum.high, factor, high))};
 }
 
 // Adds one step to the sums of N variables; a variable whose product leaves the range takes its logarithms at once, and
 // none is touched by its neighbours.
-template <class L, int N>
-PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s) {
+template <class L, int N, class F>
+PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s, const F& f) {
   LogDet<L> next[N];
   auto outside = L::outside(L::splat(1));  // none yet
   for (int i = 0; i < N; ++i) {
-    next[i] = multiplied<L>(sum[i], act[i], c, s);
+    next[i] = multiplied<L>(sum[i], act[i], c, s, f);
     outside = outside | L::outside(next[i].high);
   }
   if (L::any(outside))
     for (int i = 0; i < N; ++i) {
       const auto ordinary = L::outside(next[i].high) == 0;
-      const auto log = value<L>(sum[i]) + log_abs_determinant<L>(act[i], c, s);
+      const auto log = value<L>(sum[i]) + log_abs_determinant<L>(act[i], c, s, f);
       next[i] = {L::select(ordinary, sum[i].log, log), L::select(ordinary, next[i].high, L::splat(1)),
                  L::select(ordinary, next[i].low, L::splat(0))};
     }
   for (int i = 0; i < N; ++i) sum[i] = next[i];
-}
-
-// The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c: Halley's steps (33), a bisection
-// where one leaves the bracket. A variable that has its root stays, whatever the others need. x may be rhs.
-template <class L, int N>
-PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s) {
-  using V = typename L::V;
-  const V inv_s = 1 / s;
-  V r[N], sign[N], low[N], high[N];
-  decltype(c < s) open[N];
-  for (int i = 0; i < N; ++i) {  // the root has the sign of rhs: from here on both are positive
-    sign[i] = rhs[i], r[i] = L::abs(rhs[i]);
-    const auto linear = r[i] * inv_s, flat = r[i] - c;
-    x[i] = L::select((flat > linear) ^ (c < 0), flat, linear);  // (34)
-    low[i] = L::select(c < 0, r[i], x[i]), high[i] = L::select(c < 0, x[i], r[i]);
-    open[i] = r[i] >= 0;
-  }
-  for (int iteration = 0; iteration < L::Float::root_steps; ++iteration) {
-    auto some = L::outside(L::splat(1));  // none yet
-    for (int i = 0; i < N; ++i) {
-      const auto act = activate<L>(x[i]);
-      const auto det = determinant<L>(act, c, s);
-      const auto residual = (x[i] - act.h) + s * act.h - r[i];
-      low[i] = L::select(residual <= 0, x[i], low[i]), high[i] = L::select(residual >= 0, x[i], high[i]);
-      const auto halley = x[i] - residual * det / (det * det - residual * (c * h_second<L>(act)) / 2);
-      const auto inside = (halley >= low[i]) & (halley <= high[i]);
-      const auto next = L::select(inside, halley, (low[i] + high[i]) / 2);
-      const auto step = L::select(inside, L::abs(next - x[i]), high[i] - low[i]);
-      const auto moves = open[i] & (L::abs(residual) > x[i] * L::Float::root_noise);
-      const auto scale = L::select(x[i] < 1, x[i], L::splat(1));
-      x[i] = L::select(moves, next, x[i]);
-      open[i] = moves & (step > scale * L::Float::root_step);
-      some = some | open[i];
-    }
-    if (!L::any(some)) break;
-  }
-  for (int i = 0; i < N; ++i) x[i] = L::copy_sign(x[i], sign[i]);
-}
-
-// mu = dL/dR of one step of the inverse from e = dL/dz_{k-1} . u_hat, (35).
-template <class L>
-PLANAR_FN typename L::V root_gradient(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
-                                      typename L::V s) {
-  const auto det = determinant<L>(act, c, s);
-  return -(e * act.h_prime + lambda * c * h_second<L>(act) / det) / det;
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -27,11 +27,21 @@ from vvae_fast.kernels import (
     compact_gradients,
     direct_backward,
     direct_forward,
+    direct_inverse_adjoint,
     launch,
     planar,
 )
+from vvae_fast.shapes import Formulas
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+LAUNCHING = (
+    direct_forward,
+    direct_backward,
+    direct_inverse_adjoint,
+    compact_forward,
+    compact_backward,
+    compact_gradients,
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -82,11 +92,12 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled}
 
 
-def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str) -> list[tuple]:
-    """What forward and backward of one problem launch in the form "direct" or "compact"."""
+def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, *formulas) -> list[tuple]:
+    """What forward and backward of one problem launch in the form "direct" or "compact"; for "inverse" what the inverse
+    and its adjoint do, which are direct. `formulas` are those of `Formulas`."""
     _heuristics.is_compact = lambda *problem: form == "compact"
     recorder = Recorder()
-    for module in (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients):
+    for module in LAUNCHING:
         module.launch = recorder
     sets = (num_sets,) if num_sets > 1 else ()
     new = {"dtype": getattr(torch, dtype), "device": "meta"}
@@ -95,8 +106,13 @@ def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype:
         torch.empty(*sets, num_steps, dim, **new),
         torch.empty(*sets, num_steps, **new),
     )
-    z_K, log_det, a = planar.planar_forward(z, u, u, b, True, True)
-    planar.planar_backward(z_K, log_det, z, u, u, b, a, True)
+    formulas = Formulas(*formulas)
+    if form == "inverse":
+        z_0, log_det, a = planar.planar_inverse(z, u, u, b, formulas, True)
+        planar.planar_inverse_backward(z, log_det, z_0, u, u, b, a, formulas)
+        return recorder.launches[:2]  # the others are the backward
+    z_K, log_det, a = planar.planar_forward(z, u, u, b, formulas, True)
+    planar.planar_backward(z_K, log_det, z, u, u, b, a, formulas)
     return recorder.launches
 
 

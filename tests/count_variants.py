@@ -17,6 +17,7 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, not what is installed
 
 from vvae_fast.kernels import planar
+from vvae_fast.shapes import Formulas
 
 
 class Launcher:
@@ -46,11 +47,16 @@ def fake_driver() -> SimpleNamespace:
     )
 
 
-def forward_and_backward(rows: int, dim: int, num_steps: int, amortized: bool) -> None:
+def forward_and_backward(rows: int, dim: int, num_steps: int, amortized: bool, inverse: bool = False) -> None:
     sets = (rows,) if amortized else ()
     z, u, b = torch.zeros(rows, dim), torch.zeros(*sets, num_steps, dim), torch.zeros(*sets, num_steps)
-    z_K, log_det, a = planar.planar_forward(z, u, u, b, True, True)
-    planar.planar_backward(z_K, log_det, z, u, u, b, a, True)
+    there, back = planar.planar_forward, planar.planar_backward
+    if inverse:
+        there, back = planar.planar_inverse, planar.planar_inverse_backward
+    for slope in (0.1, 0.2):  # tanh has none
+        formulas = Formulas(slope=slope)
+        z_K, log_det, a = there(z, u, u, b, formulas, True)
+        back(z_K, log_det, z, u, u, b, a, formulas)
 
 
 def main(problems: list) -> None:

@@ -16,6 +16,9 @@ import torch
 from problems import Problem
 from torch import Tensor
 
+from vvae_fast import reference
+from vvae_fast.shapes import Formulas
+
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 SANITIZERS = {
@@ -45,6 +48,7 @@ ENVIRONMENT = {
 SMALL = [
     ("partials.cuh", "most_programs", 3),
     ("shared_forward.cu", "kMostForwardPrograms", 3),
+    ("shared_inverse.cu", "kMostInversePrograms", 3),
     ("compact_forward.cu", "kMostForwardPrograms", 3),
     ("staged.cuh", "enough_blocks", 4),
 ]
@@ -56,15 +60,16 @@ FORWARD, REVERSE = 0, 1  # orders of the blocks; any other number is the seed of
 
 class Case(NamedTuple):
     problem: Problem  # z [*samples, P, D] or [*samples, D], as in tests/problems.py
-    constraint: str = "softplus"
+    formulas: Formulas = Formulas()
     form: str = "automatic"
     order: int = FORWARD
     save: bool = True  # without it there is no backward
     packed: bool = False  # du, dw and db are views of one buffer [P, K (2 D + 1)]
+    inverse: bool = False
 
 
 class Answer(NamedTuple):
-    tensors: tuple[Tensor, ...]  # z_K, log_det and, if saved, dz, du, dw, db in the shapes of the problem's
+    tensors: tuple[Tensor, ...]  # z_K or z_0, log_det and, if saved, dz, du, dw, db in the shapes of the problem's
     a: Tensor | None  # [K, rows]
     error: str  # what the harness saw, or an exception of a launcher
 
@@ -211,10 +216,11 @@ def _encode(case: Case) -> bytes:
     p = _flat(case.problem)
     (rows, dim), (sets, steps, _) = p.z.shape, p.u.shape
     assert rows % sets == 0
-    head = (DTYPES[p.z.dtype], case.constraint == "softplus", amortized, rows, sets, dim, steps, FORMS[case.form])
     p = p._replace(grad_log_det=p.grad_log_det.to(compute_dtype(p.z.dtype)))
-    numbers = struct.pack("<11q", *head, case.order, case.save, case.packed)
-    return numbers + b"".join(map(_input, p))
+    kind = struct.pack("<3q2d", DTYPES[p.z.dtype], *case.formulas.numbers())
+    size = struct.pack("<5q", amortized, rows, sets, dim, steps)
+    how = struct.pack("<5q", FORMS[case.form], case.order, case.save, case.packed, case.inverse)
+    return kind + size + how + b"".join(map(_input, p))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -252,6 +258,9 @@ def _decode(case: Case, reader: _Reader) -> Answer:
         return Answer(tuple(tensors), None, error)
     error += reader.bytes().decode()
     tensors.append(reader.tensor(dtype, *p.z.shape))
+    if case.inverse:
+        error += reader.bytes().decode()
+        reader.bytes()  # what the backward says of z_0 is -grad_z
     if case.packed:
         packed = reader.tensor(dtype, *p.u.shape[:-2], steps * (2 * p.u.shape[-1] + 1))
         u, w, b = packed.split([p.u.shape[-2:].numel()] * 2 + [steps], -1)
@@ -300,3 +309,20 @@ def _run_in(folder: Path, program: Path, cases: list[Case], timeout: float) -> R
 def describe(case: Case) -> str:
     p = case.problem
     return f"{tuple(p.z.shape)} {tuple(p.u.shape)} {p.z.dtype} {case[1:]}"
+
+
+def wanted_of(case: Case) -> tuple[Tensor, ...]:
+    """The oracle's answer in float64, as an `Answer`'s tensors."""
+    p, formulas = case.problem.to(torch.float64), case.formulas
+    if case.inverse:
+        answer = _inverse_oracle(p, formulas)
+    else:
+        z_K, log_det, _ = reference.planar_forward(*p.inputs, *formulas)
+        answer = z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, *formulas)
+    return answer if case.save else answer[:2]
+
+
+def _inverse_oracle(p: Problem, formulas: Formulas) -> tuple[Tensor, ...]:
+    inputs = [t.clone().requires_grad_() for t in p.inputs]
+    outputs = reference.planar_inverse(*inputs, *formulas[:3])
+    return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))

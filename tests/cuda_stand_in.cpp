@@ -75,7 +75,15 @@ void set_form(Form) {}
 int64_t most_dim(Dtype dtype) { return dtype == Dtype::float64 ? 16 : 32; }
 int64_t workspace_bytes(const Problem& p) { return p.rows; }
 
-void launch_forward(const Forward& f, void* stream) {
+bool computes(const Problem& p) {
+  const bool is_double = p.dtype == Dtype::float64;
+  return p.formulas.is_tanh() || is_double || p.dtype == Dtype::float32;
+}
+
+namespace {
+
+// The inverse has the other sign.
+void map(const Forward& f, double sign, void* stream) {
   const Problem& p = f.p;
   check_launch(p, stream);
   with_type(p.dtype, [&](auto element, auto number) {
@@ -83,16 +91,40 @@ void launch_forward(const Forward& f, void* stream) {
     using C = decltype(number);
     for (int64_t r = 0; r < p.rows; ++r) {
       const int64_t s = r % p.sets;
-      double sum_b = p.constrained;
+      const Formulas& g = p.formulas;
+      double sum_b = int(g.constraint) + 4 * int(g.activation) + g.slope + g.log_det_eps;
       for (int k = 0; k < p.steps; ++k) {
         sum_b += (k + 1) * at<T>(p.b, s, k, 0);
         if (f.a) static_cast<C*>(f.a)[k * p.rows + r] = C(at<T>(p.b, s, k, 0) + at<T>(p.z, r, 0));
       }
-      static_cast<C*>(f.log_det)[r] = C(sum_b);
+      static_cast<C*>(f.log_det)[r] = C(sign * sum_b);
       for (int d = 0; d < p.dim; ++d) {
         double sum = at<T>(p.z, r, d);
-        for (int k = 0; k < p.steps; ++k) sum += (k + 1) * (at<T>(p.u, s, k, d) - 2 * at<T>(p.w, s, k, d));
+        for (int k = 0; k < p.steps; ++k) sum += sign * (k + 1) * (at<T>(p.u, s, k, d) - 2 * at<T>(p.w, s, k, d));
         static_cast<T*>(f.z_K)[r * p.dim + d] = T(sum);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void launch_forward(const Forward& f, void* stream) { map(f, 1, stream); }
+void launch_inverse(const Forward& f, void* stream) { map(f, -1, stream); }
+
+void launch_inverse_adjoint(const InverseAdjoint& f, void* stream) {
+  const Problem& p = f.p;
+  check_launch(p, stream);
+  with_type(p.dtype, [&](auto element, auto) {
+    using T = decltype(element);
+    const T* grad_log_det = static_cast<const T*>(f.grad_log_det);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const T lambda = grad_log_det[r * f.grad_log_det_stride];
+      static_cast<T*>(f.minus_log_det)[r] = -lambda;
+      for (int d = 0; d < p.dim; ++d) {
+        const double dz = at<T>(f.grad_z, r, d) + 3 * double(lambda) + double(static_cast<const T*>(f.a)[r]);
+        static_cast<T*>(f.dz)[r * p.dim + d] = T(dz);
+        static_cast<T*>(f.minus_dz)[r * p.dim + d] = T(-dz);
       }
     }
   });
@@ -107,20 +139,22 @@ void launch_backward(const Backward& f, void* stream) {
     using T = decltype(element);
     using C = decltype(number);
     const C* grad_log_det = static_cast<const C*>(f.grad_log_det);
-    for (int64_t r = 0; r < p.rows; ++r)
-      for (int d = 0; d < p.dim; ++d)
-        static_cast<T*>(f.dz)[r * p.dim + d] =
-            T(at<T>(f.grad_z, r, d) + double(grad_log_det[r * f.grad_log_det_stride]) + at<T>(p.z, r, d));
+    const auto lambda = [&](int64_t r) { return double(grad_log_det[r * f.grad_log_det_stride]); };
     for (int64_t s = 0; s < p.sets; ++s)
       for (int k = 0; k < p.steps; ++k) {
         double sum_a = 0;
         for (int64_t r = s; r < p.rows; r += p.sets) sum_a += double(static_cast<const C*>(f.a)[k * p.rows + r]);
-        at<T>(f.db, s, k, 0) = T(at<T>(p.b, s, k, 0) + sum_a);
+        at<T>(f.db, s, k, 0) = T(at<T>(p.b, s, k, 0) + sum_a + p.formulas.slope + p.formulas.log_det_eps);
         for (int d = 0; d < p.dim; ++d) {
-          at<T>(f.du, s, k, d) = T(at<T>(p.u, s, k, d) + 1);
-          at<T>(f.dw, s, k, d) = T(at<T>(p.w, s, k, d) + 2);
+          double sum_grad = 0;
+          for (int64_t r = s; r < p.rows; r += p.sets) sum_grad += at<T>(f.grad_z, r, d) - lambda(r);
+          at<T>(f.du, s, k, d) = T(at<T>(p.u, s, k, d) + sum_grad + int(p.formulas.constraint));
+          at<T>(f.dw, s, k, d) = T(at<T>(p.w, s, k, d) + int(p.formulas.activation));
         }
       }
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int d = 0; d < p.dim; ++d)
+        static_cast<T*>(f.dz)[r * p.dim + d] = T(at<T>(f.grad_z, r, d) + lambda(r) + at<T>(p.z, r, d));
   });
 }
 

@@ -55,17 +55,17 @@ def random_problem(
     return Problem(*(t.to(dtype) for t in tensors))
 
 
-def run(p: Problem, constraint: str = "softplus", backend: str | None = None) -> tuple[Tensor, ...]:
-    """z_K, log_det, dz, du, dw, db of the package."""
+def run(p: Problem, constraint: str = "softplus", backend: str | None = None, **others) -> tuple[Tensor, ...]:
+    """z_K, log_det, dz, du, dw, db of the package; `others` are more of `planar_flow`'s options."""
     inputs = [t.detach().requires_grad_() for t in p.inputs]
-    outputs = vvae_fast.planar_flow(*inputs, constraint=constraint, backend=backend)
+    outputs = vvae_fast.planar_flow(*inputs, constraint=constraint, backend=backend, **others)
     return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))
 
 
-def oracle(p: Problem, constraint: str = "softplus") -> tuple[Tensor, ...]:
+def oracle(p: Problem, constraint: str = "softplus", **others) -> tuple[Tensor, ...]:
     """The same from the reference's forward and hand-written adjoint, in the problem's own dtype."""
-    z_K, log_det, _ = reference.planar_forward(*p.inputs, constraint)
-    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, constraint)
+    z_K, log_det, _ = reference.planar_forward(*p.inputs, constraint, **others)
+    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, constraint, **others)
 
 
 def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list[float]:
@@ -88,14 +88,14 @@ def on_each_isa(answer: Callable[[], T]) -> dict[str, T]:
     return answers
 
 
-def error_ratios(problems: list[Problem], backend: str = "cpp", device: str = "cpu") -> dict[str, Tensor]:
+def error_ratios(problems: list[Problem], backend: str = "cpp", device: str = "cpu", **formulas) -> dict[str, Tensor]:
     """[draws, 6] of each instruction set, or of another backend: float32 errors against the float64 oracle on the CPU,
     over those of the eager loop on the device."""
     rows = {}
     for p in problems:
-        wanted, p = oracle(p.to(torch.float64)), p.to(device)
-        eager = relative_errors(run(p, backend="reference"), wanted)
-        answer = partial(run, p, backend=backend)
+        wanted, p = oracle(p.to(torch.float64), **formulas), p.to(device)
+        eager = relative_errors(run(p, backend="reference", **formulas), wanted)
+        answer = partial(run, p, backend=backend, **formulas)
         for level, got in (on_each_isa(answer) if backend == "cpp" else {backend: answer()}).items():
             ours = relative_errors(got, wanted)
             rows.setdefault(level, []).append([x / max(y, ERROR_FLOOR) for x, y in zip(ours, eager, strict=True)])
@@ -109,11 +109,12 @@ def assert_accuracy_rule(
     draws: int = 8,
     backend: str = "cpp",
     device: str = "cpu",
+    **formulas,
 ) -> None:
     """`case` is rows, K, D, scale, params: the ratios' geometric mean over the draws, and the largest of them."""
     rows, num_steps, dim, scale, params = case
     problems = [random_problem((rows,), num_steps, dim, params, scale, seed=seed) for seed in range(draws)]
-    for level, ratios in error_ratios(problems, backend, device).items():
+    for level, ratios in error_ratios(problems, backend, device, **formulas).items():
         means = ratios.clamp(min=1e-3).log().mean(0).exp()
         worst = ratios.max(0).values
         report = {n: f"{m:.2f} {w:.2f}" for n, m, w in zip(NAMES, means.tolist(), worst.tolist(), strict=True)}
@@ -122,10 +123,11 @@ def assert_accuracy_rule(
 
 
 def assert_close_to_oracle(
-    p: Problem, constraint: str, tolerance: float, backend: str = "cpp", device: str = "cpu"
+    p: Problem, constraint: str, tolerance: float, backend: str = "cpp", device: str = "cpu", **others
 ) -> None:
     """The oracle runs on the CPU."""
-    errors = relative_errors(run(p.to(device), constraint, backend), oracle(p.to(torch.float64), constraint))
+    wanted = oracle(p.to(torch.float64), constraint, **others)
+    errors = relative_errors(run(p.to(device), constraint, backend, **others), wanted)
     assert max(errors) < tolerance, dict(zip(NAMES, errors, strict=True))
 
 

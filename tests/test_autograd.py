@@ -9,7 +9,9 @@ from torch.func import grad, jacrev, jvp, vmap
 import vvae_fast
 from vvae_fast import autograd, ops
 from vvae_fast.functional import packed_planar_flow
+from vvae_fast.shapes import Formulas
 
+SOFTPLUS_TANH = Formulas().numbers()
 CASES = [((5,), ()), ((5,), (5,)), ((2, 3), (3,)), ((), ())]
 
 
@@ -195,18 +197,18 @@ def test_autocast_mixes_dtypes(params):
     assert torch.equal(log_det, wanted[1])
 
 
-@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("formulas", [SOFTPLUS_TANH, (1, 2, 0.2, 1e-4)])
 @pytest.mark.parametrize(("rows", "params"), [(6, ()), (6, (6,)), (6, (3,)), (0, ())])
-def test_opcheck(rows, params, constrained):
+def test_opcheck(rows, params, formulas):
     p = random_problem((rows,), 4, 3, params)
     flat = p.inputs
-    torch.library.opcheck(ops.planar_forward, (*flat, constrained, True))
-    torch.library.opcheck(ops.planar_forward, (*flat, constrained, False))
-    a = ops.planar_forward(*flat, constrained, True)[2]
-    torch.library.opcheck(ops.planar_backward, (p.grad_z, p.grad_log_det, *flat, a, constrained))
+    torch.library.opcheck(ops.planar_forward, (*flat, *formulas, True))
+    torch.library.opcheck(ops.planar_forward, (*flat, *formulas, False))
+    a = ops.planar_forward(*flat, *formulas, True)[2]
+    torch.library.opcheck(ops.planar_backward, (p.grad_z, p.grad_log_det, *flat, a, *formulas))
     if params:
         packed = pack(*flat[1:])
-        torch.library.opcheck(ops.planar_backward_packed, (p.grad_z, p.grad_log_det, flat[0], packed, a, constrained))
+        torch.library.opcheck(ops.planar_backward_packed, (p.grad_z, p.grad_log_det, flat[0], packed, a, *formulas))
 
 
 @pytest.mark.parametrize("batch", [(6,), (5, 6), (16, 3), (0, 2)])
@@ -250,33 +252,33 @@ def test_packed_parameters_with_one_output_used(only):
 def test_raw_operator_refuses_what_would_read_out_of_bounds(change, message):
     p = random_problem((6,), 4, 3)._replace(**change)
     with pytest.raises(RuntimeError, match=message):
-        ops.planar_forward(*p.inputs, True, True)
+        ops.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)
     if set(change) == {"z"}:
         return
     a = torch.zeros(4, 6)
     with pytest.raises(RuntimeError, match=message):
-        ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, True)
+        ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)
 
 
 def test_raw_operator_refuses_two_devices_and_absurd_sizes():
     p = random_problem((6,), 4, 3)
     with pytest.raises(RuntimeError, match="must be on one device"):
-        ops.planar_forward(p.z, p.u.to("meta"), p.w, p.b, True, True)
+        ops.planar_forward(p.z, p.u.to("meta"), p.w, p.b, *SOFTPLUS_TANH, True)
     steps = 2**62
     u, b = torch.zeros(1, 1).expand(steps, 1), torch.zeros(1).expand(steps)
     with pytest.raises(RuntimeError, match="at most 2\\^40 elements"):
-        ops.planar_forward(torch.zeros(0, 1), u, u, b, True, False)
+        ops.planar_forward(torch.zeros(0, 1), u, u, b, *SOFTPLUS_TANH, False)
 
 
 def test_raw_packed_backward_refuses_other_widths():
     p = random_problem((6,), 4, 3, (6,))
-    a = ops.planar_forward(*p.inputs, True, True)[2]
+    a = ops.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)[2]
     with pytest.raises(RuntimeError, match="packed must have size 28 in dimension 1, got 27"):
-        ops.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, pack(*p.inputs[1:])[:, 1:], a, True)
+        ops.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, pack(*p.inputs[1:])[:, 1:], a, *SOFTPLUS_TANH)
 
 
 def test_raw_backward_refuses_other_pre_activations():
     p = random_problem((6,), 4, 3)
     for a, message in ((torch.zeros(4, 5), "a must have size 6"), (torch.zeros(6, 4).t(), "a must be contiguous")):
         with pytest.raises(RuntimeError, match=message):
-            ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, True)
+            ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)

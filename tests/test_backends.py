@@ -18,7 +18,7 @@ from vvae_fast._version import __version__
 
 def problem():
     p = random_problem((3,), 2, 2)
-    return shapes.check(*p.inputs, "tanh", "softplus")
+    return shapes.check(*p.inputs, shapes.Formulas())
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -166,7 +166,7 @@ def test_interpreted_kernels_are_chosen_by_name_only():
     code = (
         "import torch, vvae_fast\n"
         "from vvae_fast import backends, shapes\n"
-        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), 'tanh', 'softplus')\n"
+        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), shapes.Formulas())\n"
         "print(backends.select(p, None), backends.select(p, 'triton'))\n"
     )
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -270,10 +270,9 @@ def test_what_the_cuda_backend_does_not_do(gpu_backends):
         return str(error.value)
 
     assert "runs on cuda tensors, got cpu" in refused(problem())
-    assert "the cuda backend has no inverse, the reference has" in refused(on_gpu(inverse=True))
     assert "runs D up to 2048, got 2049" in refused(on_gpu(dim=2049))
     assert "runs D up to 1024, got 2048" in refused(on_gpu(dim=2048, compute_dtype=torch.float64))
-    assert backends.select(on_gpu(), "cuda") == "cuda"
+    assert backends.select(on_gpu(), "cuda") == backends.select(on_gpu(inverse=True), "cuda") == "cuda"
     gpu_backends["cuda"].append("PyTorch sees no GPU here")
     assert refused(on_gpu()).endswith("PyTorch sees no GPU here")
 
@@ -285,7 +284,8 @@ def test_auto_takes_what_was_measured_to_be_faster(gpu_backends, monkeypatch):
     assert backends.select(on_gpu(rows=10**6), None) == "triton"
     assert backends.select(on_gpu(amortized=True), None) == "triton"
     assert backends.select(problem(), None) == "cpp"
-    assert backends.select(on_gpu(inverse=True), None) == "reference"
+    assert backends.select(on_gpu(inverse=True), None) == "cuda"
+    assert backends.select(on_gpu(inverse=True, dim=2049), None) == "reference"
 
 
 def test_auto_takes_the_other_where_the_faster_cannot_run(gpu_backends, monkeypatch):

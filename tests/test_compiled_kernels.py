@@ -17,13 +17,15 @@ LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the target
 
 
 def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:
-    """(form, rows, D, K, parameter sets, dtype), such that NVIDIA's targets use each entry of the table."""
+    """(form, rows, D, K, parameter sets, dtype, *formulas), such that NVIDIA's targets use each entry of the table."""
     found = set()
     for _, parameters, block_dim in _table.DIRECT:
         sets = {"shared": 1, "amortized": _table.FEW_ROWS}[parameters]
         some = block_dim in (1, 8, 64, 256, 1024)
         if target != "gfx942" or some:
             found.add(("direct", _table.FEW_ROWS, block_dim, 16, sets, "float32"))
+        if (target != "gfx942" and some) or block_dim == 64:
+            found.add(("inverse", _table.FEW_ROWS, block_dim, 16, sets, "float32"))
         if target != "gfx942":
             found.add(("direct", 2 * _table.FEW_ROWS, block_dim, 16, min(2 * sets, sets**2), "float32"))
         if target == "sm_90" and some:
@@ -35,6 +37,11 @@ def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:
     if target == "sm_90":
         found |= {("compact", 4096, 64, 32, 1, "float64"), ("compact", 4096, 500, 32, 1, "bfloat16")}
         found.add(("compact", 256, 40, 5, 4, "float32"))
+        found |= {("inverse", _table.FEW_ROWS, dim, 16, sets, "float64") for dim, sets in ((64, 1), (1024, 4096))}
+        found |= {("inverse", 128, 40, 16, 1, "float32", "softplus", activation) for activation in ("elu", "sigmoid")}
+        others = [("log_softplus", activation, 0.2, 1e-4) for activation in ("leaky_relu", "elu", "sigmoid", "linear")]
+        found |= {("direct", 128, 40, 16, 1, "float32", *formulas) for formulas in others}
+        found.add(("compact", 4096, 64, 32, 1, "float32", "log_softplus", "sigmoid", 0.2, 1e-4))
     return sorted(found)
 
 
@@ -62,7 +69,7 @@ def compiled():
 def test_kernels_fit(compiled, target):
     rows = compiled[target]
     compact = {f"compact_{name}_kernel" for name in ("forward", "backward", "gradients", "finish")}
-    direct = {"direct_forward_kernel", "direct_backward_kernel", "add_partials_kernel"}
+    direct = {"direct_forward_kernel", "direct_backward_kernel", "add_partials_kernel", "direct_inverse_adjoint_kernel"}
     assert {row["kernel"] for row in rows} == (direct if target == "gfx942" else direct | compact)
     assert [row for row in rows if row["spilled"] or row["shared"] > LEAST_SHARED_MEMORY] == []
     assert all(0 < row["registers"] <= 512 for row in rows)  # the registers were read
@@ -83,4 +90,6 @@ def test_batch_size_and_steps_compile_nothing_new():
     problems = [(rows, 40, 16, True) for rows in (128, 100, 33, 3)]
     assert set(variants(problems).values()) == {1}
     problems = [(rows, 64, 32, False) for rows in (4096, 4000, 2000)]
+    assert set(variants(problems).values()) == {1}
+    problems = [(rows, 40, num_steps, False, True) for rows, num_steps in ((128, 80), (33, 16), (33, 2))]
     assert set(variants(problems).values()) == {1}

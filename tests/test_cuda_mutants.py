@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import cuda_host
 import pytest
-import torch
-from cuda_host import Case
-from problems import oracle, random_problem, relative_errors
+from cuda_host import Case, wanted_of
+from problems import random_problem, relative_errors
+
+from vvae_fast.shapes import Formulas
 
 
 class Mutant(NamedTuple):
@@ -103,6 +104,33 @@ MUTANTS = [
         "plain",
         "never written",
     ),
+    Mutant(
+        "the inverse stages steps while others still read those behind",
+        "shared_inverse.cu",
+        "        if (!fresh) __syncthreads();  // the steps behind are done with\n",
+        "",
+        ("shared_inverse.cu",),
+        "thread",
+        "data race",
+    ),
+    Mutant(
+        "the inverse's adjoint with the pre-activation of another step",
+        "amortized_inverse.cu",
+        "next = p.a[after * p.rows + row];",
+        "next = p.a[k * p.rows + row];",
+        ("amortized_inverse.cu",),
+        "plain",
+        "wrong",
+    ),
+    Mutant(
+        "another activation taken for tanh",
+        "staged.cuh",
+        "activation(F::of(p.formulas))",
+        "activation(F::of({}))",
+        ("shared_backward.cu",),
+        "plain",
+        "wrong",
+    ),
 ]
 
 
@@ -115,7 +143,10 @@ def cases() -> list[Case]:
         (random_problem((200,), 36, 60, scale=0.5), "compact"),
         (random_problem((33,), 70, 100, scale=0.5), "compact"),
     ]
-    return [Case(p, form=form) for p, form in problems]
+    cases = [Case(p, form=form) for p, form in problems]
+    for formulas in Formulas(), Formulas(activation="sigmoid"):
+        cases += [Case(problems[i][0], formulas, inverse=True) for i in (1, 2)]
+    return [*cases, Case(problems[0][0], Formulas(activation="sigmoid"))]
 
 
 def build(mutant: Mutant, folder) -> object:
@@ -141,7 +172,7 @@ def said_of(program) -> str:
     done = cuda_host.run(program, cases())
     said = [done.report]
     for case, answer in zip(cases(), done.answers, strict=False):
-        errors = relative_errors(answer.tensors, oracle(case.problem.to(torch.float64)))
+        errors = relative_errors(answer.tensors, wanted_of(case))
         said += [answer.error, "wrong" if max(errors) > 2e-5 else ""]
     return "\n".join(filter(None, said))
 

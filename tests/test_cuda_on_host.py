@@ -6,9 +6,14 @@ import math
 import cuda_host
 import pytest
 import torch
-from cuda_host import FORWARD, REVERSE, Case, describe
-from problems import ERROR_FLOOR, NAMES, Problem, oracle, random_problem, relative_errors, run
-from test_planar_flow import edge_problem, strided_views
+from cuda_host import FORWARD, REVERSE, Case, describe, wanted_of
+from problems import ERROR_FLOOR, NAMES, Problem, random_problem, relative_errors, run
+from test_fused_inverse import edge_points
+from test_fused_inverse import run as invert
+from test_planar_flow import EDGES, edge_problem, strided_views
+
+from vvae_fast import activations, reference
+from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of each tensor, relative L2; the half precisions round what they write.
@@ -18,6 +23,9 @@ TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-3, t
 SHARED = [((1,), ()), ((37,), ()), ((300,), ())]
 SETS = [((17, 3), (3,)), ((3, 5), (5,)), ((1,), (1,)), ((11,), (11,))]
 STEPS_AND_DIMS = [(1, 1), (2, 3), (7, 4), (17, 6), (37, 2), (5, 17), (18, 24), (33, 48), (3, 70), (20, 100)]
+
+
+OTHERS = ACTIVATIONS[1:]  # than tanh
 
 
 def every_kernel() -> list[Case]:
@@ -32,11 +40,30 @@ def every_kernel() -> list[Case]:
                 p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=dim)
                 forms = ("direct",) if params else ("direct", "compact")
                 cases += [Case(p, form=form, order=i) for form in forms]
+    for dtype in (torch.float32, torch.float64):
+        cases += every_kernel_of_few(dtype)
     # Blocks take rows several times; the last of each form cannot keep all steps in the block's memory.
     direct = [(130, 18, 4), (43, 18, 13), (15, 18, 132), (15, 18, 701)]
     compact = [(400, 18, 20), (200, 36, 60), (33, 70, 100)]
     for form, shapes in (("direct", direct), ("compact", compact)):
         cases += [Case(random_problem((rows,), steps, dim, scale=0.5), form=form) for rows, steps, dim in shapes]
+    problems = [random_problem((rows,), steps, dim, scale=0.5) for rows, steps, dim in direct]
+    cases += [Case(p, Formulas(activation="sigmoid"), inverse=inverse) for p in problems for inverse in (False, True)]
+    return cases
+
+
+def every_kernel_of_few(dtype: torch.dtype) -> list[Case]:
+    """Those of the activations but tanh, and of the inverse."""
+    cases = []
+    dims = [3, 4, 13, 16, 41, 64, 200, 256, 421, 512 if dtype == torch.float64 else 1024]
+    for i, dim in enumerate(dims):
+        other = Formulas(activation=OTHERS[i % 4])
+        for batch, params in (((21,), ()), ((5,), (5,)), ((2, 3), (3,))):
+            steps = (2, 5)[i % 2]
+            p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=dim)
+            cases += [Case(p, other, order=i), Case(p, other, order=i, inverse=True)]
+            if i % 2 == 0:
+                cases.append(Case(p, order=i, inverse=True))
     return cases
 
 
@@ -46,9 +73,7 @@ def check(cases: list[Case], run: cuda_host.Run) -> None:
     for case, answer in zip(cases, run.answers, strict=True):
         about = describe(case)
         assert answer.error == "", about
-        wanted = oracle(case.problem.to(torch.float64), case.constraint)
-        if not case.save:
-            wanted = wanted[:2]
+        wanted = wanted_of(case)
         errors = relative_errors(answer.tensors, wanted)
         assert max(errors) < TOLERANCES[case.problem.z.dtype], (about, dict(zip(NAMES, errors, strict=False)))
 
@@ -75,9 +100,34 @@ def test_shapes(plain, dtype, form):
     cases = []
     for i, ((batch, params), (steps, dim)) in enumerate(sizes):
         p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=i)
-        cases.append(Case(p, ("softplus", "none")[i % 5 == 0], form, packed=i % 2 == 0))
+        formulas = Formulas(CONSTRAINTS[i % 3])
+        cases.append(Case(p, formulas, form, packed=i % 2 == 0))
         if i % 3 == 0:
             cases.append(Case(p, form=form, save=False))
+    check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_formulas(plain, activation, dtype, inverse):
+    """Each constraint and eps, for sets of many rows, of few and of one."""
+    cases = []
+    sizes = itertools.product([((37,), ()), ((17, 3), (3,)), ((3, 5), (5,)), ((11,), (11,))], [(17, 6), (5, 24)])
+    for i, ((batch, params), (steps, dim)) in enumerate(sizes):
+        p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=i)
+        for constraint, eps in itertools.product(CONSTRAINTS, (0.0, 0.1)):
+            if not inverse or (constraint != "none" and eps == 0):
+                formulas = Formulas(constraint, activation, 0.3, eps)
+                cases.append(Case(p, formulas, packed=i % 2 == 0, inverse=inverse))
+        cases.append(Case(p, Formulas(activation=activation), save=False, inverse=inverse))
+    check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constraints_of_the_half_precisions(plain, dtype):
+    problems = [random_problem((37,), 17, 24, params, 0.5, dtype) for params in ((), (37,))]
+    cases = [Case(p, Formulas(constraint)) for p in problems for constraint in CONSTRAINTS[:2]]
     check(cases, cuda_host.run(plain, cases))
 
 
@@ -85,12 +135,14 @@ def test_shapes(plain, dtype, form):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_are_taken_as_they_are(plain, dtype, params):
     cases = []
-    for form, dim in (("direct", 6), ("direct", 8), ("compact", 20)):
+    kinds = [("direct", 6, False), ("direct", 8, False), ("compact", 20, False)]
+    kinds += [("direct", 6, True), ("direct", 8, True)] if dtype.itemsize > 2 else []
+    for form, dim, inverse in kinds:
         p = random_problem((70,), 18, dim, params, scale=0.5, dtype=dtype)
-        cases += [Case(view, form=form) for view in (p, *strided_views(p).values())]
+        cases += [Case(view, form=form, inverse=inverse) for view in (p, *strided_views(p).values())]
     done = cuda_host.run(plain, cases)
     check(cases, done)
-    views = len(cases) // 3
+    views = len(cases) // len(kinds)
     for i, answer in enumerate(done.answers):
         wanted = done.answers[i - i % views]
         assert all(map(torch.equal, answer.tensors, wanted.tensors)), describe(cases[i])
@@ -104,19 +156,24 @@ def test_expanded_inputs(plain, dim):
     one = torch.ones((), dtype=torch.float64)
     problem = p._replace(z=p.z[:1].expand(6, dim), grad_z=one.expand(6, dim), grad_log_det=one.expand(6))
     amortized = problem._replace(u=sets[0], w=sets[1], b=sets[2])
-    cases = [Case(problem), Case(amortized)]
+    cases = [Case(p, inverse=inverse) for p in (problem, amortized) for inverse in (False, True)]
     check(cases, cuda_host.run(plain, cases))
 
 
-FORMS = ["direct", "compact", "automatic"]
+KINDS = {
+    **{form: {"form": form} for form in ("direct", "compact", "automatic")},
+    "elu": {"formulas": Formulas(activation="elu")},
+    "inverse": {"inverse": True},
+    "inverse of sigmoid": {"inverse": True, "formulas": Formulas(activation="sigmoid")},
+}
 MANY = [((200,), ()), ((34, 3), (3,)), ((70,), (70,)), ((4, 9), (9,))]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_order_of_blocks_and_lanes_changes_no_bit(plain, form):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_blocks_and_lanes_changes_no_bit(plain, kind):
     problems = [random_problem(batch, 18, dim, params) for batch, params in MANY for dim in (5, 52)]
     orders = (FORWARD, REVERSE, 2, 3)
-    done = cuda_host.run(plain, [Case(p, form=form, order=order) for p in problems for order in orders])
+    done = cuda_host.run(plain, [Case(p, order=order, **KINDS[kind]) for p in problems for order in orders])
     assert done.report == ""
     assert {answer.error for answer in done.answers} == {""}
     for i, answer in enumerate(done.answers):
@@ -135,14 +192,15 @@ def one_row(p: Problem, row: tuple[int, ...]) -> Problem:
     return p._replace(**alone, **{name: getattr(p, name)[row[-1]][None] for name in ("u", "w", "b")})
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [5, 52])
-def test_the_bits_of_a_row_are_the_same_alone(plain, form, dim):
+def test_the_bits_of_a_row_are_the_same_alone(plain, kind, dim):
+    """Nor do they depend on how long its neighbours search."""
     for batch, params in MANY:
         p = random_problem(batch, 18, dim, params)
         rows = [(0,) * len(batch), tuple(n - 1 for n in batch), tuple(n // 2 for n in batch)]
         alone = [one_row(p, row) for row in rows]
-        done = cuda_host.run(plain, [Case(problem, form=form) for problem in (p, *alone)])
+        done = cuda_host.run(plain, [Case(problem, **KINDS[kind]) for problem in (p, *alone)])
         assert done.report == ""
         together, *others = done.answers
         for row, answer in zip(rows, others, strict=True):
@@ -152,19 +210,21 @@ def test_the_bits_of_a_row_are_the_same_alone(plain, form, dim):
                 assert torch.equal(answer.tensors[i][where], together.tensors[i][row]), (batch, params, NAMES[i])
 
 
-@pytest.mark.parametrize("form", ["direct", "compact"])
+@pytest.mark.parametrize("kind", ["direct", "compact", "elu", "inverse", "inverse of sigmoid"])
 @pytest.mark.parametrize("params", [(), (9,)], ids=["shared", "amortized"])
 @pytest.mark.parametrize("scale", [0.3, 0.7])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (6, 20), (20, 52), (33, 6)])
-def test_float32_accuracy(plain, num_steps, dim, scale, params, form):
+def test_float32_accuracy(plain, num_steps, dim, scale, params, kind):
     """The rule of tests/problems.py, whose backends are PyTorch's."""
     problems = [random_problem((9,), num_steps, dim, params, scale, seed=seed) for seed in range(8)]
-    done = cuda_host.run(plain, [Case(p, form=form) for p in problems])
+    cases = [Case(p, **KINDS[kind]) for p in problems]
+    done = cuda_host.run(plain, cases)
     assert done.report == ""
     ratios = []
-    for p, answer in zip(problems, done.answers, strict=True):
-        wanted = oracle(p.to(torch.float64))
-        eager = relative_errors(run(p, backend="reference"), wanted)
+    for case, answer in zip(cases, done.answers, strict=True):
+        wanted, eager_loop = wanted_of(case), invert if case.inverse else run
+        loop = eager_loop(case.problem, backend="reference", activation=case.formulas.activation)
+        eager = relative_errors(loop, wanted)
         ours = relative_errors(answer.tensors, wanted)
         ratios.append([max(x / max(y, ERROR_FLOOR), 1e-3) for x, y in zip(ours, eager, strict=True)])
     draws = dict(zip(NAMES, zip(*ratios, strict=True), strict=True))
@@ -177,7 +237,32 @@ def test_float32_accuracy(plain, num_steps, dim, scale, params, form):
 def test_edges_of_the_constraint(plain, alpha):
     problems = [edge_problem(alpha, torch.float64, amortized) for amortized in (False, True)]
     cases = [Case(p, form=form) for p in problems for form in ("direct", "compact")]
+    formulas = [Formulas(constraint, activation) for activation in OTHERS for constraint in CONSTRAINTS]
+    cases += [Case(p, f) for p in problems for f in formulas]
     check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_residual_of_the_inverse_at_the_edges_of_the_constraint(plain, activation, dtype, bound):
+    """One step in one dimension: w = 1, b = 0, so that R is z itself and c follows from alpha exactly."""
+    z = edge_points(dtype)[:, None]
+    cases = []
+    for constraint, alpha, sets in itertools.product(CONSTRAINTS[::2], EDGES, ((), (len(z),))):
+        u, w, b = torch.full((*sets, 1, 1), alpha), torch.ones(*sets, 1, 1), torch.zeros(*sets, 1)
+        p = Problem(z, u, w, b, torch.ones_like(z), torch.ones_like(z[:, 0])).to(dtype)
+        cases.append(Case(p, Formulas(constraint, activation, 0.1), inverse=True))
+    done = cuda_host.run(plain, cases)
+    assert done.report == ""
+    for case, answer in zip(cases, done.answers, strict=True):
+        assert answer.error == ""
+        p = case.problem.to(torch.float64)
+        s = reference.constrain(p.u, p.w, case.formulas.constraint).s.flatten()
+        x, R = answer.a[0].double(), p.z[:, 0]
+        h = activations.activate(x, activation, 0.1).h
+        residual = (x - h) + s * h - R
+        assert (residual.abs() <= bound * R.abs().clamp(min=1)).all(), describe(case)
+        assert all(t.isfinite().all() for t in answer.tensors[:2]), describe(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -189,7 +274,7 @@ def test_rows_that_are_not_there_add_nothing(plain, dtype):
         w = torch.zeros_like(p.w)
         w[:, 0] = 1
         p = p._replace(w=w, u=-w, b=1 + p.b.abs())
-        cases += [Case(p, "none", form) for form in ("direct", "compact")]
+        cases += [Case(p, Formulas("none"), form) for form in ("direct", "compact")]
     check(cases, cuda_host.run(plain, cases))
 
 
@@ -198,4 +283,24 @@ def test_blocks_that_need_the_most_memory(plain):
     shapes = [(512, 3, torch.float64), (61, 33, torch.float64), (20, 512, torch.float64), (9, 1024, torch.float32)]
     shapes += [(40, 480, torch.float32), (33, 256, torch.float32), (96, 64, torch.float32), (70, 17, torch.float64)]
     cases = [Case(random_problem((5,), num_steps, dim, scale=0.3, dtype=dtype)) for num_steps, dim, dtype in shapes]
+    cases += [Case(random_problem((40,), 9, 300, scale=0.3), Formulas(activation="elu"))]
+    cases += [Case(case.problem, inverse=True) for case in cases[2:4]]
     check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("params", [(), (70,)], ids=["shared", "amortized"])
+def test_a_bad_row_of_the_inverse_stays_alone(plain, params, bad):
+    """And its search ends."""
+    clean = random_problem((70,), 20, 6, params)
+    z = clean.z.clone()
+    z[13, 2] = bad
+    kinds = [KINDS["inverse"], KINDS["inverse of sigmoid"]]
+    done = cuda_host.run(plain, [Case(p, **kind) for kind in kinds for p in (clean, clean._replace(z=z))])
+    assert done.report == ""
+    others = torch.arange(70) != 13
+    for wanted, answer in zip(done.answers[::2], done.answers[1::2], strict=True):
+        assert answer.error == ""
+        assert not answer.tensors[0][13].isfinite().all()
+        for x, y in zip(answer.tensors[: 6 if params else 3], wanted.tensors, strict=False):
+            assert torch.equal(x[others], y[others])

@@ -12,6 +12,7 @@ import torch
 from torch.utils import cpp_extension
 
 from vvae_fast import ops
+from vvae_fast.shapes import Formulas
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent / "csrc" / "cuda"
@@ -20,6 +21,11 @@ COMPILE += [f"-I{CUDA}", *(f"-isystem{folder}" for folder in cpp_extension.inclu
 LIBRARIES = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
 SYMBOLIC = "-Wl,-Bsymbolic"  # the library's own functions before torch's of the same names
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# Numbers that every dtype has. The half precisions have no other activation than tanh.
+TANH = [Formulas(slope=0.5).numbers(), Formulas("none", slope=2.0).numbers()]
+OTHERS = [Formulas("none", "linear", 0.5).numbers(), Formulas("log_softplus", "elu", 2.0, 4.0).numbers()]
+USUAL = TANH[0]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 
@@ -77,12 +83,27 @@ def set_of_row(t: torch.Tensor, rows: int, shared_dims: int) -> torch.Tensor:
     return t.expand(rows, *t.shape) if t.dim() == shared_dims else t[torch.arange(rows) % t.shape[0]]
 
 
-def wanted_forward(z, u, w, b, constrained):
+def formulas_of(dtype: torch.dtype) -> list[tuple[int, int, float, float]]:
+    return TANH + (OTHERS if dtype.itemsize > 2 else [])
+
+
+def wanted_forward(z, u, w, b, formulas, sign=1):
     """As the stand-ins compute it."""
+    constraint, activation, slope, log_det_eps = formulas
     steps = 1 + torch.arange(u.shape[-2]).double()
     u, w, b = (set_of_row(t, len(z), dims) for t, dims in ((u, 2), (w, 2), (b, 1)))
-    z_K = z.double() + ((u - 2 * w) * steps[:, None]).sum(-2)
-    return z_K, (b * steps).sum(-1) + constrained, b.T + z.double()[:, 0]
+    z_K = z.double() + sign * ((u - 2 * w) * steps[:, None]).sum(-2)
+    log_det = (b * steps).sum(-1) + constraint + 4 * activation + slope + log_det_eps
+    return z_K, sign * log_det, b.T + z.double()[:, 0]
+
+
+def wanted_weights(grad_z, grad_log_det, u, w, b, a, formulas):
+    constraint, activation, slope, log_det_eps = formulas
+    sets = u.shape[0] if u.dim() == 3 else 1
+    per_set = (grad_z.double() - grad_log_det.double()[:, None]).view(-1, sets, grad_z.shape[1]).sum(0)
+    du = u.double().view(sets, -1, u.shape[-1]) + per_set[:, None] + constraint
+    db = b.double().view(sets, -1) + a.double().view(len(a), -1, sets).sum(1).T + slope + log_det_eps
+    return du.view(u.shape), w.double() + activation, db.view(b.shape)
 
 
 def equal(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
@@ -101,11 +122,11 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_hands_over_every_stride(operators, dtype, change, sets):
     inputs = problem(6, sets, 3, 4, dtype, change)
-    for constrained in (False, True):
-        wanted = wanted_forward(*inputs, constrained)
-        for x, y, kind in zip(operators.planar_forward(*inputs, constrained, True), wanted, (0, 1, 1), strict=True):
+    for formulas in formulas_of(dtype):
+        wanted = wanted_forward(*inputs, formulas)
+        for x, y, kind in zip(operators.planar_forward(*inputs, *formulas, True), wanted, (0, 1, 1), strict=True):
             equal(x, y, computed(dtype) if kind else dtype)
-        z_K, log_det, a = operators.planar_forward(*inputs, constrained, False)
+        z_K, log_det, a = operators.planar_forward(*inputs, *formulas, False)
         equal(z_K, wanted[0], dtype)
         equal(log_det, wanted[1], computed(dtype))
         assert (a.shape, a.dtype) == ((0,), computed(dtype))
@@ -119,17 +140,36 @@ def test_backward_hands_over_every_stride(operators, dtype, change, sets):
     z, u, w, b = inputs = problem(6, sets, 3, 4, dtype, change)
     a = numbers(3, 6, dtype=computed(dtype))
     grad_z, grad_log_det = change(numbers(6, 4, dtype=dtype)), change(numbers(6, dtype=computed(dtype)))
-    dz, du, dw, db = operators.planar_backward(grad_z, grad_log_det, *inputs, a, True)
-    equal(dz, grad_z.double() + grad_log_det.double()[:, None] + z.double(), dtype)
-    equal(du, u + 1, dtype)
-    equal(dw, w + 2, dtype)
-    sums = a.double().view(3, -1, *(sets or (1,))).sum(1).T.view(b.shape)
-    equal(db, b.double() + sums, dtype)
-    for x, y in zip((dz, du, dw, db), inputs, strict=True):
-        assert x.shape == y.shape
+    for formulas in formulas_of(dtype):
+        dz, *weights = operators.planar_backward(grad_z, grad_log_det, *inputs, a, *formulas)
+        equal(dz, grad_z.double() + grad_log_det.double()[:, None] + z.double(), dtype)
+        for x, y in zip(weights, wanted_weights(grad_z, grad_log_det, u, w, b, a, formulas), strict=True):
+            equal(x, y, dtype)
+            assert x.shape == y.shape
     for grads in ((grad_z[:1, :1].expand(6, 4), grad_log_det[:1].expand(6)), (grad_z, grad_log_det)):
-        dz = operators.planar_backward(*grads, *inputs, a, True)[0]
+        dz = operators.planar_backward(*grads, *inputs, a, *USUAL)[0]
         equal(dz, grads[0].double() + grads[1].double()[:, None] + z.double(), dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("sets", [(), (1,), (2,), (6,)])
+@pytest.mark.parametrize("change", [strided, torch.Tensor.contiguous])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_hands_over_every_stride(operators, dtype, change, sets):
+    inputs = problem(6, sets, 3, 4, dtype, change)
+    grad_z, grad_log_det = change(numbers(6, 4, dtype=dtype)), change(numbers(6, dtype=dtype))
+    for *formulas, _ in TANH + OTHERS:
+        outputs = operators.planar_inverse(*inputs, *formulas, True)
+        for x, y in zip(outputs, wanted_forward(*inputs, (*formulas, 0), -1), strict=True):
+            equal(x, y, dtype)
+        assert operators.planar_inverse(*inputs, *formulas, False)[2].shape == (0,)
+        a = outputs[2]
+        dz, *weights = operators.planar_inverse_backward(grad_z, grad_log_det, *inputs, a, *formulas)
+        wanted = grad_z.double() + 3 * grad_log_det.double()[:, None] + a[0].double()[:, None]
+        equal(dz, wanted, dtype)
+        for x, y in zip(weights, wanted_weights(-wanted, -grad_log_det, *inputs[1:], a, (*formulas, 0)), strict=True):
+            equal(x, y, dtype)
+            assert x.shape == y.shape
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -140,8 +180,8 @@ def test_packed_gradients_are_those_of_the_views(operators, dtype, change, sets)
     z, packed = change(numbers(6, 4, dtype=dtype)), change(numbers(sets, 3 * 9, dtype=dtype))
     a = numbers(3, 6, dtype=computed(dtype))
     grads = numbers(6, 4, dtype=dtype), numbers(6, dtype=computed(dtype))
-    dz, dpacked = operators.planar_backward_packed(*grads, z, packed, a, True)
-    wanted = operators.planar_backward(*grads, z, *ops.unpack(packed, 3, 4), a, True)
+    dz, dpacked = operators.planar_backward_packed(*grads, z, packed, a, *TANH[1])
+    wanted = operators.planar_backward(*grads, z, *ops.unpack(packed, 3, 4), a, *TANH[1])
     assert dpacked.shape == packed.shape
     assert dpacked.is_contiguous()
     for x, y in zip((dz, *ops.unpack(dpacked, 3, 4)), wanted, strict=True):
@@ -153,17 +193,22 @@ def test_packed_gradients_are_those_of_the_views(operators, dtype, change, sets)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_without_rows_or_steps_nothing_is_launched(operators, dtype, rows, sets, steps):
     z, u, w, b = problem(rows, sets, steps, 4, dtype)
-    z_K, log_det, a = operators.planar_forward(z, u, w, b, True, True)
+    z_K, log_det, a = operators.planar_forward(z, u, w, b, *USUAL, True)
     equal(z_K, z, dtype)
     equal(log_det, torch.zeros(rows), computed(dtype))
     assert a.shape == (steps, rows)
     grads = numbers(rows, 4, dtype=dtype), numbers(rows, dtype=computed(dtype))
-    dz, du, dw, db = operators.planar_backward(*grads, z, u, w, b, a, True)
-    equal(dz, grads[0], dtype)
-    for x, like in ((du, u), (dw, w), (db, b)):
-        equal(x, torch.zeros_like(like), dtype)
+    answers = [operators.planar_backward(*grads, z, u, w, b, a, *USUAL)]
+    if dtype == torch.float64:
+        for x, y in zip(operators.planar_inverse(z, u, w, b, *USUAL[:3], True), (z_K, log_det, a), strict=True):
+            equal(x, y, dtype)
+        answers.append(operators.planar_inverse_backward(*grads, z, u, w, b, a, *USUAL[:3]))
+    for dz, *weights in answers:
+        equal(dz, grads[0], dtype)
+        for x, like in zip(weights, (u, w, b), strict=True):
+            equal(x, torch.zeros_like(like), dtype)
     packed = torch.ones(sets[0] if sets else 1, steps * 9, dtype=dtype)
-    dz, dpacked = operators.planar_backward_packed(*grads, z, packed, a, True)
+    dz, dpacked = operators.planar_backward_packed(*grads, z, packed, a, *USUAL)
     equal(dz, grads[0], dtype)
     equal(dpacked, torch.zeros_like(packed), dtype)
 
@@ -199,7 +244,51 @@ def test_refused_with_the_reason(operators, message, changes):
             change = torch.zeros(len(arguments[name]), change[1])
         arguments[name] = change
     with pytest.raises(RuntimeError, match=message):
-        operators.planar_backward(*arguments.values(), True)
+        operators.planar_backward(*arguments.values(), *USUAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_half_precisions_have_not_is_refused(operators, dtype):
+    inputs = problem(6, (), 3, 4, dtype)
+    packed = numbers(6, 3 * 9, dtype=dtype)
+    saved = numbers(6, 4, dtype=dtype), numbers(6, dtype=torch.float32), inputs[0]
+    a = numbers(3, 6, dtype=torch.float32)
+    message = "z must be float32 or float64 on CUDA for other activations.*got (BFloat16|Half): convert it to float32"
+    for formulas in OTHERS[0], Formulas(log_det_eps=1e-4).numbers():
+        with pytest.raises(RuntimeError, match=message):
+            operators.planar_forward(*inputs, *formulas, True)
+        with pytest.raises(RuntimeError, match=message):
+            operators.planar_backward(*saved, *inputs[1:], a, *formulas)
+        with pytest.raises(RuntimeError, match=message):
+            operators.planar_backward_packed(*saved, packed, a, *formulas)
+    with pytest.raises(RuntimeError, match="z must be float32 or float64 for the inverse, got"):
+        operators.planar_inverse(*inputs, *USUAL[:3], True)
+    with pytest.raises(RuntimeError, match="z must be float32 or float64 for the inverse, got"):
+        operators.planar_inverse_backward(*saved, *inputs[1:], a, *USUAL[:3])
+
+
+def test_numbers_without_a_formula_are_refused(operators):
+    inputs = problem(6, (), 3, 4, torch.float32)
+    with pytest.raises(RuntimeError, match=r"constraint must be in \[0, 2\], got 3"):
+        operators.planar_forward(*inputs, 3, 0, 0.2, 0.0, True)
+    with pytest.raises(RuntimeError, match=r"activation must be in \[0, 4\], got -1"):
+        operators.planar_inverse(*inputs, 0, -1, 0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("z must have a multiple of 5 rows", {"u": (5, 3, 4), "w": (5, 3, 4), "b": (5, 3)}),
+        ("grad_log_det must have rank 1, got 2", {"grad_log_det": (6, 1)}),
+        ("a must have size 3 in dimension 0, got 2", {"a": (2, 6)}),
+        ("the kernel unlucky could not be launched: 13 columns", {n: (3, 13) for n in "uw"} | {"z": (6, 13)}),
+    ],
+)
+def test_the_inverse_is_refused_with_the_reason(operators, message, changes):
+    shapes = {"grad_z": (6, 4), "grad_log_det": (6,), "z": (6, 4), "u": (3, 4), "w": (3, 4), "b": (3,), "a": (3, 6)}
+    shapes |= changes | {"grad_z": changes.get("z", (6, 4))}
+    with pytest.raises(RuntimeError, match=message):
+        operators.planar_inverse_backward(*map(torch.zeros, shapes.values()), *USUAL[:3])
 
 
 @pytest.mark.parametrize(
@@ -215,4 +304,4 @@ def test_packed_is_refused_with_the_reason(operators, message, changes):
     shapes = {"grad_z": (6, 4), "grad_log_det": (6,), "z": (6, 4), "packed": (2, 27), "a": (3, 6)} | changes
     arguments = [torch.zeros(shape) if isinstance(shape, tuple) else shape for shape in shapes.values()]
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        operators.planar_backward_packed(*arguments, True)
+        operators.planar_backward_packed(*arguments, *USUAL)

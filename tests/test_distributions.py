@@ -351,6 +351,7 @@ def test_eleven_steps_of_flowjax_formula():
         (ValueError, r"activation must be one of", [(2, 3), (2, 3), (2,)], {"activation": "relu"}),
         (ValueError, r"constraint must be one of", [(2, 3), (2, 3), (2,)], {"constraint": "exp"}),
         (ValueError, r"cache_size must be 0 or 1", [(2, 3), (2, 3), (2,)], {"cache_size": 2}),
+        (ValueError, r"u must have shape .* with D >= 1, got \(2, 0\)", [(2, 0), (2, 0), (2,)], {}),
     ],
 )
 def test_errors(error, message, params, options):
@@ -361,7 +362,24 @@ def test_errors(error, message, params, options):
 def test_errors_of_samples():
     with pytest.raises(TypeError, match=r"u must be a torch.Tensor, got list"):
         PlanarTransform([1.0], torch.zeros(1), torch.zeros(1))
-    with pytest.raises(ValueError, match=r"x must be \[\*batch, D\] with the parameters' D = 3, got \(4,\)"):
-        transform_of().forward_shape((4,))
-    with pytest.raises(TypeError, match=r"z must be a torch.Tensor, got list"):
-        transform_of()([0.0] * DIM)
+    with pytest.raises(TypeError, match=r"u must be float32, .* got torch.int64"):
+        PlanarTransform(torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.zeros(2))
+    transform = transform_of((7,))
+    for name, calls in (
+        ("x", [transform, transform._call, lambda x: transform.log_abs_det_jacobian(x, x)]),
+        ("y", [transform.inv, transform._inverse]),
+    ):
+        for call in calls:
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
+                call([0.0] * DIM)
+    for name, calls in (
+        ("x", [transform, lambda x: transform.forward_shape(x.shape)]),
+        ("y", [transform.inv, lambda y: transform.inverse_shape(y.shape)]),
+    ):
+        for call in calls:
+            with pytest.raises(ValueError, match=rf"{name} must be \[\*batch, D\] .* D = 3, got \(7, 2\)"):
+                call(torch.zeros(7, 2))
+            with pytest.raises(ValueError, match=rf"{name} must be .* D = 3, got \(\)"):
+                call(torch.zeros(()))
+            with pytest.raises(ValueError, match=rf"{name}'s batch dimensions must broadcast .*, \(7,\), got \(5,\)"):
+                call(torch.zeros(5, DIM))

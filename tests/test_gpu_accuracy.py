@@ -1,5 +1,7 @@
 """The op suite of test_planar_flow.py for the backends on a GPU, against the float64 oracle on the CPU."""
 
+import itertools
+
 import pytest
 import torch
 from problems import (
@@ -13,6 +15,7 @@ from problems import (
     run,
     saved_for_backward,
 )
+from test_fused_inverse import run as invert
 from test_planar_flow import (
     ACCURACY_CASES,
     AMPLIFYING_CASES,
@@ -66,6 +69,21 @@ def test_many_rows(on_gpu, batch, params):
     """More rows than the programs of a backward take at once, and sets with many samples."""
     p = random_problem(batch, 18, 6, params, scale=0.5, dtype=torch.float64)
     assert_close_to_oracle(p, "softplus", 1e-10, **on_gpu)
+
+
+@pytest.mark.usefixtures("poisoned", "set_cuda_form")
+@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize(("batch", "params"), [((131,), ()), ((40, 3), (3,)), ((3, 5), (5,))])
+def test_every_formula_of_the_cuda_kernels(batch, params, activation):
+    for dim in (3, 16, 60, 200, 500):
+        p = random_problem(batch, 9, dim, params, scale=0.5, dtype=torch.float64)
+        for constraint, eps in itertools.product(shapes.CONSTRAINTS, (0.0, 0.1)):
+            formulas = {"activation": activation, "slope": 0.3, "log_det_eps": eps}
+            assert_close_to_oracle(p, constraint, 1e-10, "cuda", "cuda", **formulas)
+        for constraint in ("softplus", "log_softplus"):
+            formulas = {"activation": activation, "slope": 0.3, "constraint": constraint}
+            got, wanted = invert(p.to("cuda"), "cuda", **formulas), invert(p, "reference", **formulas)
+            assert max(relative_errors(got, wanted)) < 1e-10, (dim, formulas)
 
 
 @pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))

@@ -166,6 +166,8 @@ def test_the_sanitized_cases_run(monkeypatch, capsys):
     assert {case.dtype for case in sanitize.CASES} == {torch.float32, torch.float64, torch.bfloat16}
     samples = {case.rows // case.sets if case.sets else None for case in sanitize.CASES}
     assert samples == {None, 20, 3, 1}
+    assert sum(case.inverse for case in sanitize.CASES) == 16
+    assert {case.formulas.activation for case in sanitize.CASES} == {"tanh", "elu", "sigmoid"}
     assert sanitize.main(["--seconds=0"]) == 0
     assert capsys.readouterr().out == f"sanitized 0 of {len(sanitize.CASES)} cases\n"
 

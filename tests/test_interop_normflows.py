@@ -206,12 +206,31 @@ def test_same_loss_curve_ten_times_faster():
 
 
 @pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (TypeError, "state_dict must be a dict of names and tensors, got NoneType", None),
+        (TypeError, r"state_dict's flows\.1\.u must be a torch.Tensor, got float", {"flows.1.u": 1.0}),
+        (ValueError, r"flows\.1\.w must have shape \(1, 2\), got \(1, 3\)", {"flows.1.w": torch.zeros(1, 3)}),
+        (ValueError, r"flows\.0\.b must have shape \(1,\), got \(2,\)", {"flows.0.b": torch.zeros(2)}),
+        (RuntimeError, r"Unexpected key.*flows\.2\.b", {"flows.2.b": torch.zeros(1)}),
+    ],
+)
+def test_state_dicts_that_do_not_fit(error, message, changes):
+    model = from_normflows(model_of((2,), steps=2))
+    state = changes and to_normflows_state_dict(model) | changes
+    with pytest.raises(error, match=message):
+        load_normflows_state_dict(model, state)
+
+
+@pytest.mark.parametrize(
     ("error", "message", "call"),
     [
         (ValueError, r"shape must have at least one dimension, got \(\)", lambda: Planar(())),
         (TypeError, r"shape's sizes must be an int, got float", lambda: Planar(2.0)),
         (ValueError, r"act must be one of .*got 'relu'", lambda: Planar(2, "relu")),
         (ValueError, r"u must have shape \(1, 2\), got \(2,\)", lambda: Planar(2, u=torch.zeros(2))),
+        (TypeError, r"u must be a floating torch.Tensor, got list", lambda: Planar(2, u=[0.0, 0.0])),
+        (TypeError, r"b must be a floating torch.Tensor, got torch.int64", lambda: Planar(2, b=torch.zeros(1).long())),
         (ValueError, r"num_steps must be at least 1, got 0", lambda: PlanarStack(2, 0)),
         (TypeError, r"z must be a torch.Tensor, got list", lambda: Planar(2)([0.0, 0.0])),
         (ValueError, r"z must be \[\*batch, \*shape\] with shape = \(2, 3\)", lambda: Planar((2, 3))(torch.ones(3, 2))),

@@ -152,6 +152,12 @@ def test_state_dict_both_ways():
         PlanarStack(DIM, 3).load_pyro_state_dict(state)
     with pytest.raises(ValueError, match=r"got without \['11\.bias', '11\.u', '11\.w'\] and with \[\]"):
         PlanarStack(DIM, 12).load_pyro_state_dict(state)
+    with pytest.raises(TypeError, match="state_dict must be a dict of names and tensors, got PlanarStack"):
+        stack.load_pyro_state_dict(stack)
+    with pytest.raises(TypeError, match=r"state_dict's 0\.u must be a torch.Tensor, got NoneType"):
+        stack.load_pyro_state_dict(state | {"0.u": None})
+    with pytest.raises(ValueError, match=r"state_dict's 3\.bias must have shape \(1,\), got \(\)"):
+        stack.load_pyro_state_dict(state | {"3.bias": torch.tensor(0.0)})
 
 
 def test_from_pyro_takes_what_holds_transforms():
@@ -168,6 +174,8 @@ def test_from_pyro_takes_what_holds_transforms():
     ("error", "message", "transforms"),
     [
         (ValueError, "at least one planar transform, got none", []),
+        (TypeError, "transforms must be a list of planar transforms, got NoneType", None),
+        (TypeError, "transforms must be a list of planar transforms, got Planar", Planar(2)),
         (TypeError, "must all be Planar, .* got Radial", [theirs.Radial(2)]),
         (ValueError, r"must share one input_dim, got \[2, 3\]", [theirs.Planar(2), Planar(3)]),
     ],
@@ -253,6 +261,12 @@ def test_conditional_of_a_plain_function():
         ConditionalPlanar(lambda context: context).condition(x)(x)
     with pytest.raises(ValueError, match=r"nn must give bias \[\*params, 1\].*got \[\(6, 5\), \(6, 5\), \(6, 1\)\]"):
         ConditionalPlanar(lambda context: (u, w, bias)).condition(x)(x)
+    with pytest.raises(ValueError, match=r"nn must give .* got \[\(6, 5\), 'int', 'int'\]"):
+        ConditionalPlanar(lambda context: (u, 1, 2)).condition(x)(x)
+    with pytest.raises(TypeError, match=r"nn must map context to .* got NoneType"):
+        ConditionalPlanar(None)
+    with pytest.raises(TypeError, match=r"nn must map context to .* got Tensor"):
+        ConditionedPlanar(u, x)
 
 
 def elbo_after_svi(transforms, seed, iterations=150):

@@ -55,6 +55,12 @@ def fused(layers):
     return stack
 
 
+def without_flows():
+    model = torch.nn.Module()
+    model.net = torch.nn.ModuleList()
+    return model
+
+
 def run(*layers):
     def flow(x):
         log_det = 0
@@ -177,6 +183,11 @@ def test_vae_lin_nf(flows):
             "model_config.input_dim must be the shape",
             lambda: PlanarFlow(SimpleNamespace(input_dim=None, activation="tanh")),
         ),
+        (
+            TypeError,
+            "model_config.input_dim must be a shape or an int, got float",
+            lambda: PlanarFlow(SimpleNamespace(input_dim=2.0, activation="tanh")),
+        ),
         (TypeError, "x must be a torch.Tensor, got list", lambda: PlanarStack(2, 1)([0.0])),
         (
             ValueError,
@@ -184,6 +195,7 @@ def test_vae_lin_nf(flows):
             lambda: PlanarStack(2, 1)(torch.ones(3, 4)),
         ),
         (TypeError, "model must have a ModuleList `net`.*got Linear", lambda: from_pythae(torch.nn.Linear(1, 1))),
+        (ValueError, "log_det_eps must be .* at least 0, got -1", lambda: from_pythae(without_flows(), log_det_eps=-1)),
     ],
 )
 def test_errors(error, message, call):

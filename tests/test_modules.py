@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -184,12 +185,36 @@ def test_amortized_arguments_are_refused_by_their_own_names(error, message, z, c
             call(z, torch.zeros(context))
 
 
+@pytest.mark.parametrize("way", ["forward", "inverse", "trajectory"])
+def test_a_shared_flow_names_its_argument(way):
+    """And not its own u, which the caller has not passed."""
+    call = getattr(PlanarFlow(4, 3), way)
+    for shape in ((6, 3), (4, 6), (), (0,)):
+        got = re.escape(str(shape))
+        with pytest.raises(ValueError, match=rf"z must be \[\*batch, D\] with the flow's D = 4, got {got}"):
+            call(torch.zeros(shape))
+    for z, name in (([0.0] * 4, "list"), (None, "NoneType"), (torch.zeros(6, 4).numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"z must be a torch.Tensor, got {name}"):
+            call(z)
+
+
+@pytest.mark.parametrize("k", [1.0, "1", None, slice(0, 2)])
+def test_a_step_is_asked_for_by_an_int(k):
+    flow = PlanarFlow(2, 3)
+    with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
+        flow.step(k)
+    assert torch.equal(flow.step(torch.tensor(1)).w, flow.w[1:2])  # what can index a list can index this
+
+
 def test_a_head_of_ones_own():
     flow = AmortizedPlanarFlow(4, 3, 5)
     flow.head = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 27))
     assert flow(torch.zeros(6, 4), torch.zeros(6, 5))[0].shape == (6, 4)
     flow.head = torch.nn.Linear(5, 26)
     with pytest.raises(ValueError, match=r"head must give \[\*params, K \(2 D \+ 1\)\] = \(6, 27\), got \(6, 26\)"):
+        flow(torch.zeros(6, 4), torch.zeros(6, 5))
+    flow.head = torch.nn.LSTM(5, 27)
+    with pytest.raises(ValueError, match=r"head must give .* = \(6, 27\), got tuple"):
         flow(torch.zeros(6, 4), torch.zeros(6, 5))
 
 

@@ -18,7 +18,7 @@ from problems import (
 )
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast import ops, shapes
 
 BATCHES = [
     ((1,), ()),
@@ -123,9 +123,11 @@ def edge_problem(alpha: float, dtype: torch.dtype, amortized: bool) -> Problem:
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
 @pytest.mark.parametrize("alpha", EDGES)
 def test_edges_of_the_constraint(isa, alpha, amortized):
-    got = run(edge_problem(alpha, torch.float32, amortized), backend="cpp")
-    wanted = oracle(edge_problem(alpha, torch.float64, amortized))
-    assert_right_at_an_edge(got, wanted)
+    """The activations in turn: tests/test_fused_activations.py tries them on more than an edge."""
+    for constraint, activation in itertools.product(("softplus", "log_softplus"), shapes.ACTIVATIONS):
+        got = run(edge_problem(alpha, torch.float32, amortized), constraint, "cpp", activation=activation)
+        wanted = oracle(edge_problem(alpha, torch.float64, amortized), constraint, activation=activation)
+        assert_right_at_an_edge(got, wanted)
 
 
 @pytest.mark.parametrize("params", [(), (9,)])
@@ -349,8 +351,8 @@ def test_saved_for_backward_is_z_and_a_number_a_step(params, sets):
 def test_nothing_is_saved_without_grad():
     p = random_problem((10,), 4, 3)
     assert vvae_fast.planar_flow(*p.inputs, backend="cpp")[0].grad_fn is None
-    assert ops.planar_forward(*p.inputs, True, False)[2].numel() == 0
-    assert ops.planar_forward(*p.inputs, True, True)[2].shape == (4, 10)
+    assert ops.planar_forward(*p.inputs, *shapes.Formulas().numbers(), False)[2].numel() == 0
+    assert ops.planar_forward(*p.inputs, *shapes.Formulas().numbers(), True)[2].shape == (4, 10)
 
 
 def test_inputs_are_left_alone():

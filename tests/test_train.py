@@ -348,3 +348,32 @@ def test_gaussian_data_of_any_scale_train(dataset, tmp_path):
     gaussian = dataclasses.replace(dataset, **real, likelihood="gaussian", total_count=None)
     result = runs.run(make_config(gaussian, epochs=2), gaussian, tmp_path)
     assert math.isfinite(result["neg_elbo"])
+
+
+def test_runs_of_older_versions_are_theirs_still(dataset, tmp_path):
+    """Their configurations lack the fields that have defaults, their results the scores added later."""
+    config = make_config(dataset, epochs=2)
+    result = runs.run(config, dataset, tmp_path)
+    older = {key: value for key, value in config.to_json().items() if key not in ("network", "optimizer", "schedule")}
+    assert RunConfig.from_json(older) == config
+    write_json(tmp_path / "config.json", older)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["vvae_fast"]["config"] = older
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    folder.check_folder(config, tmp_path)
+    with pytest.raises(RunError, match="optimizer is adam there, adamax here"):
+        folder.check_folder(dataclasses.replace(config, optimizer="adamax"), tmp_path)
+    added = ("gap", "active_units", "num_parameters")
+    write_json(tmp_path / "result.json", {key: value for key, value in result.items() if key not in added})
+    stages = []
+    assert runs.run(config, dataset, tmp_path, lambda stage, history: stages.append(stage)) == result
+    assert stages == ["evaluating"]
+
+
+def test_a_constant_schedule_is_one(dataset, tmp_path):
+    assert [lr_factor(epoch, 9, "constant") for epoch in range(9)] == [1.0] * 9
+    cosine, constant = (
+        runs.run(make_config(dataset, schedule=name), dataset, tmp_path / name) for name in ("cosine", "constant")
+    )
+    assert cosine["history"][0]["val_neg_elbo"] == constant["history"][0]["val_neg_elbo"]
+    assert cosine["history"][-1]["val_neg_elbo"] != constant["history"][-1]["val_neg_elbo"]

@@ -23,9 +23,11 @@ from vvae_fast import ops
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward
+from vvae_fast.shapes import Formulas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = ops.OPERATORS["triton"]
+FORMULAS = Formulas().numbers()
 
 
 ON_DEVICE = {"backend": "triton", "device": DEVICE}
@@ -203,12 +205,13 @@ def test_packed_parameters(batch, params, dtype):
 @pytest.mark.parametrize("params", [(), (3,)])
 def test_the_raw_operators_pass_opcheck(params):
     p = random_problem((3,), 2, 4, params).to(DEVICE)
-    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, True, True))
-    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, True, False))
-    a = TRITON.planar_forward(*p.inputs, True, True)[2]
-    torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, True))
+    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, *FORMULAS, True))
+    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, *FORMULAS, False))
+    a = TRITON.planar_forward(*p.inputs, *FORMULAS, True)[2]
+    torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, *FORMULAS))
     if params:
-        torch.library.opcheck(TRITON.planar_backward_packed, (p.grad_z, p.grad_log_det, p.z, packed_of(p), a, True))
+        arguments = (p.grad_z, p.grad_log_det, p.z, packed_of(p), a, *FORMULAS)
+        torch.library.opcheck(TRITON.planar_backward_packed, arguments)
 
 
 @pytest.mark.parametrize("params", [(), (3,)])
@@ -261,19 +264,19 @@ def test_modules():
 def test_the_raw_forward_refuses_what_does_not_fit(change, message):
     inputs = dict(zip("zuwb", random_problem((4,), 2, 2).inputs, strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        TRITON.planar_forward(*(t.to(DEVICE) for t in inputs.values()), True, True)
+        TRITON.planar_forward(*(t.to(DEVICE) for t in inputs.values()), *FORMULAS, True)
 
 
 def test_the_raw_operators_refuse_other_dtypes_and_saved_values():
     p = random_problem((4,), 2, 2).to(DEVICE)
-    a = TRITON.planar_forward(*p.inputs, True, True)[2]
+    a = TRITON.planar_forward(*p.inputs, *FORMULAS, True)[2]
     with pytest.raises(TypeError, match="must share a dtype"):
-        TRITON.planar_forward(p.z, p.u.double(), p.w, p.b, True, True)
+        TRITON.planar_forward(p.z, p.u.double(), p.w, p.b, *FORMULAS, True)
     for wrong in (a[:1], a.double(), a.T.contiguous().T):
         with pytest.raises(ValueError, match="as the forward returned them"):
-            TRITON.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, wrong, True)
+            TRITON.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, wrong, *FORMULAS)
     with pytest.raises(ValueError, match="packed must have shape"):
-        TRITON.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, torch.zeros(4, 3, device=DEVICE), a, True)
+        TRITON.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, torch.zeros(4, 3, device=DEVICE), a, *FORMULAS)
 
 
 def test_every_shape_has_a_configuration():

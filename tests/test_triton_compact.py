@@ -10,6 +10,7 @@ from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics, _table, launch, planar
 from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
+from vvae_fast.shapes import Formulas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,21 +29,22 @@ SHAPES = {  # batch, K, D, params
 }
 
 
-def compact(p: Problem, constraint: str = "softplus", save: bool = True) -> tuple[torch.Tensor, ...]:
-    """z_K, log_det and, if `save`, dz, du, dw, db, straight from the launchers."""
+def compact(p: Problem, constraint: str = "softplus", save: bool = True, **others) -> tuple[torch.Tensor, ...]:
+    """z_K, log_det and, if `save`, dz, du, dw, db, straight from the launchers; `others` are more of the formulas."""
+    formulas = Formulas(constraint, **others)
     p = Problem(*(t.to(DEVICE) for t in p))
     batch, dim, num_steps = p.z.shape[:-1], p.z.shape[-1], p.u.shape[-2]
     z, grad_z = (t.reshape(-1, dim) for t in (p.z, p.grad_z))
     z_K, dz = torch.empty_like(z.contiguous()), torch.empty_like(z.contiguous())
     log_det = z.new_empty(z.shape[0], dtype=shapes.compute_dtype(z.dtype))
     a = log_det.new_empty((num_steps, z.shape[0]) if save else (0,))
-    launch_compact_forward(z, p.u, p.w, p.b, z_K, log_det, a, constraint == "softplus", save)
+    launch_compact_forward(z, p.u, p.w, p.b, z_K, log_det, a, formulas, save)
     outputs = z_K.view(*batch, dim).cpu(), log_det.view(batch).cpu()
     if not save:
         return outputs
     grads = [torch.empty_like(t.contiguous()) for t in (p.u, p.w, p.b)]
     grad_log_det = p.grad_log_det.reshape(-1).to(log_det.dtype)
-    launch_compact_backward(grad_z, grad_log_det, z, p.u, p.w, a, dz, *grads, constraint == "softplus")
+    launch_compact_backward(grad_z, grad_log_det, z, p.u, p.w, a, dz, *grads, formulas)
     return *outputs, dz.view(*batch, dim).cpu(), *(t.cpu() for t in grads)
 
 
@@ -159,8 +161,8 @@ def test_packed_gradients(monkeypatch):
     p = Problem(*(t.to(DEVICE) for t in p))
     z, grad_z = (t.reshape(rows, dim) for t in (p.z, p.grad_z))
     packed = torch.cat([p.u.flatten(1), p.w.flatten(1), p.b], 1)
-    _, _, a = planar.planar_forward(z, p.u, p.w, p.b, True, True)
-    dz, dpacked = planar.planar_backward_packed(grad_z, p.grad_log_det.reshape(rows), z, packed, a, True)
+    _, _, a = planar.planar_forward(z, p.u, p.w, p.b, Formulas(), True)
+    dz, dpacked = planar.planar_backward_packed(grad_z, p.grad_log_det.reshape(rows), z, packed, a, Formulas())
     _, _, *wanted = oracle(Problem(*(t.cpu() for t in p)))
     wanted_packed = torch.cat([wanted[1].flatten(1), wanted[2].flatten(1), wanted[3]], 1)
     got = (dz.view_as(p.z).cpu(), dpacked.cpu())

@@ -287,3 +287,16 @@ def test_mlp_widths():
             build(3, 0)
         with pytest.raises(TypeError, match="each width must be an int, got float"):
             build(3, 2.0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_noise_may_be_given(num_samples):
+    vae = VAE(mlp_encoder(6, 4), mlp_decoder(2, 4, 6), 2, flow=PlanarFlow(2, 3))
+    x, shape = torch.rand(5, 6).round(), (5, 2) if num_samples == 1 else (num_samples, 5, 2)
+    torch.manual_seed(1)
+    drawn = vae(x, num_samples)
+    torch.manual_seed(1)
+    given = vae(x, num_samples, noise=torch.randn(shape))
+    assert all(map(torch.equal, drawn, given))
+    with pytest.raises(ValueError, match=r"noise must be \(.*5, 2\), got \(5, 3\)"):
+        vae(x, num_samples, noise=torch.randn(5, 3))

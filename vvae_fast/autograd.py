@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vvae_fast import ops, reference, shapes
+from vvae_fast.shapes import Formulas
 
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
@@ -14,11 +15,11 @@ class PlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str
+        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
     ) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, u, w, b, constraint, backend, save=True)
+        z_K, log_det, a = _run_forward(z, u, w, b, formulas, backend, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.constraint, ctx.backend = constraint, backend
+        ctx.formulas, ctx.backend = formulas, backend
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
@@ -29,25 +30,27 @@ class PlanarFlowFunction(torch.autograd.Function):
         z, u, w, b, a = ctx.saved_tensors
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint), None, None
-        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.constraint, ctx.backend), None, None
+            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas), None, None
+        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.formulas, ctx.backend), None, None
 
 
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
+def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str) -> tuple[Tensor, Tensor]:
     """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return PlanarFlowFunction.apply(z, u, w, b, constraint, backend)
-    return _run_forward(z, u, w, b, constraint, backend, save=False)[:2]
+        return PlanarFlowFunction.apply(z, u, w, b, formulas, backend)
+    return _run_forward(z, u, w, b, formulas, backend, save=False)[:2]
 
 
 class PackedPlanarFlowFunction(torch.autograd.Function):
     """The same for parameters that a linear head packed, [*params, K (2 D + 1)]: one gradient, in the head's layout."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), constraint, backend, save=True)
+    def forward(
+        ctx, z: Tensor, packed: Tensor, num_steps: int, formulas: Formulas, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), formulas, backend, save=True)
         ctx.save_for_backward(z, packed, a)
-        ctx.num_steps, ctx.constraint, ctx.backend = num_steps, constraint, backend
+        ctx.num_steps, ctx.formulas, ctx.backend = num_steps, formulas, backend
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
@@ -59,7 +62,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             u, w, b = ops.unpack(packed, ctx.num_steps, z.shape[-1])
-            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.constraint)
+            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas)
             return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
         dz, dpacked = ops.OPERATORS[ctx.backend].planar_backward_packed(
             grad_z.reshape(-1, z.shape[-1]),
@@ -67,50 +70,60 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             z.reshape(-1, z.shape[-1]),
             packed.flatten(0, -2) if packed.dim() > 1 else packed[None],
             a,
-            ctx.constraint == "softplus",
+            *ctx.formulas.numbers(),
         )
         return dz.view(z.shape), dpacked.view(packed.shape), None, None, None
 
 
 def packed_planar_flow(
-    z: Tensor, packed: Tensor, num_steps: int, constraint: str, backend: str
+    z: Tensor, packed: Tensor, num_steps: int, formulas: Formulas, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` with the parameters that `ops.unpack` finds in packed [*params, K (2 D + 1)]."""
     if not torch.is_grad_enabled():
-        return planar_flow(z, *ops.unpack(packed, num_steps, z.shape[-1]), constraint, backend)
-    return PackedPlanarFlowFunction.apply(z, packed, num_steps, constraint, backend)
+        return planar_flow(z, *ops.unpack(packed, num_steps, z.shape[-1]), formulas, backend)
+    return PackedPlanarFlowFunction.apply(z, packed, num_steps, formulas, backend)
 
 
 class PlanarInverseFunction(torch.autograd.Function):
     """planar_inverse and planar_inverse_backward on z [*batch, D], saving z, z_0 and the roots a [K, rows]."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        z_0, log_det, a = _run_inverse(z, u, w, b, save=True)
+    def forward(
+        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        z_0, log_det, a = _run_inverse(z, u, w, b, formulas, backend, save=True)
         ctx.save_for_backward(z, u, w, b, z_0, a)
+        ctx.formulas, ctx.backend = formulas, backend
         ctx.set_materialize_grads(False)
         return z_0, log_det
 
     @staticmethod
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
-            return None, None, None, None
+            return None, None, None, None, None, None
         z, u, w, b, z_0, a = ctx.saved_tensors
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
-            return _reference_inverse_backward(grad_z, grad_log_det, z, u, w, b)
+            return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas), None, None
         dim = z.shape[-1]
-        dz, du, dw, db = ops.planar_inverse_backward(
-            grad_z.reshape(-1, dim), grad_log_det.reshape(-1), z_0.reshape(-1, dim), *_flat_params(u, w, b), a
+        dz, du, dw, db = ops.OPERATORS[ctx.backend].planar_inverse_backward(
+            grad_z.reshape(-1, dim),
+            grad_log_det.reshape(-1),
+            z_0.reshape(-1, dim),
+            *_flat_params(u, w, b),
+            a,
+            *ctx.formulas.numbers()[:3],
         )
-        return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape)
+        return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape), None, None
 
 
-def planar_flow_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """z_0 [*batch, D] and log_det [*batch] of arguments that share one dtype, which the cpp backend takes."""
+def planar_flow_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
+) -> tuple[Tensor, Tensor]:
+    """z_0 [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return PlanarInverseFunction.apply(z, u, w, b)
-    return _run_inverse(z, u, w, b, save=False)[:2]
+        return PlanarInverseFunction.apply(z, u, w, b, formulas, backend)
+    return _run_inverse(z, u, w, b, formulas, backend, save=False)[:2]
 
 
 def needs_plain_torch() -> bool:
@@ -127,20 +140,20 @@ def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tenso
 
 
 def _reference_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas
 ) -> tuple[Tensor, ...]:
     """The reference's, differentiable, in the dtype of computation."""
     inputs = (t.to(grad_log_det.dtype) for t in (grad_z, grad_log_det, z, u, w, b))
-    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, constraint))
+    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, *formulas))
 
 
 def _reference_inverse_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas
 ) -> tuple[Tensor, ...]:
     """The derivatives of the reference's inverse, differentiable once more."""
     # Aliases: where one argument was computed from another, its gradient must not run on into that one.
     inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, u, w, b)]
-    z_0, log_det = reference.planar_inverse(*inputs)
+    z_0, log_det = reference.planar_inverse(*inputs, *formulas[:3])
     weighted = (z_0 * grad_z).sum() + (log_det * grad_log_det).sum()
     return torch.autograd.grad(weighted, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
 
@@ -153,19 +166,21 @@ def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _run_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: str, backend: str, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    planar_forward, numbers = ops.OPERATORS[backend].planar_forward, formulas.numbers()
     if z.dim() == 2:
-        return ops.OPERATORS[backend].planar_forward(z, u, w, b, constraint == "softplus", save)
-    rows = z.reshape(-1, z.shape[-1])
-    z_K, log_det, a = ops.OPERATORS[backend].planar_forward(
-        rows, *_flat_params(u, w, b), constraint == "softplus", save
-    )
+        return planar_forward(z, u, w, b, *numbers, save)
+    z_K, log_det, a = planar_forward(z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), *numbers, save)
     return _unsafe_view(z_K, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
-def _run_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    z_0, log_det, a = ops.planar_inverse(z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), save)
+def _run_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    z_0, log_det, a = ops.OPERATORS[backend].planar_inverse(
+        z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), *formulas.numbers()[:3], save
+    )
     return _unsafe_view(z_0, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
@@ -177,12 +192,12 @@ def _run_backward(
     w: Tensor,
     b: Tensor,
     a: Tensor,
-    constraint: str,
+    formulas: Formulas,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    planar_backward = ops.OPERATORS[backend].planar_backward
+    planar_backward, numbers = ops.OPERATORS[backend].planar_backward, formulas.numbers()
     if z.dim() == 2:
-        return planar_backward(grad_z, grad_log_det, z, u, w, b, a, constraint == "softplus")
+        return planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
     dim = z.shape[-1]
     dz, du, dw, db = planar_backward(
         grad_z.reshape(-1, dim),
@@ -190,6 +205,6 @@ def _run_backward(
         z.reshape(-1, dim),
         *_flat_params(u, w, b),
         a,
-        constraint == "softplus",
+        *numbers,
     )
     return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape)

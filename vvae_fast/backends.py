@@ -11,7 +11,7 @@ import torch
 
 from vvae_fast import _preference, config, kernels, ops
 from vvae_fast._version import __version__
-from vvae_fast.shapes import Problem, beyond_kernels
+from vvae_fast.shapes import Problem
 
 AUTO = "auto"
 LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
@@ -31,10 +31,7 @@ def _cpp_unavailable() -> list[str]:
 
 
 def _cpp_unsupported(problem: Problem) -> list[str]:
-    reasons = beyond_kernels(problem, "cpp")
-    if problem.device_type != "cpu":
-        reasons.append(f"the cpp backend runs on cpu tensors, got {problem.device_type}")
-    return reasons
+    return [] if problem.device_type == "cpu" else [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
 
 
 def _cuda_unavailable() -> list[str]:
@@ -59,12 +56,10 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"the cuda backend runs on cuda tensors, got {problem.device_type}")
-    if problem.inverse:
-        reasons.append("the cuda backend has no inverse, the reference has")
     most = ops.cuda_most_dim[problem.compute_dtype]
     if problem.dim > most:
         reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
-    return reasons + beyond_kernels(problem, "cuda")
+    return reasons
 
 
 _BACKENDS = {
@@ -114,9 +109,9 @@ def _overriding(name: str) -> Iterator[None]:
         _override.name = previous
 
 
-def computes_halves(name: str) -> bool:
+def computes_halves(name: str, problem: Problem) -> bool:
     """Whether the backend takes bfloat16 and float16 as they are and converts on the way."""
-    return name in ("triton", "cuda")
+    return name == "triton" or (name == "cuda" and problem.formulas.is_usual())
 
 
 def select(problem: Problem, name: str | None) -> str:
@@ -136,7 +131,7 @@ def select(problem: Problem, name: str | None) -> str:
             interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
             if not interpreted and not _reasons(backend, problem):
                 if backend.name == "reference" and problem.device_type == "cpu":
-                    _warn_of_the_reference(problem)
+                    _warn_of_the_reference()
                 return backend.name
     check_name(name, source)
     _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
@@ -158,8 +153,8 @@ def info() -> dict[str, object]:
     }
 
 
-def _warn_of_the_reference(problem: Problem) -> None:
-    if ops.load_error and not beyond_kernels(problem, "cpp") and not torch.compiler.is_compiling():
+def _warn_of_the_reference() -> None:
+    if ops.load_error and not torch.compiler.is_compiling():
         _warn_once()
 
 

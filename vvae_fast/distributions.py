@@ -52,7 +52,7 @@ class CachedPlanar(Transform):
 
     def _why_not_bijective(self) -> ValueError | None:
         try:
-            shapes.check_invertible(*(self.options[name] for name in ("activation", "constraint", "slope")))
+            shapes.check_invertible(shapes.Formulas(**self.options))
         except ValueError as error:
             return error
         return None
@@ -79,7 +79,7 @@ class CachedPlanar(Transform):
         return self._flow_inverse(y)[0]
 
     def _flow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return planar_flow(*_broadcast(x, *self._params()), **self.options)
+        return planar_flow(*_broadcast("x", x, *self._params()), **self.options)
 
     def _flow_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if why := self._why_not_bijective():
@@ -87,7 +87,7 @@ class CachedPlanar(Transform):
                 f"{why}. With cache_size=1 the last sample is known without an inverse, until anything changes; for "
                 "gradients of its log_prob draw it with rsample"
             )
-        return planar_flow_inverse(*_broadcast(y, *self._params()), **self.options)
+        return planar_flow_inverse(*_broadcast("y", y, *self._params()), **self.options)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| [*batch] in nats, computed from x unless (x, y) is the pair of the last call."""
@@ -96,17 +96,16 @@ class CachedPlanar(Transform):
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape [*batch, D] of y for that of x."""
-        return self._shape(shape)
+        return self._shape("x", shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape [*batch, D] of x for that of y."""
-        return self._shape(shape)
+        return self._shape("y", shape)
 
-    def _shape(self, shape: torch.Size) -> torch.Size:
+    def _shape(self, name: str, shape: torch.Size) -> torch.Size:
         u = self._params()[0]
-        if len(shape) < 1 or shape[-1] != u.shape[-1]:
-            raise ValueError(f"x must be [*batch, D] with the parameters' D = {u.shape[-1]}, got {tuple(shape)}")
-        return torch.Size((*torch.broadcast_shapes(shape[:-1], u.shape[:-2]), shape[-1]))
+        _check_dim(name, shape, u)
+        return torch.Size((*_broadcast_batch(name, shape, u), shape[-1]))
 
     def _cached(self, **given: Tensor) -> _Call | None:
         """The last call, where x, y or both are its own tensors and nothing has changed since."""
@@ -219,15 +218,37 @@ def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) ->
         raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
     if u.dim() < 2:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D], got {tuple(u.shape)}")
-    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1])), u, w, b, **options)
+    if u.shape[-1] < 1:
+        raise ValueError(f"u must have shape [K, D] or [*params, K, D] with D >= 1, got {tuple(u.shape)}")
+    dtype = u.dtype if u.dtype in shapes.DTYPES else torch.float32  # u's own is refused by u's name
+    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1]), dtype=dtype), u, w, b, shapes.Formulas(**options))
 
 
-def _broadcast(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _check_dim(name: str, shape: torch.Size, u: Tensor) -> None:
+    if len(shape) < 1 or shape[-1] != u.shape[-1]:
+        raise ValueError(f"{name} must be [*batch, D] with the parameters' D = {u.shape[-1]}, got {tuple(shape)}")
+
+
+def _broadcast_batch(name: str, shape: torch.Size, u: Tensor) -> torch.Size:
+    """The batch dimensions of a sample's shape [*batch, D], broadcast with those of u [*params, K, D]."""
+    batch, params = shape[:-1], u.shape[:-2]
+    try:
+        return torch.broadcast_shapes(batch, params)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}'s batch dimensions must broadcast with the parameters', {tuple(params)}, got {tuple(batch)}"
+        ) from None
+
+
+def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [*batch, D] and parameters [*params, K, D] such that *params ends *batch, by broadcasting both."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    _check_dim(name, x.shape, u)
     params = u.shape[:-2]
-    if not isinstance(x, Tensor) or x.dim() < 1 or shapes.is_trailing(params, x.shape[:-1]):
-        return x, u, w, b  # planar_flow refuses what is no tensor
-    batch = torch.broadcast_shapes(x.shape[:-1], params)
+    if shapes.is_trailing(params, x.shape[:-1]):
+        return x, u, w, b
+    batch = _broadcast_batch(name, x.shape, u)
     trailing = batch[len(batch) - len(params) :]
     expanded = (t.expand(*trailing, *t.shape[len(params) :]) for t in (u, w, b))
     return x.expand(*batch, x.shape[-1]), *expanded

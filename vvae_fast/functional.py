@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from vvae_fast import autograd, backends, ops, reference, shapes
+from vvae_fast.shapes import Formulas
 
 
 def planar_flow(
@@ -26,13 +27,12 @@ def planar_flow(
         u, w: [K, D], shared by all samples, or [*params, K, D], amortized, where *params are the trailing dimensions of
             *batch: z [S, B, D] with u [B, K, D] draws S samples per data point and copies nothing.
         b: u's shape without D.
-        activation: h: "tanh", "leaky_relu", "elu", "sigmoid" or "linear". The fused kernels run tanh; the others, and
-            what is said so below, run on the reference.
+        activation: h: "tanh", "leaky_relu", "elu", "sigmoid" or "linear".
         slope: leaky_relu's below 0, above 0; the other activations ignore it.
         constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "log_softplus" does
-            so by flowjax's formula, docs/math.md (29), on the reference; "none" leaves u.
-        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|, on the reference: for
-            models of pythae, which has 1e-4.
+            so by flowjax's formula, docs/math.md (29); "none" leaves u.
+        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|: for models of pythae,
+            which has 1e-4.
         backend: one of `vvae_fast.info()["backends"]`, or None for `use_backend`'s, the environment's or the fastest.
 
     Returns:
@@ -44,15 +44,16 @@ def planar_flow(
         ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
-    problem = shapes.check(z, u, w, b, activation, constraint, slope, log_det_eps)
+    formulas = Formulas(constraint, activation, slope, log_det_eps)
+    problem = shapes.check(z, u, w, b, formulas)
     chosen = _choose(problem, backend)
     if chosen == "reference":
-        return _run_reference(problem, z, u, w, b, slope)
+        return _run_reference(problem, z, u, w, b)
     if z.dtype == u.dtype == w.dtype == b.dtype and (
-        z.dtype == problem.compute_dtype or backends.computes_halves(chosen)
+        z.dtype == problem.compute_dtype or backends.computes_halves(chosen, problem)
     ):
-        return autograd.planar_flow(z, u, w, b, constraint, chosen)
-    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), constraint, chosen)
+        return autograd.planar_flow(z, u, w, b, formulas, chosen)
+    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), formulas, chosen)
     return z_K.to(z.dtype), log_det
 
 
@@ -72,16 +73,15 @@ def packed_planar_flow(
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
     params = ops.unpack(packed.detach(), num_steps, dim)
-    problem = shapes.check(z, *params, activation, constraint, slope, log_det_eps)
+    formulas = Formulas(constraint, activation, slope, log_det_eps)
+    problem = shapes.check(z, *params, formulas)
     chosen = _choose(problem, backend)
     if chosen == "reference":
-        return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim), slope)
-    if z.dtype != packed.dtype or not backends.computes_halves(chosen):
-        z_K, log_det = autograd.packed_planar_flow(
-            *_to_compute_dtype(problem, z, packed), num_steps, constraint, chosen
-        )
+        return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
+    if z.dtype != packed.dtype or not backends.computes_halves(chosen, problem):
+        z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, formulas, chosen)
         return z_K.to(z.dtype), log_det
-    return autograd.packed_planar_flow(z, packed, num_steps, constraint, chosen)
+    return autograd.packed_planar_flow(z, packed, num_steps, formulas, chosen)
 
 
 def planar_flow_inverse(
@@ -98,26 +98,22 @@ def planar_flow_inverse(
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
     Arguments and errors are those of `planar_flow`. What guarantees no inverse is refused with a ValueError:
-    constraint="none", and leaky_relu with a slope above 1. The backends cpp, for tanh with "softplus", and reference
-    have an inverse.
+    constraint="none", and leaky_relu with a slope above 1.
     """
-    problem = shapes.check(z, u, w, b, activation, constraint, slope)
-    shapes.check_invertible(activation, constraint, slope)
+    formulas = Formulas(constraint, activation, slope)
+    problem = shapes.check(z, u, w, b, formulas)
+    shapes.check_invertible(formulas)
     chosen = _choose(problem._replace(inverse=True), backend)
     inputs = _to_compute_dtype(problem, z, u, w, b)
     if chosen == "reference":
-        z_0, log_det = reference.planar_inverse(*inputs, constraint, activation, slope)
+        z_0, log_det = reference.planar_inverse(*inputs, *formulas[:3])
     else:
-        z_0, log_det = autograd.planar_flow_inverse(*inputs)
+        z_0, log_det = autograd.planar_flow_inverse(*inputs, formulas, chosen)
     return z_0.to(z.dtype), log_det
 
 
-def _run_reference(
-    problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor, slope: float
-) -> tuple[Tensor, Tensor]:
-    z_K, log_det, _ = reference.planar_forward(
-        *_to_compute_dtype(problem, z, u, w, b), problem.constraint, problem.activation, slope, problem.log_det_eps
-    )
+def _run_reference(problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    z_K, log_det, _ = reference.planar_forward(*_to_compute_dtype(problem, z, u, w, b), *problem.formulas)
     return z_K.to(z.dtype), log_det
 
 

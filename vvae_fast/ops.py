@@ -1,16 +1,17 @@
 """The operator schemas, their fakes, and the extensions that implement those of the C++ and the CUDA backend.
 
-    planar_forward(z, u, w, b, constrained, save) -> (z_K, log_det, a)
-    planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained) -> (dz, du, dw, db)
-    planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained) -> (dz, dpacked)
-    planar_inverse(z, u, w, b, save) -> (z_0, log_det, a)
-    planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a) -> (dz, du, dw, db)
+    planar_forward(z, u, w, b, *formulas, save) -> (z_K, log_det, a)
+    planar_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas) -> (dz, du, dw, db)
+    planar_backward_packed(grad_z, grad_log_det, z, packed, a, *formulas) -> (dz, dpacked)
+    planar_inverse(z, u, w, b, *formulas, save) -> (z_0, log_det, a)
+    planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *formulas) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The inverse is the constrained flow's, its a the same pre-activations. The operators of
-the other backends are named triton_planar_forward, cuda_planar_forward and so on; they have no inverse.
+have the dtype of computation. The inverse's a are the same pre-activations. *formulas are `shapes.Formulas.numbers()`,
+for the inverse without the last. The operators of the other backends are named triton_planar_forward,
+cuda_planar_forward and so on.
 """
 
 from collections.abc import Callable
@@ -58,15 +59,21 @@ class Operators(NamedTuple):
     planar_forward: OpOverload
     planar_backward: OpOverload
     planar_backward_packed: OpOverload
+    planar_inverse: OpOverload
+    planar_inverse_backward: OpOverload
 
 
+_INVERTIBLE = "int constraint, int activation, float slope"
+_FORMULAS = f"{_INVERTIBLE}, float log_det_eps"
 _SCHEMAS = {
-    "planar_forward": "(Tensor z, Tensor u, Tensor w, Tensor b, bool constrained, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
+    "planar_forward": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_FORMULAS}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a,"
-    " bool constrained) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" {_FORMULAS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
-    " bool constrained) -> (Tensor, Tensor)",
+    f" {_FORMULAS}) -> (Tensor, Tensor)",
+    "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
+    "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z_0, Tensor u, Tensor w, Tensor b,"
+    f" Tensor a, {_INVERTIBLE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -77,7 +84,15 @@ def _check_fake(**tensors: Tensor) -> None:
 
 
 def _planar_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_fake(z=z, u=u, w=w, b=b)
     rows, dtype = z.shape[0], shapes.compute_dtype(z.dtype)
@@ -86,27 +101,56 @@ def _planar_forward(
 
 
 def _planar_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
     return z.new_empty(z.shape), u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
 
 
 def _planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    packed: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
 ) -> tuple[Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
     return z.new_empty(z.shape), packed.new_empty(packed.shape)
 
 
-def _planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _planar_forward(z, u, w, b, True, save)
+def _planar_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: int, activation: int, slope: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _planar_forward(z, u, w, b, constraint, activation, slope, 0.0, save)
 
 
 def _planar_inverse_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z_0: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z_0: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _planar_backward(grad_z, grad_log_det, z_0, u, w, b, a, True)
+    return _planar_backward(grad_z, grad_log_det, z_0, u, w, b, a, constraint, activation, slope)
 
 
 def _define(name: str, schema: str, fake: Callable) -> OpOverload:
@@ -117,22 +161,19 @@ def _define(name: str, schema: str, fake: Callable) -> OpOverload:
 
 def _define_flow(prefix: str) -> Operators:
     """The operators whose names start with `prefix`."""
-    fakes = (_planar_forward, _planar_backward, _planar_backward_packed)
+    fakes = (
+        _planar_forward,
+        _planar_backward,
+        _planar_backward_packed,
+        _planar_inverse,
+        _planar_inverse_backward,
+    )
     named = zip(_SCHEMAS.items(), fakes, strict=True)
     return Operators(*(_define(prefix + name, schema, fake) for (name, schema), fake in named))
 
 
 OPERATORS = {"cpp": _define_flow(""), "triton": _define_flow("triton_"), "cuda": _define_flow("cuda_")}
-planar_forward, planar_backward, planar_backward_packed = OPERATORS["cpp"]
-planar_inverse = _define(
-    "planar_inverse", "(Tensor z, Tensor u, Tensor w, Tensor b, bool save) -> (Tensor, Tensor, Tensor)", _planar_inverse
-)
-planar_inverse_backward = _define(
-    "planar_inverse_backward",
-    "(Tensor grad_z, Tensor grad_log_det, Tensor z_0, Tensor u, Tensor w, Tensor b, Tensor a)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _planar_inverse_backward,
-)
+planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_inverse_backward = OPERATORS["cpp"]
 
 
 def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/formulas.h, as the activations are
 ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
-CONSTRAINTS = ("softplus", "none", "log_softplus")
+MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Formulas(NamedTuple):
+    """What a step computes: the constraint of u, the activation h, its slope below 0 where it is leaky_relu, and the
+    eps inside the logarithm of the determinant."""
+
+    constraint: str = "softplus"
+    activation: str = "tanh"
+    slope: float = 0.2
+    log_det_eps: float = 0.0
+
+    def numbers(self) -> tuple[int, int, float, float]:
+        """The same as operators take them."""
+        return CONSTRAINTS.index(self.constraint), ACTIVATIONS.index(self.activation), self.slope, self.log_det_eps
+
+    def is_usual(self) -> bool:
+        """Whether it is what nearly every flow has, and the CUDA kernels take in the half precisions."""
+        return self.activation == "tanh" and self.constraint != "log_softplus" and self.log_det_eps == 0
+
+    @classmethod
+    def of_numbers(cls, constraint: int, activation: int, slope: float, log_det_eps: float = 0.0) -> "Formulas":
+        """Raises ValueError for a number without a name."""
+        for name, number, names in (("constraint", constraint, CONSTRAINTS), ("activation", activation, ACTIVATIONS)):
+            if not 0 <= number < len(names):
+                raise ValueError(f"{name} must be in [0, {len(names) - 1}], got {number}: {names}")
+        return cls(CONSTRAINTS[constraint], ACTIVATIONS[activation], slope, log_det_eps)
 
 
 class Problem(NamedTuple):
@@ -22,21 +49,10 @@ class Problem(NamedTuple):
     compute_dtype: torch.dtype
     device_type: str
     inverse: bool = False
-    activation: str = "tanh"
-    constraint: str = "softplus"
-    log_det_eps: float = 0.0
+    formulas: Formulas = Formulas()
 
 
-def check(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    activation: str,
-    constraint: str,
-    slope: float = 0.2,
-    log_det_eps: float = 0.0,
-) -> Problem:
+def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
 
     Raises TypeError for what is not a floating tensor or a number or mixes dtypes, ValueError for shapes, devices,
@@ -45,7 +61,7 @@ def check(
     if not _alike(z, u, w, b):
         _check_kinds(z, u, w, b)
     _check_shapes(z, u, w, b)
-    check_formulas(activation, constraint, slope, log_det_eps)
+    check_formulas(formulas)
 
     amortized = u.dim() > 2
     num_sets = math.prod(u.shape[:-2]) if amortized else 1
@@ -60,30 +76,30 @@ def check(
         dtype,
         device_type,
         False,
-        activation,
-        constraint,
-        log_det_eps,
+        formulas,
     )
 
 
-def check_formulas(activation: str, constraint: str, slope: float, log_det_eps: float = 0.0) -> None:
+def check_formulas(formulas: Formulas) -> None:
     """Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range."""
+    constraint, activation, slope, log_det_eps = formulas
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
     if activation == "leaky_relu":
         _check_number("slope", slope)
-        if not 0 < slope < math.inf:
+        if not 0 < slope <= MOST:
             raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
     if type(log_det_eps) is not float or log_det_eps != 0.0:
         _check_number("log_det_eps", log_det_eps)
-        if not 0 <= log_det_eps < math.inf:
+        if not 0 <= log_det_eps <= MOST:
             raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
 
 
-def check_invertible(activation: str, constraint: str, slope: float) -> None:
+def check_invertible(formulas: Formulas) -> None:
     """Raises ValueError, with the reason, where a step may have no inverse; the names are known."""
+    constraint, activation, slope, _ = formulas
     if constraint == "none":
         raise ValueError(
             'constraint must be "softplus" or "log_softplus" to invert, got "none": w . u <= -1 has no inverse'
@@ -93,18 +109,6 @@ def check_invertible(activation: str, constraint: str, slope: float) -> None:
             f"slope must be at most 1 to invert leaky_relu, got {slope}: the constraint keeps w . u_hat above -1, and "
             "1 + (w . u_hat) slope can still be negative (flowjax accepts such a slope)"
         )
-
-
-def beyond_kernels(problem: Problem, name: str) -> list[str]:
-    """Why the kernels of the backend `name`, made for tanh and an exact logarithm, cannot run the problem."""
-    reasons = []
-    if problem.activation != "tanh":
-        reasons.append(f"the {name} backend runs the activation tanh, got {problem.activation}")
-    if problem.constraint == "log_softplus":
-        reasons.append(f"the {name} backend runs the constraints softplus and none, got {problem.constraint}")
-    if problem.log_det_eps:
-        reasons.append(f"the {name} backend runs log_det_eps 0.0, got {problem.log_det_eps}")
-    return reasons
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../chunks.h"
+#include "../formulas.h"
 
 namespace vvae {
 
@@ -60,7 +61,7 @@ struct Params {  // element [set][step][d] at data[set * set_stride + step * ste
 template <class T>
 struct Problem {  // row r of z uses parameter set r mod sets
   int64_t rows, dim, steps, sets;
-  bool constrained;
+  Formulas formulas;
   Matrix<const T> z;
   Params<const T> u, w, b;
   bool stream;  // outputs so large that they leave the caches before anyone reads them
@@ -129,26 +130,34 @@ struct Partial {
   }
 };
 
+// What depends on the activation.
+template <class T>
+struct Passes {
+  void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  void (*shared_inverse)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
+  void (*shared_inverse_adjoint)(const InverseAdjoint<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
+  void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
+  void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
+  void (*amortized_inverse_adjoint)(const InverseAdjoint<T>&, int64_t block, T* scratch);
+};
+
 template <class T>
 struct Kernels {
   int lanes;  // rows of an amortized block
   int64_t (*prepare_scratch)(int64_t dim);
   void (*prepare)(const Problem<T>&, const Prepared<T>&, T* scratch);
-  int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
-  void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
-  void (*shared_inverse)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
-  int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
-  void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
   void (*finish)(const Backward<T>&, const Prepared<T>&, T* partials, int64_t slices, T* scratch);
-  int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
-  void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
-  void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
-  int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
-  void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
+  int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
+  int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
   int64_t (*shared_inverse_adjoint_scratch)(int64_t dim);
-  void (*shared_inverse_adjoint)(const InverseAdjoint<T>&, const Prepared<T>&, int64_t tile, T* scratch);
+  int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
+  int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
   int64_t (*amortized_inverse_adjoint_scratch)(int64_t dim);
-  void (*amortized_inverse_adjoint)(const InverseAdjoint<T>&, int64_t block, T* scratch);
+  Passes<T> tanh, any;
+
+  const Passes<T>& passes(const Formulas& formulas) const { return formulas.is_tanh() ? tanh : any; }
 };
 
 struct Isa {

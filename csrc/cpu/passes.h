@@ -72,7 +72,7 @@ void for_each(int64_t items, int64_t work, const Run& run) {
 // The rows of one parameter set as a problem of their own, whose parameters they share.
 template <class T>
 Problem<T> of_set(const Problem<T>& p, int64_t set) {
-  return {p.rows / p.sets, p.dim, p.steps, 1, p.constrained, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
+  return {p.rows / p.sets, p.dim, p.steps, 1, p.formulas, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
           p.b.of_set(set), p.stream};
 }
 
@@ -110,7 +110,8 @@ template <class T>
 void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
-  const auto tile_pass = p.inverse ? kernels.shared_inverse : kernels.shared_forward;
+  const auto& passes = kernels.passes(p.formulas);
+  const auto tile_pass = p.inverse ? passes.shared_inverse : passes.shared_forward;
   for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
            [&](int64_t tile) { tile_pass(p, prepared, tile, arena<T>(kTileScratch, size)); });
 }
@@ -123,11 +124,12 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(tiles, kTilesOfSlice), kMaxSlices, affordable}));
   T* partials = arena<T>(kPartials, slices * partial);
   const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
+  const auto tile_pass = kernels.passes(p.formulas).shared_backward;
   for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
     std::fill_n(partials + slice * partial, partial, T(0));
     const Partial<T> sums(partials + slice * partial, p.steps, p.dim);
     for (int64_t tile = slice * tiles / slices; tile < (slice + 1) * tiles / slices; ++tile)
-      kernels.shared_backward(p, prepared, sums, tile, arena<T>(kTileScratch, size));
+      tile_pass(p, prepared, sums, tile, arena<T>(kTileScratch, size));
   });
   kernels.finish(p, prepared, partials, slices, arena<T>(kTileScratch, 3 * round_up(p.steps, kMaxLanes)));
 }
@@ -136,14 +138,16 @@ template <class T>
 void run_shared(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t size = kernels.shared_inverse_adjoint_scratch(p.dim);
+  const auto tile_pass = kernels.passes(p.formulas).shared_inverse_adjoint;
   for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
-           [&](int64_t tile) { kernels.shared_inverse_adjoint(p, prepared, tile, arena<T>(kTileScratch, size)); });
+           [&](int64_t tile) { tile_pass(p, prepared, tile, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
 void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_forward_scratch(p.steps, p.dim);
-  const auto block_pass = p.inverse ? kernels.amortized_inverse : kernels.amortized_forward;
+  const auto& passes = kernels.passes(p.formulas);
+  const auto block_pass = p.inverse ? passes.amortized_inverse : passes.amortized_forward;
   for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
            [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
@@ -151,15 +155,17 @@ void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
 template <class T>
 void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_backward_scratch(p.steps, p.dim);
+  const auto block_pass = kernels.passes(p.formulas).amortized_backward;
   for_each(ceil_div(p.sets, kernels.lanes), 8 * kernels.lanes * p.rows / p.sets * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_backward(p, block, arena<T>(kTileScratch, size)); });
+           [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
 
 template <class T>
 void run_direct(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_inverse_adjoint_scratch(p.dim);
+  const auto block_pass = kernels.passes(p.formulas).amortized_inverse_adjoint;
   for_each(ceil_div(p.rows, kernels.lanes), 6 * kernels.lanes * p.steps * p.dim,
-           [&](int64_t block) { kernels.amortized_inverse_adjoint(p, block, arena<T>(kTileScratch, size)); });
+           [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
 
 // Any of the passes: the direct recursion where every row, or few rows, have a set of their own, the compact form

@@ -4,6 +4,7 @@
 // activation is under way, the next step's parameters are read and constrained: nothing waits for memory alone.
 #pragma once
 
+#include "../planar_root.h"
 #include "tile.h"
 
 namespace vvae {
@@ -98,7 +99,7 @@ PLANAR_FN Constrained<Simd<T>> constrain_step(const Problem<T>& p, const Block<T
     alpha[i] = of_u, n[i] = of_w;
   }
   for (int i = count; i < S::width; ++i) alpha[i] = n[i] = S::splat(0);
-  return constrain<S>(sum_lanes<T>(alpha), sum_lanes<T>(n), p.constrained);
+  return constrain<S>(sum_lanes<T>(alpha), sum_lanes<T>(n), p.formulas.constraint);
 }
 
 // What a row adds to z at one step, (1): h u_hat = h u + h_of_w w with h_of_w = h rho / n. One row a lane.
@@ -152,9 +153,10 @@ int64_t amortized_forward_scratch(int64_t steps, int64_t dim) {
 }
 
 // The flow or, from its last step to its first, its inverse, which leaves the roots a of (17).
-template <class T, int N, bool inverse>
+template <class T, int N, class F, bool inverse>
 PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* scratch) {
   using S = Simd<T>;
+  const F f = F::of(p.formulas);
   const Block<T, N> block(p, first, count);
   T* z = scratch;                        // [width][padded]
   T* b = z + S::width * block.padded();  // [steps][width]
@@ -171,10 +173,10 @@ PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* sc
     for (int64_t i = 0; i < p.steps; ++i, k += onward) {
       const int64_t next = k == last ? k : k + onward;
       auto a = w_z + S::load(b + k * S::width);
-      if constexpr (inverse) solve<S, 1>(&a, &a, q.c, q.s);
+      if constexpr (inverse) solve<S, 1>(&a, &a, q.c, q.s, f);
       if (p.a.data) S::store_first(p.a.data + k * p.a.row + first, a, count);
-      const auto act = activate<S>(a);
-      add_step<S, 1>(&log_det, &act, q.c, q.s);
+      const auto act = activate<S>(a, f);
+      add_step<S, 1>(&log_det, &act, q.c, q.s, f);
       const Update<T> by(inverse ? -act.h : act.h, q);
       if (next != k) q = constrain_step(p, block, next);
       w_z = update(p, block, z, k, next, by);
@@ -190,9 +192,10 @@ struct Length {
   static constexpr int value = N;
 };
 
-// Runs with the length of a row, in vectors, known to the compiler where it is short.
-template <class T, class Run>
+// Runs with the length of a row, in vectors, known to the compiler where it is short, for tanh: four times the code.
+template <class T, class F, class Run>
 PLANAR_FN void with_length(int64_t dim, const Run& run) {
+  if constexpr (sizeof(F) > sizeof(Tanh)) return run(Length<0>{});
   switch (ceil_div(dim, Simd<T>::width)) {
     case 1: return run(Length<1>{});
     case 2: return run(Length<2>{});
@@ -202,12 +205,12 @@ PLANAR_FN void with_length(int64_t dim, const Run& run) {
   }
 }
 
-template <class T, bool inverse>
+template <class T, class F, bool inverse>
 void amortized_forward(const Forward<T>& p, int64_t number, T* scratch) {
   const int64_t first = number * Simd<T>::width;
   const int count = p.rows - first < Simd<T>::width ? int(p.rows - first) : Simd<T>::width;
-  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
-    forward_rows<T, n.value, inverse>(p, first, count, scratch);
+  with_length<T, F>(p.dim, [&](auto n) __attribute__((always_inline)) {
+    forward_rows<T, n.value, F, inverse>(p, first, count, scratch);
   });
 }
 
@@ -288,9 +291,10 @@ int64_t amortized_backward_scratch(int64_t steps, int64_t dim) {
 
 // One block of rows, sample `sample` of the parameter sets from `first_set` on: forward once more from the saved
 // pre-activations to z_K (u and w come into the cache), then the steps back.
-template <class T, int N>
+template <class T, int N, class F>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
+  const F f = F::of(p.formulas);
   const Block<T, N> block(p, sample * p.sets + first_set, count);
   Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);                                     // [steps]
   T *z = reinterpret_cast<T*>(steps + p.steps), *g = z + S::width * block.padded();         // [width][padded]
@@ -299,7 +303,7 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
   typename S::V lambda{};
   for (int i = 0; i < count; ++i) lambda[i] = p.grad_log_det.data[(block.first + i) * p.grad_log_det.stride];
   for (int64_t k = 0; k < p.steps; ++k) {
-    steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block))};
+    steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block), f)};
     if (k) update(p, block, z, k - 1, k, Update<T>(steps[k - 1].act.h, steps[k - 1].q));
   }
   const int64_t last = p.steps - 1;
@@ -309,12 +313,12 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
   for (int64_t k = last; k >= 0; --k) {
     const auto& [q, act] = steps[k];
     const auto g_u = sum_lanes<T>(x.g_u), g_w = sum_lanes<T>(x.g_w);
-    const auto r = lambda / determinant<S>(act, q.c, q.s);
+    const auto r = determinant_gradient<S>(lambda, act, q.c, q.s, f);
     const auto of_w = rho_over_n(q);
     const auto adjoint = constrain_backward<S>(q, act.h * g_w, r * act.h_prime);
     S::store(x.h, act.h);
     S::store(x.h_of_w, act.h * of_w);
-    S::store(x.delta, (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<S>(act));
+    S::store(x.delta, (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<S>(act, f));
     S::store(x.dalpha, adjoint.dalpha);
     S::store(x.of_v, adjoint.of_v);
     S::store(x.of_w_n, adjoint.of_w_n);
@@ -324,13 +328,13 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
   store_rows(p.dz, g, block);
 }
 
-template <class T>
+template <class T, class F>
 void amortized_backward(const Backward<T>& p, int64_t number, T* scratch) {
   const int64_t first_set = number * Simd<T>::width;
   const int count = p.sets - first_set < Simd<T>::width ? int(p.sets - first_set) : Simd<T>::width;
-  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
+  with_length<T, F>(p.dim, [&](auto n) __attribute__((always_inline)) {
     for (int64_t sample = 0; sample < p.rows / p.sets; ++sample)
-      backward_rows<T, n.value>(p, first_set, count, sample, scratch);
+      backward_rows<T, n.value, F>(p, first_set, count, sample, scratch);
   });
 }
 

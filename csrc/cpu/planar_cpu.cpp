@@ -89,14 +89,15 @@ void with_type(const Tensor& z, const F& f) {
 bool leaves_caches(int64_t bytes) { return bytes >= kStreamBytes && bytes < kFreshBytes; }
 
 template <class T>
-Problem<T> problem(const Tensor& z, const Parameters& q, bool constrained) {
-  return {z.size(0),    z.size(1),    q.steps, q.sets, constrained, matrix<T>(z), params<T>(q.u, q.amortized, false),
+Problem<T> problem(const Tensor& z, const Parameters& q, const Formulas& formulas) {
+  return {z.size(0),    z.size(1),    q.steps, q.sets, formulas, matrix<T>(z), params<T>(q.u, q.amortized, false),
           params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true),
           leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Tensor& u, const Tensor& w,
-                                                      const Tensor& b, bool constrained, bool save, bool inverse) {
+                                                      const Tensor& b, const Formulas& formulas, bool save,
+                                                      bool inverse) {
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0);
@@ -104,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Ten
   Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
-    run(Forward<T>{problem<T>(z, q, constrained),
+    run(Forward<T>{problem<T>(z, q, formulas),
                    rows_of<T>(z_K),
                    {log_det.mutable_data_ptr<T>(), 1},
                    {save ? a.mutable_data_ptr<T>() : nullptr, rows, 1},
@@ -115,13 +116,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
-                                                  bool constrained, bool save) {
-  return forward_or_inverse(z, u, w, b, constrained, save, false);
+                                                  int64_t constraint, int64_t activation, double slope,
+                                                  double log_det_eps, bool save) {
+  return forward_or_inverse(z, u, w, b, formulas_of(constraint, activation, slope, log_det_eps), save, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor> planar_inverse(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
-                                                  bool save) {
-  return forward_or_inverse(z, u, w, b, true, save, true);
+                                                  int64_t constraint, int64_t activation, double slope, bool save) {
+  return forward_or_inverse(z, u, w, b, formulas_of(constraint, activation, slope, 0), save, true);
 }
 
 // du, dw and db where they are written, contiguous or behind one another in the rows of one tensor.
@@ -132,8 +134,8 @@ struct Gradients {
 
 template <class T>
 void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Parameters& q,
-                 const Tensor& a, bool constrained, Tensor& dz, const Gradients<T>& to) {
-  run(Backward<T>{problem<T>(z, q, constrained),
+                 const Tensor& a, const Formulas& formulas, Tensor& dz, const Gradients<T>& to) {
+  run(Backward<T>{problem<T>(z, q, formulas),
                   matrix<T>(grad_z),
                   {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
                   {a.const_data_ptr<T>(), z.size(0), 1},
@@ -153,7 +155,7 @@ Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64
 // dz [R, D], which may lie where grad_z does, and the parameters' gradients as tensors of their own.
 std::tuple<Tensor, Tensor, Tensor> backward_into(Tensor& dz, const Tensor& grad_z, const Tensor& grad_log_det,
                                                  const Tensor& z, const Parameters& q, const Tensor& a,
-                                                 bool constrained) {
+                                                 const Formulas& formulas) {
   const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
   const bool sets = q.amortized;
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
@@ -162,26 +164,30 @@ std::tuple<Tensor, Tensor, Tensor> backward_into(Tensor& dz, const Tensor& grad_
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
     const auto to = [&](Tensor& t, int64_t step) { return Params<T>{t.mutable_data_ptr<T>(), steps * step, step, 1}; };
-    backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz, {to(du, dim), to(dw, dim), to(db, 1)});
+    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, dz, {to(du, dim), to(dw, dim), to(db, 1)});
   });
   return {du, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                            const Tensor& z, const Tensor& u, const Tensor& w,
-                                                           const Tensor& b, const Tensor& a, bool constrained) {
+                                                           const Tensor& b, const Tensor& a, int64_t constraint,
+                                                           int64_t activation, double slope, double log_det_eps) {
+  const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
   Tensor dz = new_empty(z, {z.size(0), z.size(1)});
-  const auto [du, dw, db] = backward_into(dz, grad_z, grad_log_det, z, q, a, constrained);
+  const auto [du, dw, db] = backward_into(dz, grad_z, grad_log_det, z, q, a, formulas);
   return {dz, du, dw, db};
 }
 
 // From the inverse's z = z_0 and a: dz = dL/dz_K by (35), the others by (36).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
-                                                                   const Tensor& b, const Tensor& a) {
+                                                                   const Tensor& b, const Tensor& a, int64_t constraint,
+                                                                   int64_t activation, double slope) {
+  const Formulas formulas = formulas_of(constraint, activation, slope, 0);
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   const int64_t rows = z.size(0), dim = z.size(1);
@@ -189,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor&
   Tensor dz = new_empty(z, {rows, dim}), minus_dz = new_empty(z, {rows, dim}), minus_log_det = new_empty(z, {rows});
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
-    run(InverseAdjoint<T>{problem<T>(z, q, true),
+    run(InverseAdjoint<T>{problem<T>(z, q, formulas),
                           matrix<T>(grad_z),
                           {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
                           {a.const_data_ptr<T>(), rows, 1},
@@ -198,13 +204,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor&
                           {minus_log_det.mutable_data_ptr<T>(), 1}},
         q.amortized, *chosen_isa().load());
   });
-  const auto [du, dw, db] = backward_into(minus_dz, minus_dz, minus_log_det, z, q, a, true);
+  const auto [du, dw, db] = backward_into(minus_dz, minus_dz, minus_log_det, z, q, a, formulas);
   return {dz, du, dw, db};
 }
 
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
 std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
-                                                  const Tensor& packed, const Tensor& a, bool constrained) {
+                                                  const Tensor& packed, const Tensor& a, int64_t constraint,
+                                                  int64_t activation, double slope, double log_det_eps) {
+  const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   check_packed(z, packed, a);
   const int64_t rows = z.size(0), dim = z.size(1), steps = a.size(0), sets = packed.size(0);
   const int64_t width = packed.size(1);
@@ -220,7 +228,7 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
     T* to = dpacked.mutable_data_ptr<T>();
-    backward_as<T>(grad_z, grad_log_det, z, q, a, constrained, dz,
+    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, dz,
                    {{to, width, dim, 1}, {to + steps * dim, width, dim, 1}, {to + 2 * steps * dim, width, 1, 1}});
   });
   return {dz, dpacked};

@@ -13,9 +13,10 @@ int64_t shared_inverse_adjoint_scratch(int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 
-template <class T>
+template <class T, class F>
 void shared_inverse_adjoint(const InverseAdjoint<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
   using S = Simd<T>;
+  const F f = F::of(p.formulas);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   T* g = scratch;              // [dim][kTile]
   T* mu = g + p.dim * kTile;   // [kChunk][kTile]
@@ -25,7 +26,7 @@ void shared_inverse_adjoint(const InverseAdjoint<T>& p, const Prepared<T>& q, in
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
   for (int64_t start = 0; start < p.steps; start += q.chunk) {
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
-    for (int64_t k = 0; k < steps; ++k) load_lanes(a + k * kTile, p.a.lanes(start + k, row), n, T(kSaturated));
+    for (int64_t k = 0; k < steps; ++k) load_lanes(a + k * kTile, p.a.lanes(start + k, row), n, T(absent(f)));
     fill(mu, T(0), steps * kTile);
     product(mu, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);
     for (int64_t k = 0; k < steps; ++k) {
@@ -38,8 +39,8 @@ void shared_inverse_adjoint(const InverseAdjoint<T>& p, const Prepared<T>& q, in
             e[v] += q.gram[(start + k) * kChunk + j] * S::load(mu + j * kTile + lane + v * S::width);
         for (int v = 0; v < kRegisters; ++v) {
           const int at = lane + v * S::width;
-          const auto act = activate<S>(S::load(a + k * kTile + at));
-          S::store(mu + k * kTile + at, root_gradient<S>(e[v], S::load(lambda + at), act, c, s));
+          const auto act = activate<S>(S::load(a + k * kTile + at), f);
+          S::store(mu + k * kTile + at, root_gradient<S>(e[v], S::load(lambda + at), act, c, s, f));
         }
       }
     }
@@ -57,9 +58,10 @@ int64_t amortized_inverse_adjoint_scratch(int64_t dim) {
   return Simd<T>::width * round_up(dim, Simd<T>::width);
 }
 
-template <class T, int N>
+template <class T, int N, class F>
 PLANAR_FN void inverse_adjoint_rows(const InverseAdjoint<T>& p, int64_t first, int count, T* g) {
   using S = Simd<T>;
+  const F f = F::of(p.formulas);
   const Block<T, N> block(p, first, count);
   load_rows(g, p.grad_z, block);
   typename S::V lambda{};
@@ -69,7 +71,7 @@ PLANAR_FN void inverse_adjoint_rows(const InverseAdjoint<T>& p, int64_t first, i
     const auto q = constrain_step(p, block, k);
     dot_gradient(p, block, g, k, x);
     const auto e = sum_lanes<T>(x.g_u) + rho_over_n(q) * sum_lanes<T>(x.g_w);
-    S::store(x.delta, root_gradient<S>(e, lambda, activate<S>(load_a(p.a, k, block)), q.c, q.s));
+    S::store(x.delta, root_gradient<S>(e, lambda, activate<S>(load_a(p.a, k, block), f), q.c, q.s, f));
     for (int i = 0; i < count; ++i)
       for (int64_t v = 0; v < block.length(); ++v) {
         T* g_v = g + i * block.padded() + v * S::width;
@@ -82,12 +84,12 @@ PLANAR_FN void inverse_adjoint_rows(const InverseAdjoint<T>& p, int64_t first, i
   S::store_first(p.minus_log_det.data + first, -lambda, count);
 }
 
-template <class T>
+template <class T, class F>
 void amortized_inverse_adjoint(const InverseAdjoint<T>& p, int64_t number, T* scratch) {
   const int64_t first = number * Simd<T>::width;
   const int count = p.rows - first < Simd<T>::width ? int(p.rows - first) : Simd<T>::width;
-  with_length<T>(p.dim, [&](auto n) __attribute__((always_inline)) {
-    inverse_adjoint_rows<T, n.value>(p, first, count, scratch);
+  with_length<T, F>(p.dim, [&](auto n) __attribute__((always_inline)) {
+    inverse_adjoint_rows<T, n.value, F>(p, first, count, scratch);
   });
 }
 

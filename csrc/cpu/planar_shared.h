@@ -2,6 +2,7 @@
 // steps.
 #pragma once
 
+#include "../planar_root.h"
 #include "tile.h"
 
 namespace vvae {
@@ -48,7 +49,7 @@ void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
         alpha += w_d * S::load(u + d * kTile + lane);
         norm += w_d * w_d;
       }
-      const auto x = constrain<S>(alpha, norm, p.constrained);
+      const auto x = constrain<S>(alpha, norm, p.formulas.constraint);
       const int64_t k = start + lane;
       S::store(q.alpha + k, alpha), S::store(q.n + k, norm), S::store(q.inv_n + k, x.inv_n);
       S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.rho + k, x.rho);
@@ -71,8 +72,8 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
 
 // h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse takes the last step
 // first and leaves -h and the roots a of (17).
-template <class T, bool inverse>
-PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps) {
+template <class T, bool inverse, class F>
+PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
     LogDet<S> sum[kRegisters];
@@ -85,14 +86,14 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
       for (int64_t j = first; j < end; ++j)
         for (int v = 0; v < kRegisters; ++v)
           acc[v] += q.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
-      if constexpr (inverse) solve<S, kRegisters>(acc, acc, c, s);
+      if constexpr (inverse) solve<S, kRegisters>(acc, acc, c, s, f);
       Activated<S> act[kRegisters];
       for (int v = 0; v < kRegisters; ++v) {
-        act[v] = activate<S>(acc[v]);
+        act[v] = activate<S>(acc[v], f);
         S::store(a + k * kTile + lane + v * S::width, acc[v]);
         S::store(h + k * kTile + lane + v * S::width, inverse ? -act[v].h : act[v].h);
       }
-      add_step<S, kRegisters>(sum, act, c, s);
+      add_step<S, kRegisters>(sum, act, c, s, f);
     }
     for (int v = 0; v < kRegisters; ++v) {
       T* to = log_det + lane + v * S::width;
@@ -102,8 +103,9 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
 }
 
 // The flow or, from its last chunk to its first, its inverse.
-template <class T, bool inverse>
+template <class T, class F, bool inverse>
 void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
+  const F f = F::of(p.formulas);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   T* z = scratch;              // [dim][kTile]
   T* a = z + p.dim * kTile;    // [kChunk][kTile]
@@ -118,7 +120,7 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
     for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, q.b[start + k], kTile);
     product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
-    scan<T, inverse>(a, h, log_det, q, start, steps);
+    scan<T, inverse>(a, h, log_det, q, start, steps, f);
     product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a.data)
       for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n, p.stream);
@@ -134,20 +136,24 @@ int64_t shared_backward_scratch(int64_t steps, int64_t dim) {
   return (ceil_div(steps, span_of(dim)) * padded + padded + 2 * round_up(steps, kChunk) + kChunk + 1) * kTile;
 }
 
-// Samples behind the last have this pre-activation: there h' = 0 and the determinant is 1, so that their zero
-// gradients stay zeros.
-constexpr int kSaturated = 1000;
+// The pre-activation of samples behind the last, whose gradients are zeros and have to stay so: h is small, and the
+// determinant is 1 wherever the gradient of its logarithm divides by it.
+PLANAR_FN int absent(Tanh) { return 1000; }
+template <class T>
+PLANAR_FN int absent(const AnyActivation<T>& f) {
+  return f.kind == Activation::tanh || f.kind == Activation::sigmoid ? 1000 : 0;
+}
 
 // H and h' of every step from the saved pre-activations; steps behind the last hold zeros.
-template <class T>
-PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h, T* h_prime) {
+template <class T, class F>
+PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h, T* h_prime, const F& f) {
   using S = Simd<T>;
   const int64_t padded = round_up(p.steps, kChunk);
   fill(h + p.steps * kTile, T(0), (padded - p.steps) * kTile);
   for (int64_t k = 0; k < p.steps; ++k) {
-    load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(kSaturated));
+    load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(absent(f)));
     for (int64_t lane = 0; lane < kTile; lane += S::width) {
-      const auto act = activate<S>(S::load(h + k * kTile + lane));
+      const auto act = activate<S>(S::load(h + k * kTile + lane), f);
       S::store(h + k * kTile + lane, act.h);
       S::store(h_prime + k * kTile + lane, act.h_prime);
     }
@@ -155,9 +161,9 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
 }
 
 // delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12); db and gamma by lane.
-template <class T>
+template <class T, class F>
 PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& q,
-                         const Partial<T>& sums, int64_t start, int64_t steps) {
+                         const Partial<T>& sums, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int64_t k = steps - 1; k >= 0; --k) {
     const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
@@ -171,8 +177,8 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
       for (int v = 0; v < kRegisters; ++v) {
         const int at = lane + v * S::width;
         const Activated<S> act{S::load(h + k * kTile + at), S::load(h_prime + k * kTile + at)};
-        const auto r = S::load(lambda + at) / determinant<S>(act, c, s);
-        const auto x = e[v] * act.h_prime + r * c * h_second<S>(act);
+        const auto r = determinant_gradient<S>(S::load(lambda + at), act, c, s, f);
+        const auto x = e[v] * act.h_prime + r * c * h_second<S>(act, f);
         S::store(delta + k * kTile + at, x);
         db += x;
         gamma += r * act.h_prime;  // (15)
@@ -183,8 +189,9 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
   }
 }
 
-template <class T>
+template <class T, class F>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
+  const F f = F::of(p.formulas);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   const int64_t padded_dim = round_up(p.dim, 4), padded_steps = round_up(p.steps, kChunk);
   const int64_t spans = ceil_div(p.steps, q.span);
@@ -197,7 +204,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   load_tile(g, p.grad_z.from(row), n, p.dim);
   fill(g + p.dim * kTile, T(0), (padded_dim - p.dim) * kTile);
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
-  activate_tile(p, row, n, h, h_prime);
+  activate_tile(p, row, n, h, h_prime, f);
   prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   if (spans) {
@@ -216,7 +223,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
-    scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps);
+    scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
     const int64_t rows = round_up(steps, 4);
     outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
     outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
@@ -280,7 +287,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
     }
     const auto db = sum_lanes<T>(of_b), gamma = sum_lanes<T>(of_c), v_dot_w = sum_lanes<T>(of_w);
     for (int64_t i = 0; i < S::width && k + i < p.steps; ++i) *step_of(p.db, 0, k + i) = db[i];
-    const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.constrained);
+    const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.formulas.constraint);
     const auto x = constrain_backward<S>(at, v_dot_w, gamma);
     S::store(dalpha + k, x.dalpha);
     S::store(of_v + k, x.of_v);

@@ -8,14 +8,14 @@ namespace vvae {
 namespace cuda {
 namespace {
 
-template <class S>
-struct AmortizedBackward : BackwardView<S> {
+template <class S, class F>
+struct AmortizedBackward : BackwardView<S, F> {
   GradientsView<S> to;
   bool du_vector, dw_vector;
   compute_t<S>* sums;  // [sets][K][2 D + 1]: u's, w's and b's gradient of a step
 
   explicit AmortizedBackward(const Backward& f)
-      : BackwardView<S>(f), to(f), du_vector(writes_vectors<S>(f.du, f.p.dim)),
+      : BackwardView<S, F>(f), to(f), du_vector(writes_vectors<S>(f.du, f.p.dim)),
         dw_vector(writes_vectors<S>(f.dw, f.p.dim)), sums(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
@@ -27,8 +27,8 @@ struct Saved {
 };
 
 // A step's gradients with those of the set's rows before.
-template <class Layout, class S, class T>
-__device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, int64_t set, int k, bool first,
+template <class Layout, class S, class F, class T>
+__device__ __forceinline__ void write_gradients(const AmortizedBackward<S, F>& p, int64_t set, int k, bool first,
                                                 bool last, Row<T, Layout> du, Row<T, Layout> dw, T db) {
   const int dim = p.params.dim;
   if (!(first && last)) {
@@ -51,8 +51,8 @@ __device__ __forceinline__ void write_gradients(const AmortizedBackward<S>& p, i
   if (lane_of_row<Layout>() == 0) store(p.to.db_of(set, k), narrow<S>(db));
 }
 
-template <class Layout, class S>
-__global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const AmortizedBackward<S> p) {
+template <class Layout, class S, class F>
+__global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const AmortizedBackward<S, F> p) {
   using T = compute_t<S>;
   constexpr bool ahead = kReadsAhead<T, Layout>;
   const int dim = p.params.dim, steps = p.params.steps;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
       const auto [step, a] = next;
       if (ahead) next = read(k + 1 < steps ? k + 1 : k);
       const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
-      const T h = activate<Lane<T>>(a).h;
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
+      const T h = activate<Lane<T>>(a, p.params.activation).h;
       z = add(z, h, add(u, rho_over_n(q), w));
     }
     for (int k = steps - 1; k >= 0; --k) {
@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
       const auto [step, a] = next;
       if (ahead) next = read(k > 0 ? k - 1 : k);
       const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
+      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
       const auto u_hat = add(u, rho_over_n(q), w);
       const T e = dot(g, u_hat), g_w = dot(g, w);
-      const auto act = activate<Lane<T>>(a);
-      const T r = lambda / determinant<Lane<T>>(act, q.c, q.s);
-      const T delta = e * act.h_prime + r * q.c * h_second<Lane<T>>(act);
+      const auto act = activate<Lane<T>>(a, p.params.activation);
+      const T r = determinant_gradient<Lane<T>>(lambda, act, q.c, q.s, p.params.activation);
+      const T delta = e * act.h_prime + r * q.c * h_second<Lane<T>>(act, p.params.activation);
       const auto adjoint = constrain_backward<Lane<T>>(q, act.h * g_w, r * act.h_prime);  // (6)
       z = add(z, -act.h, u_hat);
       Row<T, Layout> du, dw;
@@ -107,13 +107,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
 }  // namespace
 
 void launch_amortized_backward(const Backward& f, void* stream) {
-  with_type(f.p.dtype, [&](auto zero) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
-    with_layout<compute_t<S>>(f.p.dim, [&](auto layout) {
-      using L = decltype(layout);
-      launch(amortized_backward_kernel<L, S>, "amortized_backward_kernel", ceil_div(f.p.sets * L::lanes, kThreads),
-             kThreads, 0, stream, AmortizedBackward<S>(f));
-    });
+    using L = decltype(layout);
+    using F = decltype(activation);
+    launch(amortized_backward_kernel<L, S, F>, "amortized_backward_kernel", ceil_div(f.p.sets * L::lanes, kThreads),
+           kThreads, 0, stream, AmortizedBackward<S, F>(f));
   });
 }
 

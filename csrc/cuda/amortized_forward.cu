@@ -6,8 +6,8 @@ namespace vvae {
 namespace cuda {
 namespace {
 
-template <class Layout, class S>
-__global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const ForwardView<S> p) {
+template <class Layout, class S, class F>
+__global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const ForwardView<S, F> p) {
   using T = compute_t<S>;
   const int dim = p.params.dim, steps = p.params.steps;
   const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
     const auto u = widen(step.u), w = widen(step.w);
     const T b = widen(step.b);
     step = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constrained);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const auto u_hat = add(u, rho_over_n(q), w);
     const T a = dot(w, z) + b;
-    const auto act = activate<Lane<T>>(a);
+    const auto act = activate<Lane<T>>(a, p.params.activation);
     if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
     z = add(z, act.h, u_hat);
   }
   if (!inside) return;
@@ -36,13 +36,12 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
 }  // namespace
 
 void launch_amortized_forward(const Forward& f, void* stream) {
-  with_type(f.p.dtype, [&](auto zero) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
-    with_layout<compute_t<S>>(f.p.dim, [&](auto layout) {
-      using L = decltype(layout);
-      launch(amortized_forward_kernel<L, S>, "amortized_forward_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
-             kThreads, 0, stream, ForwardView<S>(f));
-    });
+    using L = decltype(layout);
+    using F = decltype(activation);
+    launch(amortized_forward_kernel<L, S, F>, "amortized_forward_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
+           kThreads, 0, stream, ForwardView<S, F>(f));
   });
 }
 

@@ -147,8 +147,8 @@ struct Chunk {
 
 // (4), (5) and G of (9) of `count` steps from `first` on, a group of lanes a step: by the columns alone, so that sums
 // have the same bits in every block. Every thread of the block calls it.
-template <class S>
-__device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set, int first, int count,
+template <class S, class F>
+__device__ __forceinline__ void stage_chunk(const ParamsView<S, F>& p, int64_t set, int first, int count,
                                             const BlockShape& block, const Chunk& to) {
   constexpr int at_once = 8;  // reads on their way
   const int lanes = block.columns > 256 ? 16 : 8, lane = int(threadIdx.x) % lanes;
@@ -179,7 +179,7 @@ __device__ __forceinline__ void stage_chunk(const ParamsView<S>& p, int64_t set,
     }
     sum_lanes(alpha, n, lanes);
     if (!writes) continue;
-    const auto q = constrain<Lane<float>>(alpha, n, p.constrained);
+    const auto q = constrain<Lane<float>>(alpha, n, p.constraint());
     const float of_w = rho_over_n(q);
     for (int d = lane; d < block.columns; d += lanes) u_i[d] += of_w * w_i[d];
     if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};

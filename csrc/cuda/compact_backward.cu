@@ -11,7 +11,7 @@ using Narrow = Tiles<2, 4>;
 using Wide = Tiles<1, 8>;
 
 template <class S>
-struct CompactBackward : BackwardView<S> {
+struct CompactBackward : BackwardView<S, Tanh> {
   Split split;
   BlockShape block;
   bool all_staged;  // every chunk has its own memory
@@ -19,7 +19,7 @@ struct CompactBackward : BackwardView<S> {
   float* partials;
 
   CompactBackward(const Backward& f, const Split& split, const BlockShape& block, bool all_staged, int shared)
-      : BackwardView<S>(f), split(split), block(block), all_staged(all_staged), shared(shared),
+      : BackwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged), shared(shared),
         partials(static_cast<float*>(f.workspace)) {}
 };
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
       const Chunk chunk = need(nth, count);
 #pragma unroll 4
       for (int k = first_step; k < kChunk; k += steps_apart)
-        scalars.h[row * kExchangeStride + k] = activate<L>(a_of(first + k)).h;
+        scalars.h[row * kExchangeStride + k] = activate<L>(a_of(first + k), p.params.activation).h;
       __syncthreads();
       add_steps(z, 1.f, scalars.h, chunk.u_hat, p.block, at);
       __syncthreads();
@@ -133,14 +133,15 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
       const Chunk chunk = need(nth, count);
 #pragma unroll 4
       for (int k = first_step; k < kChunk; k += steps_apart) {
-        const auto act = activate<L>(a_of(first + k));
-        const float c = chunk.numbers[k].c, det = determinant<L>(act, c, chunk.numbers[k].s);
-        const float r = has ? lambda / det : 0.f;  // (11); where the rows end the determinant may be 0
+        const auto act = activate<L>(a_of(first + k), p.params.activation);
+        const float c = chunk.numbers[k].c, s = chunk.numbers[k].s;
+        // (11); where the rows end the determinant may be 0.
+        const float r = has ? determinant_gradient<L>(lambda, act, c, s, p.params.activation) : 0.f;
         const int to = row * kExchangeStride + k;
         scalars.h[to] = act.h;
         scalars.r_h_prime[to] = r * act.h_prime;
         slope[to] = act.h_prime;
-        scalars.delta[to] = r * c * h_second<L>(act);  // so far
+        scalars.delta[to] = r * c * h_second<L>(act, p.params.activation);  // so far
       }
       multiply_by_steps(g, chunk.u_hat, p.block, at, shared);
       __syncthreads();

@@ -10,13 +10,13 @@ using W = Tiles<2, 8>;
 constexpr int64_t kMostForwardPrograms = 256;  // of a set: what large GPUs run at once, so that each stages once
 
 template <class S>
-struct CompactForward : ForwardView<S> {
+struct CompactForward : ForwardView<S, Tanh> {
   Split split;
   BlockShape block;
   bool all_staged;  // every chunk has its own memory
 
   CompactForward(const Forward& f, const Split& split, const BlockShape& block, bool all_staged)
-      : ForwardView<S>(f), split(split), block(block), all_staged(all_staged) {}
+      : ForwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged) {}
 };
 
 template <class S>
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
         for (int k = 0; k < kChunk; ++k) {
           const auto q = chunk.numbers[k];
           a_k[k] += q.b;
-          const auto act = activate<L>(a_k[k]);
-          add_step<L, 1>(&log_det, &act, q.c, q.s);
+          const auto act = activate<L>(a_k[k], p.params.activation);
+          add_step<L, 1>(&log_det, &act, q.c, q.s, p.params.activation);
           h[at.own * kExchangeStride + k] = act.h;
 #pragma unroll
           for (int after = k + 1; after < kChunk; ++after) a_k[after] += chunk.gram[k * kChunk + after] * act.h;

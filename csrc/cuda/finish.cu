@@ -11,7 +11,7 @@ constexpr int kFinishThreads = 256, kFinishWarps = kFinishThreads / int(kWarp);
 
 template <class S>
 struct Finish {
-  ParamsView<S> params;
+  ParamsView<S, AnyActivation<compute_t<S>>> params;
   int64_t sets;
   int programs, chunk, slices;  // slices: of the programs, added side by side
   const compute_t<S>* partials;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
       n += w_d * w_d;
     }
     sum_lanes(alpha, n, int(kWarp));
-    if (lane == 0) of_steps[j] = constrain<Lane<T>>(alpha, n, p.params.constrained);
+    if (lane == 0) of_steps[j] = constrain<Lane<T>>(alpha, n, p.params.constraint());
   }
   const int a_slice = kFinishThreads / p.slices, slice = thread / a_slice;
   for (int64_t i = thread % a_slice; i < width; i += a_slice) {

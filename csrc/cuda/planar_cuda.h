@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "../formulas.h"
+
 namespace vvae {
 namespace cuda {
 
@@ -27,7 +29,7 @@ struct Gradients {  // du, dw [sets, K, D], db [sets, K]; columns are contiguous
 
 struct Problem {
   Dtype dtype;  // of z, u, w, b, their gradients and z_K
-  bool constrained;
+  Formulas formulas;
   bool amortized;  // parameters have sets, be it one, and are not shared by all rows whatever their number
   int64_t rows, sets;
   int dim, steps;
@@ -35,7 +37,7 @@ struct Problem {
   Params u, w, b;
 };
 
-struct Forward {
+struct Forward {  // or the inverse, whose z is z_K and whose z_K is z_0
   Problem p;
   void* z_K;      // [rows, D], contiguous
   void* log_det;  // [rows], in the dtype of computation, as is a
@@ -53,6 +55,18 @@ struct Backward {
   void* workspace;  // workspace_bytes(p), aligned to 16 bytes
 };
 
+// What the inverse passes on to its own z, docs/math.md (35). Its other gradients are those of a backward from z_0, a and
+// what is written to minus_dz and minus_log_det, (36).
+struct InverseAdjoint {
+  Problem p;                 // z is not read
+  Matrix grad_z;             // [rows, D]
+  const void* grad_log_det;  // [rows]
+  int64_t grad_log_det_stride;
+  const void* a;        // [K, rows], contiguous
+  void *dz, *minus_dz;  // [rows, D], contiguous
+  void* minus_log_det;  // [rows]: -grad_log_det
+};
+
 // How z is kept and multiplied. The shape chooses, or a form is asked for to compare the two: problems that have it
 // then run it.
 enum class Form { automatic, direct, compact };
@@ -61,6 +75,9 @@ void set_form(Form form);
 // The most columns that the kernels take.
 int64_t most_dim(Dtype dtype);
 
+// Whether the kernels compute the problem's formulas for numbers of its dtype. The inverse has none for half precisions.
+bool computes(const Problem& p);
+
 // Bytes that launch_backward needs beside its tensors.
 int64_t workspace_bytes(const Problem& p);
 
@@ -68,6 +85,8 @@ int64_t workspace_bytes(const Problem& p);
 // where a launch fails.
 void launch_forward(const Forward& p, void* stream);
 void launch_backward(const Backward& p, void* stream);
+void launch_inverse(const Forward& p, void* stream);
+void launch_inverse_adjoint(const InverseAdjoint& p, void* stream);
 
 }  // namespace cuda
 }  // namespace vvae

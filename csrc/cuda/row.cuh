@@ -27,6 +27,16 @@ void with_layout(int dim, const F& f) {
   if constexpr (sizeof(T) == 4) return f(Layout<32, 8>());
 }
 
+// A layout for what has fewer kernels: more of a row's columns are not there. Not measured on a GPU.
+template <class T, class F>
+void with_few_layouts(int dim, const F& f) {
+  if (dim <= 4) return f(Layout<1, 1>());
+  if (dim <= 16) return f(Layout<4, 1>());
+  if (dim <= 64) return f(Layout<8, 2>());
+  if (dim <= 256) return f(Layout<32, 2>());
+  return f(Layout<32, sizeof(T) == 4 ? 8 : 4>());
+}
+
 // Calls f with a number of the type that the caller's tensors hold.
 template <class F>
 void with_type(Dtype dtype, const F& f) {
@@ -46,6 +56,46 @@ void with_half_or_float(Dtype dtype, const F& f) {
     case Dtype::float16: return f(float16());
     default: return f(float());
   }
+}
+
+// The same for kernels that no half precision has.
+template <class F>
+void with_float_or_double(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float64: return f(double());
+    default: return f(float());
+  }
+}
+
+// What kernels know when they are compiled: tanh, an exact logarithm, and no third constraint.
+inline bool is_usual(const Formulas& f) { return f.is_tanh() && f.constraint != Constraint::log_softplus; }
+
+// Calls f with a number of the tensors' type, a layout and planar_math.h's F, of which there are three lots of kernels.
+// The first ask for the formulas when they run: few, for what is seldom used.
+template <class F>
+void with_any_formulas(const Problem& p, const F& f) {
+  with_float_or_double(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>()); });
+  });
+}
+
+// As few for the usual formulas.
+template <class F>
+void with_few_kernels(const Problem& p, const F& f) {
+  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
+  with_float_or_double(p.dtype, [&](auto zero) {
+    with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
+  });
+}
+
+// Many of these, for every layout and type.
+template <class F>
+void with_kernels(const Problem& p, const F& f) {
+  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
+  with_type(p.dtype, [&](auto zero) {
+    with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
+  });
 }
 
 // A tensor's rows as a kernel reads them.

@@ -8,14 +8,13 @@ namespace vvae {
 namespace cuda {
 namespace {
 
-template <class S>
-struct SharedBackward : BackwardView<S> {
-  Split split;
-  int chunk, staged;  // steps at a time
+template <class S, class F>
+struct SharedBackward : SharedView<BackwardView<S, F>> {
+  int chunk;  // steps of one
   compute_t<S>* partials;
 
   SharedBackward(const Backward& f, const Split& split, int chunk, int staged)
-      : BackwardView<S>(f), split(split), chunk(chunk), staged(staged),
+      : SharedView<BackwardView<S, F>>(f, split, staged), chunk(chunk),
         partials(static_cast<compute_t<S>*>(f.workspace)) {}
 };
 
@@ -65,17 +64,17 @@ __device__ __forceinline__ void sum_rows(const Tile<T, Layout>& tile, int rows, 
 
 // A row in its lanes' registers, z and g [columns]. Where the rows end everything is zero, and so is what is added to
 // the sums.
-template <class S, class Layout>
+template <class S, class Layout, class F>
 struct State {
   using T = compute_t<S>;
-  const SharedBackward<S>& p;
+  const SharedBackward<S, F>& p;
   int64_t row;
   int group;  // the row's place in the tile
   bool inside;
   Row<T, Layout> z = {}, g = {};
   T lambda = 0;
 
-  __device__ __forceinline__ State(const SharedBackward<S>& p, int64_t row, int group, bool inside)
+  __device__ __forceinline__ State(const SharedBackward<S, F>& p, int64_t row, int group, bool inside)
       : p(p), row(row), group(group), inside(inside) {
     if (!inside) return;
     z = load_row<Layout>(p.z.from(row * p.z_row), p.params.dim);
@@ -86,8 +85,9 @@ struct State {
 };
 
 // The a of a chunk from `first` on, a step or a few a lane.
-template <class S, class Layout>
-__device__ __forceinline__ void read_a(const State<S, Layout>& at, int first, compute_t<S> (&a)[kStepsOfLane<Layout>]) {
+template <class S, class Layout, class F>
+__device__ __forceinline__ void read_a(const State<S, Layout, F>& at, int first,
+                                       compute_t<S> (&a)[kStepsOfLane<Layout>]) {
 #pragma unroll
   for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
     const int i = lane_of_row<Layout>() + j * Layout::lanes;
@@ -96,14 +96,14 @@ __device__ __forceinline__ void read_a(const State<S, Layout>& at, int first, co
 }
 
 // z over the chunk's steps, (10); a becomes the next chunk's.
-template <class S, class Layout, class T = compute_t<S>>
-__device__ __forceinline__ void step_forward(State<S, Layout>& at, const Tile<T, Layout>& tile, const T* u_hat,
+template <class S, class Layout, class F, class T = compute_t<S>>
+__device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
                                              int first, int count, T (&a)[kStepsOfLane<Layout>]) {
   T* h = tile.scalars.h + at.group * tile.scalars.stride;
 #pragma unroll
   for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
     const int i = lane_of_row<Layout>() + j * Layout::lanes;
-    if (i < count) h[i] = activate<Lane<T>>(a[j]).h;
+    if (i < count) h[i] = activate<Lane<T>>(a[j], at.p.params.activation).h;
   }
   read_a(at, first + at.p.chunk, a);
   __syncwarp();
@@ -112,20 +112,21 @@ __device__ __forceinline__ void step_forward(State<S, Layout>& at, const Tile<T,
 }
 
 // z and g back over the chunk's steps; into the tile what is summed over its rows.
-template <class S, class Layout, class T = compute_t<S>>
-__device__ __forceinline__ void step_back(State<S, Layout>& at, const Tile<T, Layout>& tile, const T* u_hat, const T* w,
-                                          const Numbers<T>* numbers, int first, int count) {
+template <class S, class Layout, class F, class T = compute_t<S>>
+__device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
+                                          const T* w, const Numbers<T>* numbers, int first, int count) {
   constexpr int columns = Layout::columns;
   const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
   write_row(tile.g + at.group * columns, at.g);
   for (int i = lane; i < count; i += Layout::lanes) {
-    const auto act = activate<Lane<T>>(at.a_of(first + i));
+    const auto act = activate<Lane<T>>(at.a_of(first + i), at.p.params.activation);
+    const T c = numbers[i].c, s = numbers[i].s;
     // (11); where the rows end the determinant may be 0.
-    const T r = at.inside ? at.lambda / determinant<Lane<T>>(act, numbers[i].c, numbers[i].s) : T(0);
+    const T r = at.inside ? determinant_gradient<Lane<T>>(at.lambda, act, c, s, at.p.params.activation) : T(0);
     tile.scalars.h[start + i] = act.h;
     tile.scalars.r_h_prime[start + i] = r * act.h_prime;
     tile.slope[start + i] = act.h_prime;
-    tile.bend[start + i] = r * numbers[i].c * h_second<Lane<T>>(act);
+    tile.bend[start + i] = r * c * h_second<Lane<T>>(act, at.p.params.activation);
   }
   __syncwarp();
   auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
@@ -144,8 +145,8 @@ __device__ __forceinline__ void step_back(State<S, Layout>& at, const Tile<T, La
   write_row(tile.z + at.group * columns, at.z);
 }
 
-template <class Layout, class S>
-__global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const SharedBackward<S> p) {
+template <class Layout, class S, class F>
+__global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const SharedBackward<S, F> p) {
   using T = compute_t<S>;
   constexpr int columns = Layout::columns;
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
   const int64_t first_block_row = program * block_rows, rows_apart = int64_t(p.split.programs) * block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const int64_t nth = first_row + group, row = set + p.sets * nth;
-    State<S, Layout> at(p, row, group, working && nth < p.split.rows_per_set);
+    State<S, Layout, F> at(p, row, group, working && nth < p.split.rows_per_set);
     T a[kStepsOfLane<Layout>];
     read_a(at, 0, a);
     for (int first = 0; first < steps; first += p.chunk) {
@@ -196,19 +197,18 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
 }  // namespace
 
 void launch_shared_backward(const Backward& f, void* stream) {
-  with_type(f.p.dtype, [&](auto zero) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using T = compute_t<S>;
-    with_layout<T>(f.p.dim, [&](auto layout) {
-      using L = decltype(layout);
-      const int64_t chunk = staged_chunk_of<T, L>(f.p.dim);
-      const int staged = Staged<T, L>::count(f.p.steps, chunk);
-      const Split split = split_rows<L>(f.p, most_partials(f.p));
-      launch(shared_backward_kernel<L, S>, "shared_backward_kernel", split.programs * f.p.sets, kThreads,
-             staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(split.block_rows, int(chunk)), stream,
-             SharedBackward<S>(f, split, int(chunk), staged));
-      launch_finish(f, split.programs, int(chunk), stream);
-    });
+    using L = decltype(layout);
+    using F = decltype(activation);
+    const int64_t chunk = staged_chunk_of<T, L>(f.p.dim);
+    const int staged = Staged<T, L>::count(f.p.steps, chunk);
+    const Split split = split_rows<L>(f.p, most_partials(f.p));
+    launch(shared_backward_kernel<L, S, F>, "shared_backward_kernel", split.programs * f.p.sets, kThreads,
+           staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(split.block_rows, int(chunk)), stream,
+           SharedBackward<S, F>(f, split, int(chunk), staged));
+    launch_finish(f, split.programs, int(chunk), stream);
   });
 }
 

@@ -9,16 +9,11 @@ namespace {
 
 constexpr int64_t kMostForwardPrograms = 1024;  // of a set: a few for each SM of a large GPU, which stage once
 
-template <class S>
-struct SharedForward : ForwardView<S> {
-  Split split;
-  int staged;  // steps at a time
+template <class S, class F>
+using SharedForward = SharedView<ForwardView<S, F>>;
 
-  SharedForward(const Forward& f, const Split& split, int staged) : ForwardView<S>(f), split(split), staged(staged) {}
-};
-
-template <class Layout, class S>
-__global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const SharedForward<S> p) {
+template <class Layout, class S, class F>
+__global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const SharedForward<S, F> p) {
   using T = compute_t<S>;
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
   const int group = int(threadIdx.x) / Layout::lanes, dim = p.params.dim, steps = p.params.steps;
@@ -51,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         const int after = k + 1 < count ? k + 1 : k, second = k + 2 < count ? k + 2 : after;
         const auto u_hat = read_row<Layout>(staged.u_hat + k * Layout::columns);
         const T part = part_of_dot(z, w_after);
-        const auto act = activate<Lane<T>>(a);
+        const auto act = activate<Lane<T>>(a, p.params.activation);
         if (saves) store(p.a + a_at, a);
         a_at += p.rows;
         const auto now = q;
@@ -59,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         w_after = read_row<Layout>(staged.w + second * Layout::columns);
         z = add(z, act.h, u_hat);
         a = (sum_lanes<Layout>(part) + q.b) + now.next * act.h;  // (27)
-        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s);
+        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, p.params.activation);
       }
     }
     if (!inside) continue;
@@ -71,16 +66,15 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
 }  // namespace
 
 void launch_shared_forward(const Forward& f, void* stream) {
-  with_type(f.p.dtype, [&](auto zero) {
+  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using T = compute_t<S>;
-    with_layout<T>(f.p.dim, [&](auto layout) {
-      using L = decltype(layout);
-      const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
-      const Split split = split_rows<L>(f.p, kMostForwardPrograms);
-      launch(shared_forward_kernel<L, S>, "shared_forward_kernel", split.programs * f.p.sets, kThreads,
-             staged * Staged<T, L>::bytes_of_step, stream, SharedForward<S>(f, split, staged));
-    });
+    using L = decltype(layout);
+    using F = decltype(activation);
+    const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
+    const Split split = split_rows<L>(f.p, kMostForwardPrograms);
+    launch(shared_forward_kernel<L, S, F>, "shared_forward_kernel", split.programs * f.p.sets, kThreads,
+           staged * Staged<T, L>::bytes_of_step, stream, SharedForward<S, F>(f, split, staged));
   });
 }
 

@@ -11,29 +11,35 @@ constexpr int kThreads = 128;  // of a block of the direct kernels
 // Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
 constexpr int64_t kStagedBytes = 48 * 1024;
 
-// u, w [sets, K, D] and b [sets, K].
-template <class S>
+// u, w [sets, K, D] and b [sets, K], and the formulas as far as the kernel does not know them. F is planar_math.h's.
+template <class S, class F>
 struct ParamsView {
   Rows<S> u, w;
   const S* b;
   int64_t u_set, u_step, w_set, w_step, b_set, b_step;
   int dim, steps;
-  bool constrained;
+  F activation;
+  Constraint of_problem;
 
   explicit ParamsView(const Problem& p)
       : u(rows_of<S>(p.u, p.dim)), w(rows_of<S>(p.w, p.dim)), b(static_cast<const S*>(p.b.data)), u_set(p.u.set),
         u_step(p.u.step), w_set(p.w.set), w_step(p.w.step), b_set(p.b.set), b_step(p.b.step), dim(p.dim),
-        steps(p.steps), constrained(p.constrained) {}
+        steps(p.steps), activation(F::of(p.formulas)), of_problem(p.formulas.constraint) {}
 
+  // Kernels that know tanh have two constraints: the code of the third would lengthen every step.
+  __device__ __forceinline__ Constraint constraint() const {
+    if (!std::is_same<F, Tanh>::value) return of_problem;
+    return of_problem == Constraint::none ? Constraint::none : Constraint::softplus;
+  }
   __device__ __forceinline__ Rows<S> u_of(int64_t set, int64_t k) const { return u.from(set * u_set + k * u_step); }
   __device__ __forceinline__ Rows<S> w_of(int64_t set, int64_t k) const { return w.from(set * w_set + k * w_step); }
   __device__ __forceinline__ const S* b_of(int64_t set, int64_t k) const { return b + set * b_set + k * b_step; }
 };
 
 // The arguments of every forward and of every backward, as their kernels take them by value.
-template <class S>
+template <class S, class F>
 struct ProblemView {
-  ParamsView<S> params;
+  ParamsView<S, F> params;
   Rows<S> z;
   int64_t z_row, rows, sets;
 
@@ -41,28 +47,58 @@ struct ProblemView {
       : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets) {}
 };
 
-template <class S>
-struct ForwardView : ProblemView<S> {
+template <class S, class F>
+struct ForwardView : ProblemView<S, F> {
   S* z_K;
   compute_t<S>*log_det, *a;
 
   explicit ForwardView(const Forward& f)
-      : ProblemView<S>(f.p), z_K(static_cast<S*>(f.z_K)), log_det(static_cast<compute_t<S>*>(f.log_det)),
+      : ProblemView<S, F>(f.p), z_K(static_cast<S*>(f.z_K)), log_det(static_cast<compute_t<S>*>(f.log_det)),
         a(static_cast<compute_t<S>*>(f.a)) {}
 };
 
-template <class S>
-struct BackwardView : ProblemView<S> {
+// `Pass` is Backward or InverseAdjoint.
+template <class S, class F>
+struct BackwardView : ProblemView<S, F> {
   Rows<S> grad_z;
   int64_t grad_z_row, grad_log_det_stride;
   const compute_t<S>*grad_log_det, *a;
   S* dz;
 
-  explicit BackwardView(const Backward& f)
-      : ProblemView<S>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
+  template <class Pass>
+  explicit BackwardView(const Pass& f)
+      : ProblemView<S, F>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
         grad_log_det_stride(f.grad_log_det_stride), grad_log_det(static_cast<const compute_t<S>*>(f.grad_log_det)),
         a(static_cast<const compute_t<S>*>(f.a)), dz(static_cast<S*>(f.dz)) {}
 };
+
+template <class T, class F>
+struct InverseAdjointView : BackwardView<T, F> {
+  T *minus_dz, *minus_log_det;
+
+  explicit InverseAdjointView(const InverseAdjoint& f)
+      : BackwardView<T, F>(f), minus_dz(static_cast<T*>(f.minus_dz)), minus_log_det(static_cast<T*>(f.minus_log_det)) {}
+};
+
+// The same for rows that share their parameters. `View` is one of those above, made of `Pass`.
+template <class View>
+struct SharedView : View {
+  Split split;
+  int staged;  // steps at a time
+
+  template <class Pass>
+  SharedView(const Pass& f, const Split& split, int staged) : View(f), split(split), staged(staged) {}
+};
+
+// g, the gradient of a row of z_K, and what (36) takes from it and from lambda.
+template <class Layout, class T, class F>
+__device__ __forceinline__ void store_gradients(const InverseAdjointView<T, F>& p, int64_t row, const Row<T, Layout>& g,
+                                                T lambda) {
+  const int dim = p.params.dim;
+  store_row<Layout>(p.dz + row * dim, g, dim, dim % 4 == 0);
+  store_row<Layout>(p.minus_dz + row * dim, add(Row<T, Layout>{}, T(-1), g), dim, dim % 4 == 0);
+  if (lane_of_row<Layout>() == 0) store(p.minus_log_det + row, -lambda);
+}
 
 // Where a backward's weight gradients go.
 template <class S>
@@ -87,8 +123,8 @@ struct RawStep {
   S b;
 };
 
-template <class Layout, class S>
-__device__ __forceinline__ RawStep<S, Layout> read_step(const ParamsView<S>& p, int64_t set, int64_t k) {
+template <class Layout, class S, class F>
+__device__ __forceinline__ RawStep<S, Layout> read_step(const ParamsView<S, F>& p, int64_t set, int64_t k) {
   return {read_raw<Layout>(p.u_of(set, k), p.dim), read_raw<Layout>(p.w_of(set, k), p.dim), *p.b_of(set, k)};
 }
 
@@ -121,9 +157,9 @@ struct Staged {
 };
 
 // u_hat, c and s of the steps from `first` on, (4) and (5); a group of lanes a step. Every thread of the block calls it.
-template <class Layout, class S, class T = compute_t<S>>
-__device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int first, int count,
-                                      const Staged<T, Layout>& to) {
+template <class Layout, class S, class F, class T = compute_t<S>>
+__device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t set, int first, int count,
+                                            const Staged<T, Layout>& to) {
   constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
   const bool writes = lane_of_row<Layout>() == 0;
@@ -136,7 +172,7 @@ __device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int f
     const auto step = next;
     if (kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
     const auto u = widen(step.u), w = widen(step.w);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constrained);
+    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constraint());
     if (i < count) {
       write_row(to.w + i * columns, w);
       write_row(to.u_hat + i * columns, add(u, rho_over_n(q), w));
@@ -144,6 +180,16 @@ __device__ __forceinline__ void stage(const ParamsView<S>& p, int64_t set, int f
     }
     if (!kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
   }
+}
+
+// The same with what (27) needs of each step and the next.
+template <class Layout, class S, class F, class T = compute_t<S>>
+__device__ __forceinline__ void stage(const ParamsView<S, F>& p, int64_t set, int first, int count,
+                                      const Staged<T, Layout>& to) {
+  constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
+  const int group = int(threadIdx.x) / Layout::lanes;
+  const bool writes = lane_of_row<Layout>() == 0;
+  stage_steps<Layout>(p, set, first, count, to);
   __syncthreads();
   for (int start = 0; start + 1 < count; start += groups) {
     const int i = start + group + 1 < count ? start + group : count - 2;

@@ -30,11 +30,8 @@ class Reader {
   explicit Reader(const char* path) : file_(path, std::ios::binary) {
     file_.exceptions(std::ios::failbit | std::ios::badbit);
   }
-  int64_t number() {
-    int64_t n = 0;
-    file_.read(reinterpret_cast<char*>(&n), sizeof(n));
-    return n;
-  }
+  int64_t number() { return read<int64_t>(); }
+  double real() { return read<double>(); }
   Bytes bytes() {
     Bytes bytes(number());
     file_.read(bytes.data(), bytes.size());
@@ -42,6 +39,12 @@ class Reader {
   }
 
  private:
+  template <class T>
+  T read() {
+    T x = 0;
+    file_.read(reinterpret_cast<char*>(&x), sizeof(x));
+    return x;
+  }
   std::ifstream file_;
 };
 
@@ -82,40 +85,43 @@ Bytes watched(const char* name, int64_t elements, int64_t size, bool output = tr
   return bytes;
 }
 
-void run_problem(Reader& from, Writer& to) {
-  Problem p = {};
-  p.dtype = Dtype(from.number());
-  p.constrained = from.number() != 0, p.amortized = from.number() != 0;
-  p.rows = from.number(), p.sets = from.number();
-  p.dim = int(from.number()), p.steps = int(from.number());
-  set_form(Form(from.number()));
-  host::order_of_blocks = from.number();
-  const bool save = from.number() != 0, packed = from.number() != 0;
-  const Input z(from), u(from), w(from), b(from), grad_z(from), grad_log_det(from);
-  p.z = z.matrix(), p.u = u.params(), p.w = w.params(), p.b = b.params();
+struct Inputs {
+  Input z, u, w, b, grad_z, grad_log_det;
 
-  const int64_t size = size_of(p.dtype), computed = p.dtype == Dtype::float64 ? 8 : 4, D = p.dim, K = p.steps;
-  const auto run = [&](const char* pass, auto&& launcher) {
-    std::string error;
-    try {
-      launcher();
-      error = host::owners.finish();
-    } catch (const std::runtime_error& failed) {
-      host::owners.finish();
-      error = failed.what();
-    }
-    if (!error.empty()) error = std::string(pass) + ": " + error;
-    to.bytes(error.data(), int64_t(error.size()));
-  };
+  explicit Inputs(Reader& from) : z(from), u(from), w(from), b(from), grad_z(from), grad_log_det(from) {}
+};
 
-  const Bytes z_K = watched("z_K", p.rows * D, size), log_det = watched("log_det", p.rows, computed),
-              a = watched("a", save ? K * p.rows : 0, computed);
-  run("forward", [&] { launch_forward({p, z_K.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
-  for (const Bytes* x : {&z_K, &log_det, &a}) to.bytes(x->data(), x->size());
-  if (!save) return;
+// To the answers: what went wrong in the launches, if anything.
+template <class F>
+void run(const char* pass, Writer& to, const F& launches) {
+  std::string error;
+  try {
+    launches();
+    error = host::owners.finish();
+  } catch (const std::runtime_error& failed) {
+    host::owners.finish();
+    error = failed.what();
+  }
+  if (!error.empty()) error = std::string(pass) + ": " + error;
+  to.bytes(error.data(), int64_t(error.size()));
+}
 
-  // Packed: the gradients of u, w and b of each set behind one another, as a linear head's output.
-  const Bytes dz = watched("dz", p.rows * D, size);
+void write(Writer& to, std::initializer_list<const Bytes*> outputs) {
+  for (const Bytes* x : outputs) to.bytes(x->data(), x->size());
+}
+
+int64_t computed_size(const Problem& p) { return p.dtype == Dtype::float64 ? 8 : 4; }
+
+// What a backward starts with.
+struct Incoming {
+  Matrix grad_z;
+  const void* grad_log_det;
+  int64_t grad_log_det_stride;
+};
+
+// dz, du, dw and db. Packed: the gradients of u, w and b of each set behind one another, as a linear head's output.
+void run_backward(Writer& to, const Problem& p, const Incoming& grads, const Bytes& a, const Bytes& dz, bool packed) {
+  const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
   const Bytes du = packed ? watched("dpacked", p.sets * K * (2 * D + 1), size) : watched("du", p.sets * K * D, size);
   const Bytes dw = watched("dw", packed ? 0 : p.sets * K * D, size), db = watched("db", packed ? 0 : p.sets * K, size);
   const auto gradients = [&](const Bytes& alone, int64_t before, int64_t step) {
@@ -125,12 +131,63 @@ void run_problem(Reader& from, Writer& to) {
   const int64_t workspace_size = workspace_bytes(p);
   if (workspace_size % 4) throw std::runtime_error("the workspace is not of whole numbers");
   const Bytes workspace = watched("workspace", workspace_size / 4, 4, false);
-  run("backward", [&] {
-    launch_backward({p, grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0], a.data(), dz.data(),
+  run("backward", to, [&] {
+    launch_backward({p, grads.grad_z, grads.grad_log_det, grads.grad_log_det_stride, a.data(), dz.data(),
                      gradients(du, 0, D), gradients(dw, K * D, D), gradients(db, 2 * K * D, 1), workspace.data()},
                     nullptr);
   });
-  for (const Bytes* x : {&dz, &du, &dw, &db}) to.bytes(x->data(), x->size());
+  write(to, {&dz, &du, &dw, &db});
+}
+
+void run_forward(Writer& to, const Problem& p, const Inputs& inputs, bool save, bool packed) {
+  const int64_t size = size_of(p.dtype), computed = computed_size(p), D = p.dim, K = p.steps;
+  const Bytes z_K = watched("z_K", p.rows * D, size), log_det = watched("log_det", p.rows, computed),
+              a = watched("a", save ? K * p.rows : 0, computed);
+  run("forward", to, [&] { launch_forward({p, z_K.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
+  write(to, {&z_K, &log_det, &a});
+  if (!save) return;
+  const Bytes dz = watched("dz", p.rows * D, size);
+  const Input& grad_log_det = inputs.grad_log_det;
+  run_backward(to, p, {inputs.grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0]}, a, dz, packed);
+}
+
+// As planar_inverse and planar_inverse_backward.
+void run_inverse(Writer& to, Problem p, const Inputs& inputs, bool save, bool packed) {
+  const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
+  const Bytes z_0 = watched("z_0", p.rows * D, size), log_det = watched("log_det", p.rows, size),
+              a = watched("a", save ? K * p.rows : 0, size);
+  run("inverse", to, [&] { launch_inverse({p, z_0.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
+  write(to, {&z_0, &log_det, &a});
+  if (!save) return;
+  const Bytes dz = watched("dz", p.rows * D, size), minus_dz = watched("minus_dz", p.rows * D, size),
+              minus_log_det = watched("minus_log_det", p.rows, size);
+  p.z = {nullptr, 0, 0};
+  run("inverse's adjoint", to, [&] {
+    launch_inverse_adjoint({p, inputs.grad_z.matrix(), inputs.grad_log_det.data(), inputs.grad_log_det.strides[0],
+                            a.data(), dz.data(), minus_dz.data(), minus_log_det.data()},
+                           nullptr);
+  });
+  write(to, {&dz});
+  p.z = {z_0.data(), D, 1};
+  const Bytes dz_0 = watched("dz_0", p.rows * D, size);
+  run_backward(to, p, {{minus_dz.data(), D, 1}, minus_log_det.data(), 1}, a, dz_0, packed);
+}
+
+void run_problem(Reader& from, Writer& to) {
+  Problem p = {};
+  p.dtype = Dtype(from.number());
+  p.formulas.constraint = Constraint(from.number()), p.formulas.activation = Activation(from.number());
+  p.formulas.slope = from.real(), p.formulas.log_det_eps = from.real();
+  p.amortized = from.number() != 0;
+  p.rows = from.number(), p.sets = from.number();
+  p.dim = int(from.number()), p.steps = int(from.number());
+  set_form(Form(from.number()));
+  host::order_of_blocks = from.number();
+  const bool save = from.number() != 0, packed = from.number() != 0, inverse = from.number() != 0;
+  const Inputs inputs(from);
+  p.z = inputs.z.matrix(), p.u = inputs.u.params(), p.w = inputs.w.params(), p.b = inputs.b.params();
+  if (!computes(p)) throw std::runtime_error("the kernels do not compute these formulas");
+  return inverse ? run_inverse(to, p, inputs, save, packed) : run_forward(to, p, inputs, save, packed);
 }
 
 }  // namespace

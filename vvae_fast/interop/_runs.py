@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +83,12 @@ def unfused_state_dict(model: nn.Module, attribute: str) -> dict[str, Tensor]:
 
 
 def load_unfused_state_dict(model: nn.Module, attribute: str, state_dict: dict[str, Tensor]) -> None:
-    """Loads what `unfused_state_dict` gives. Raises ValueError for a missing step, and load_state_dict's errors."""
+    """Loads what `unfused_state_dict` gives. Raises TypeError for what is no state_dict, ValueError for a step that is
+    missing or has another shape, and load_state_dict's errors."""
+    check_state_dict(state_dict)
     prefix, spans = f"{attribute}.", list(_spans(getattr(model, attribute)))
     rest, result = dict(state_dict), {}
-    for name in model.state_dict():
+    for name, own_value in model.state_dict().items():
         names = [name]
         steps = None
         if name.startswith(prefix):
@@ -100,8 +102,25 @@ def load_unfused_state_dict(model: nn.Module, attribute: str, state_dict: dict[s
                 "model as it was before its layers were fused"
             )
         values = [rest.pop(n) for n in names]
+        if steps:
+            check_rows(dict(zip(names, values, strict=True)), (1, *own_value.shape[1:]))
         result[name] = torch.cat(values) if steps else values[0]
     model.load_state_dict({**rest, **result})  # what is left over is its error
+
+
+def check_state_dict(state_dict: object) -> None:
+    """Raises TypeError where it is no mapping, such as a module is."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict of names and tensors, got {type(state_dict).__name__}")
+
+
+def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError where what a state_dict has for a step is no tensor of the shape `wanted`."""
+    for name, row in rows.items():
+        if not isinstance(row, Tensor):
+            raise TypeError(f"state_dict's {name} must be a torch.Tensor, got {type(row).__name__}")
+        if row.shape != wanted:
+            raise ValueError(f"state_dict's {name} must have shape {wanted}, got {tuple(row.shape)}")
 
 
 def _spans(layers: nn.ModuleList) -> Iterator[tuple[int, int | None]]:

@@ -84,7 +84,8 @@ class Planar(PlanarStack):
     """normflows' `Planar(shape, act="tanh", u=None, w=None, b=None)`: u, w [1, *shape] and b [1], its state_dict.
 
     `planar(z)` maps z [*batch, *shape] to (z, log_det [*batch] in nats); `planar.inverse(z)` maps back, for every
-    activation. Works inside a normflows model. Raises ValueError where u, w or b has another shape, and as PlanarStack.
+    activation. Works inside a normflows model. Raises TypeError where u, w or b is no floating tensor, ValueError where
+    one has another shape, and as PlanarStack.
     """
 
     def __init__(
@@ -99,6 +100,9 @@ class Planar(PlanarStack):
         for name, value in (("u", u), ("w", w), ("b", b)):
             if value is None:
                 continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} must be a floating torch.Tensor, got {got}")
             wanted = getattr(self, name).shape
             if value.shape != wanted:
                 raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(value.shape)}: reshape it")

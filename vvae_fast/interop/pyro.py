@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vvae_fast import shapes
 from vvae_fast.distributions import CachedPlanar, flow_options
-from vvae_fast.interop._runs import is_class
+from vvae_fast.interop._runs import check_rows, check_state_dict, is_class
 
 try:  # Pyro's conditional distributions take nothing but its own class
     from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
@@ -86,8 +86,10 @@ class PlanarStack(_PlanarModule):
     def load_pyro_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
         """Loads `{prefix}{k}.bias` [1], `.u` and `.w` [D] of K of Pyro's transforms; other prefixes are left alone.
 
-        Raises ValueError where a step is missing or there is one more, RuntimeError as load_state_dict does.
+        Raises ValueError where a step is missing, has another shape or there is one more, TypeError where state_dict is
+        none.
         """
+        check_state_dict(state_dict)
         own = {name for name in state_dict if name.startswith(prefix)}
         wanted = {name: [f"{prefix}{k}.{name}" for k in range(self.num_steps)] for name in ("bias", "u", "w")}
         names = {name for of_steps in wanted.values() for name in of_steps}
@@ -96,6 +98,8 @@ class PlanarStack(_PlanarModule):
                 f"state_dict must have the bias, u and w of K = {self.num_steps} steps at {prefix!r}, got without "
                 f"{sorted(names - own)} and with {sorted(own - names)}: make the stack with as many steps"
             )
+        for name, of_steps in wanted.items():
+            check_rows({n: state_dict[n] for n in of_steps}, (1,) if name == "bias" else (self.input_dim,))
         rows = {name: [state_dict[n] for n in of_steps] for name, of_steps in wanted.items()}
         self.load_state_dict({name: (torch.cat if name == "bias" else torch.stack)(v) for name, v in rows.items()})
 
@@ -141,11 +145,13 @@ class ConditionedPlanar(CachedPlanar):
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], context: Tensor, cache_size: int = 1):
         super().__init__(flow_options("tanh"), cache_size)
+        _check_callable(nn)
         self.nn, self.context = nn, context
 
     def _params(self) -> tuple[Tensor, Tensor, Tensor]:
         params = self.nn(self.context)
-        if not isinstance(params, (tuple, list)) or len(params) != 3:
+        three = isinstance(params, (tuple, list)) and len(params) == 3 and all(isinstance(p, Tensor) for p in params)
+        if not three:
             raise ValueError(f"nn must give (bias, u, w) of sizes [1, D, D], got {_sizes(params)}")
         bias, u, w = params
         if u.shape != w.shape or bias.shape != (*u.shape[:-1], 1):
@@ -157,7 +163,7 @@ class ConditionedPlanar(CachedPlanar):
             return None
         return self.context, *self.nn.parameters(), *self.nn.buffers()
 
-    def _shape(self, shape: torch.Size) -> torch.Size:
+    def _shape(self, name: str, shape: torch.Size) -> torch.Size:
         return shape  # as Pyro's, which asks nn for nothing and samples as many as there are contexts
 
     def with_cache(self, cache_size: int = 1) -> "ConditionedPlanar":
@@ -174,6 +180,7 @@ class ConditionalPlanar(_ConditionalBase):
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
         super().__init__()
+        _check_callable(nn)
         self.nn = nn
 
     domain = CachedPlanar.domain
@@ -192,6 +199,8 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
 
     Raises TypeError where a transform is no planar one, ValueError where there is none or their sizes differ.
     """
+    if not isinstance(transforms, Iterable):
+        raise TypeError(f"transforms must be a list of planar transforms, got {type(transforms).__name__}")
     layers = list(transforms)
     if not layers:
         raise ValueError("transforms must hold at least one planar transform, got none")
@@ -215,6 +224,11 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
     stack = PlanarStack(dim, len(joined["bias"])).to(joined["u"])
     stack.load_state_dict(joined)
     return stack
+
+
+def _check_callable(nn: object) -> None:
+    if not callable(nn):
+        raise TypeError(f"nn must map context to (bias, u, w), a module or a function, got {type(nn).__name__}")
 
 
 def _reset(transform: _PlanarModule) -> None:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class PlanarStack(_runs.Stack):
     the steps, for x [B, *input_dim], flattened. A batch of one keeps [1], where pythae gives a tensor without
     dimensions. There is no inverse: pythae's steps guarantee none, and nor does it have one.
 
-    log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|, which the fused kernels can run for tanh.
+    log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|.
 
     Raises TypeError or ValueError where dim or num_steps, both at least 1, is not a size, activation none of "linear",
     "tanh", "elu", or log_det_eps no number of at least 0.
@@ -61,7 +62,7 @@ class PlanarStack(_runs.Stack):
         shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
-        shapes.check_formulas(activation, "none", 0.2, log_det_eps)
+        shapes.check_formulas(shapes.Formulas("none", activation, log_det_eps=log_det_eps))
         self.input_dim, self.activation, self.log_det_eps = dim, activation, log_det_eps
         self.w = nn.Parameter(torch.randn(num_steps, dim))
         self.u = nn.Parameter(torch.randn(num_steps, dim))
@@ -101,13 +102,15 @@ class PlanarFlow(PlanarStack):
     Args:
         model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
 
-    Raises ValueError where input_dim is None, and as PlanarStack.
+    Raises ValueError where input_dim is None, TypeError where it is no shape, and as PlanarStack.
     """
 
     def __init__(self, model_config) -> None:
         size = model_config.input_dim
         if size is None:
             raise ValueError("model_config.input_dim must be the shape of a data point, got None: set it")
+        if not isinstance(size, (int, Sequence)) or isinstance(size, str):
+            raise TypeError(f"model_config.input_dim must be a shape or an int, got {type(size).__name__}")
         super().__init__(size if isinstance(size, int) else math.prod(size), 1, model_config.activation)
         self.model_config, self.model_name = model_config, "PlanarFlow"
 
@@ -119,12 +122,14 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     dtype, device and requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are
     new, with the values of the old ones: make the optimizer afterwards.
 
-    log_det_eps=0.0 in place of pythae's 1e-4 is for speed: the fused kernels run the exact log|det|, which differs by
-    at most 1e-4 / |det| nats a step, and is infinite where a determinant is 0.
+    log_det_eps=0.0 in place of pythae's 1e-4 gives the exact log|det|, which differs by at most 1e-4 / |det| nats a
+    step, and is infinite where a determinant is 0.
 
-    Raises TypeError where model has no ModuleList `net`.
+    Raises TypeError where model has no ModuleList `net`, TypeError or ValueError where log_det_eps is no number of at
+    least 0.
     """
     _net(model)
+    shapes.check_formulas(shapes.Formulas("none", log_det_eps=log_det_eps))
     counts = _runs.uses(model)
 
     def key(layer: nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vvae_fast import config, ops
 from vvae_fast.kernels import _heuristics, launch
-from vvae_fast.shapes import Problem, beyond_kernels
+from vvae_fast.shapes import Formulas, Problem
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -41,12 +41,12 @@ def unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda" and not (interpreted and problem.device_type == "cpu"):
         reasons.append(f"the triton backend runs on cuda tensors, got {problem.device_type}")
-    if problem.inverse:
-        reasons.append("the triton backend has no inverse, the reference has")
     most = _heuristics.most_direct_dim(problem.compute_dtype)
-    if problem.dim > most and not launch.BARRIER_ORDERS_MEMORY:
+    if problem.dim > most and problem.inverse:
+        reasons.append(f"the triton backend inverts D up to {most}, got {problem.dim}")
+    elif problem.dim > most and not launch.BARRIER_ORDERS_MEMORY:
         reasons.append(f"on AMD's GPUs the triton backend runs D up to {most}, got {problem.dim}")
-    return reasons + beyond_kernels(problem, "triton")
+    return reasons
 
 
 def _planar() -> ModuleType:
@@ -59,19 +59,74 @@ _DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_forward.name(), _DEVICES)
-def _(z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _planar().planar_forward(z, u, w, b, constrained, save)
+def _(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
+    return _planar().planar_forward(z, u, w, b, formulas, save)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_backward.name(), _DEVICES)
 def _(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, constrained)
+    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
+    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, formulas)
 
 
 @torch.library.impl(ops.OPERATORS["triton"].planar_backward_packed.name(), _DEVICES)
 def _(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    packed: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+    log_det_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, constrained)
+    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
+    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, formulas)
+
+
+@torch.library.impl(ops.OPERATORS["triton"].planar_inverse.name(), _DEVICES)
+def _(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: int, activation: int, slope: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _planar().planar_inverse(z, u, w, b, Formulas.of_numbers(constraint, activation, slope), save)
+
+
+@torch.library.impl(ops.OPERATORS["triton"].planar_inverse_backward.name(), _DEVICES)
+def _(
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z_0: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    constraint: int,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    formulas = Formulas.of_numbers(constraint, activation, slope)
+    return _planar().planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, formulas)

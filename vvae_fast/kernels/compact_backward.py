@@ -21,7 +21,8 @@ from vvae_fast.kernels.compact_chunk import (
 )
 from vvae_fast.kernels.compact_gradients import launch_compact_gradients
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import SATURATED, activate, determinant, h_second
+from vvae_fast.kernels.math import Activation, activate, determinant_gradient, h_second
+from vvae_fast.shapes import Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])
@@ -54,7 +55,8 @@ def compact_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
+    F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta and dz of BLOCK_ROWS rows of one set a program, and the constraint of the set, for compact_gradients.py."""
@@ -77,7 +79,7 @@ def compact_backward_kernel(
         left = tl.where(inside, num_steps - first, 0)  # [R]
         u_at = u + owner * u_set + (first + step)[:, None] * u_step  # [CHUNK, 1]
         w_at = w + owner * w_set + (first + step)[:, None] * w_step  # [CHUNK, 1]
-        c, s, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINED, dtype)  # [CHUNK]
+        c, s, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
         q = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
@@ -93,9 +95,9 @@ def compact_backward_kernel(
         delta_row = delta + first * rows + row  # [R]
         delta_tile = delta_row[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
         a_tile = (a + first * rows + row)[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
-        h, h_prime = activate(tl.load(a_tile, saved, SATURATED))  # [R, CHUNK]
-        r = lambda_[:, None] / determinant(h, h_prime, c[None, :], s[None, :])  # [R, CHUNK]
-        tl.store(delta_tile, q * h_prime + r * c[None, :] * h_second(h, h_prime), saved)
+        h, h_prime = activate(tl.load(a_tile, saved, F.absent), F)  # [R, CHUNK]
+        r = determinant_gradient(lambda_[:, None], h, h_prime, c[None, :], s[None, :], F)  # [R, CHUNK]
+        tl.store(delta_tile, q * h_prime + r * c[None, :] * h_second(h, h_prime, F), saved)
         tl.store(slope[:, None] + step[None, :] * BLOCK_ROWS, h_prime)
         store_gram(scratch, gram)
         if block == 0:
@@ -131,7 +133,7 @@ def launch_compact_backward(
     du: Tensor,
     dw: Tensor,
     db: Tensor,
-    constrained: bool,
+    formulas: Formulas,
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
@@ -151,7 +153,8 @@ def launch_compact_backward(
         *(grad_z, grad_log_det, u, w, a, dz, state, delta, constraint, scratch),
         *(rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*grad_z.stride(), *grad_log_det.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, config.precision),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        config.precision,
         num_warps=config.num_warps,
     )
-    launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, constrained)
+    launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, formulas)

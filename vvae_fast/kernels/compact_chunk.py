@@ -53,7 +53,7 @@ def constrain_chunk(
     steps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """c, s and of_w [CHUNK], where u_hat = u + of_w w, docs/math.md (4), (5)."""
@@ -64,7 +64,7 @@ def constrain_chunk(
         w_k = load_params(w, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
         alpha += tl.sum(w_k * u_k, 1)
         n += tl.sum(w_k * w_k, 1)
-    c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINED)
+    c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINT)
     return c, s, rho * inv_n
 
 
@@ -76,7 +76,7 @@ def store_gram(scratch, gram):
 
 
 @triton.jit
-def scan(a, scratch, rows, left):
+def scan(a, scratch, rows, left, F: tl.constexpr):
     """The pre-activations (9) in the place of P: `a` [R] points to the first step of the chunk; `left` [R] steps
     are there, 0 in rows behind the last."""
     products = ()
@@ -88,7 +88,7 @@ def scan(a, scratch, rows, left):
         a_k = products[k]
         for j in tl.static_range(k):
             a_k += tl.load(scratch + (j * CHUNK + k)) * h[j]
-        h += (activate(a_k)[0],)
+        h += (activate(a_k, F)[0],)
         tl.store(a + k * rows, a_k, left > k)
 
 

@@ -19,7 +19,8 @@ from vvae_fast.kernels.compact_chunk import (
     store_gram,
 )
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import activate, log_abs_determinant
+from vvae_fast.kernels.math import Activation, activate, log_abs_determinant
+from vvae_fast.shapes import Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])
@@ -53,7 +54,8 @@ def compact_forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,  # z, not in memory between chunks
     SHARED: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
+    F: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -83,7 +85,7 @@ def compact_forward_kernel(
     for first in tl.range(0, num_steps, CHUNK, num_stages=1):
         left = num_steps - first
         steps = step < left  # [CHUNK]
-        c, s, of_w = constrain_chunk(u, w, u_col, w_col, steps, D, BLOCK_D, CONSTRAINED, dtype)  # [CHUNK]
+        c, s, of_w = constrain_chunk(u, w, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
         p = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         if IN_REGISTERS:
@@ -106,10 +108,13 @@ def compact_forward_kernel(
         tl.store(a_tile, p + tl.load(b, steps, 0).to(dtype)[None, :], saved)
         store_gram(scratch, gram)
         tl.debug_barrier()
-        scan(a_row, scratch, rows, tl.where(inside, left, 0))
+        scan(a_row, scratch, rows, tl.where(inside, left, 0), F)
         tl.debug_barrier()
-        h, h_prime = activate(tl.load(a_tile, saved, 0))  # [R, CHUNK]
-        sum_of_logs += tl.sum(log_abs_determinant(h, h_prime, c[None, :], s[None, :]), 1)
+        h, h_prime = activate(tl.load(a_tile, saved, 0), F)  # [R, CHUNK]
+        logs = log_abs_determinant(h, h_prime, c[None, :], s[None, :], F)  # [R, CHUNK], 0 behind the last step
+        if F.eps > 0:
+            logs = tl.where(steps[None, :], logs, 0)
+        sum_of_logs += tl.sum(logs, 1)
 
         if IN_REGISTERS:
             z_next = ()
@@ -154,7 +159,7 @@ def launch_compact_forward(
     z_K: Tensor,
     log_det: Tensor,
     a: Tensor,
-    constrained: bool,
+    formulas: Formulas,
     save: bool,
 ) -> None:
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
@@ -174,7 +179,7 @@ def launch_compact_forward(
         *(z, u, w, b, z_K, state, log_det, a, scratch, rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
         *(dim, config.block_dim, config.block_rows, config.in_registers),
-        *(num_sets == 1, constrained, save, config.precision),
+        *(num_sets == 1, formulas.constraint, Activation.of(formulas), save, config.precision),
         num_warps=config.num_warps,
         capped=not config.in_registers,
     )

@@ -9,7 +9,8 @@ from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides
-from vvae_fast.kernels.math import SATURATED, activate, constrain, constrain_backward, determinant
+from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, determinant_gradient
+from vvae_fast.shapes import Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_slices", "num_blocks"])
@@ -37,6 +38,7 @@ def compact_gradients_kernel(
     BLOCK_STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
+    F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One slice, the CHUNK steps of one chunk, and BLOCK_D columns of v and dw or, behind these, BLOCK_STEPS of S."""
@@ -62,7 +64,7 @@ def compact_gradients_kernel(
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
             saved = steps[:, None] & inside[None, :]  # [CHUNK, R]
             mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
-            h, h_prime = activate(tl.load(a + row[None, :], saved, SATURATED))  # [CHUNK, R]
+            h, h_prime = activate(tl.load(a + row[None, :], saved, F.absent), F)  # [CHUNK, R]
             d = tl.load(delta + step[:, None] * rows + row[None, :], saved, 0)  # [CHUNK, R]
             g = tl.load(grad_z + row[:, None] * grad_z_row + col[None, :] * grad_z_col, mask, 0).to(dtype)
             z_0 = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
@@ -71,7 +73,8 @@ def compact_gradients_kernel(
             if tile == 0:
                 lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0)  # [R]
                 db += tl.sum(d, 1)
-                gamma += tl.sum(lambda_[None, :] / determinant(h, h_prime, c[:, None], s[:, None]) * h_prime, 1)
+                r = determinant_gradient(lambda_[None, :], h, h_prime, c[:, None], s[:, None], F)  # [CHUNK, R]
+                gamma += tl.sum(r * h_prime, 1)
         at = step[:, None] * D + col[None, :]  # [CHUNK, BLOCK_D]
         params = steps[:, None] & (col < D)[None, :]  # [CHUNK, BLOCK_D]
         tl.store(partials + at, v, params)
@@ -86,7 +89,8 @@ def compact_gradients_kernel(
         for block in tl.range(first_block, first_block + num_blocks, num_stages=2):
             row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
-            h, _ = activate(tl.load(a + row[None, :], steps[:, None] & inside[None, :], SATURATED))  # [CHUNK, R]
+            saved = steps[:, None] & inside[None, :]  # [CHUNK, R]
+            h, _ = activate(tl.load(a + row[None, :], saved, F.absent), F)  # [CHUNK, R]
             mask = (later < num_steps)[:, None] & inside[None, :]  # [BLOCK_STEPS, R]
             d = tl.load(delta + later[:, None] * rows + row[None, :], mask, 0)  # [BLOCK_STEPS, R]
             triangle = dot(h, tl.trans(d), triangle, PRECISION)
@@ -128,7 +132,7 @@ def compact_finish_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SLICES: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
 ):
     """One step of one set a program: adds the slices and the products with S of (14), and takes them through (6)."""
     dtype: tl.constexpr = partials.dtype.element_ty
@@ -163,7 +167,7 @@ def compact_finish_kernel(
         tl.debug_barrier()  # no thread adds the first slice any more, which v replaces
         tl.store(partials + k * D + at, v, mask)
     gamma = sum_slices(sums + num_steps, size, num_slices, 1, BLOCK_SLICES, k + one, one < 1)  # [1]
-    _, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINED)  # [1]
+    _, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [1]
     dalpha, of_v, of_w_n = constrain_backward(rho, inv_n, rising, falling, q, gamma)  # [1]
     tl.debug_barrier()  # the slices are added by other threads than those that read v
 
@@ -203,7 +207,7 @@ def launch_compact_gradients(
     du: Tensor,
     dw: Tensor,
     db: Tensor,
-    constrained: bool,
+    formulas: Formulas,
 ) -> None:
     """Fills du, dw and db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
@@ -221,7 +225,8 @@ def launch_compact_gradients(
         *(grad_z, grad_log_det, z, a, delta, constraint, partials),
         *(rows, rows_per_set, num_steps, num_sets, num_slices, config.num_blocks),
         *(*grad_z.stride(), *grad_log_det.stride(), *z.stride()),
-        *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1, config.precision),
+        *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1),
+        *(Activation.of(formulas), config.precision),
         num_warps=config.num_warps,
         capped=True,
     )
@@ -232,7 +237,7 @@ def launch_compact_gradients(
         *(u, w, constraint, partials, du, dw, db, num_steps, num_slices),
         *(*set_strides(u, 3), *set_strides(w, 3)),
         *(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2))),
-        *(dim, config.finish_block_dim, 8, constrained),
+        *(dim, config.finish_block_dim, 8, formulas.constraint),
         num_warps=4,
         capped=True,
     )

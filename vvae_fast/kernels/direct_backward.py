@@ -8,7 +8,15 @@ from torch import Tensor
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import SATURATED, activate, constrain, constrain_backward, determinant, h_second
+from vvae_fast.kernels.math import (
+    Activation,
+    activate,
+    constrain,
+    constrain_backward,
+    determinant_gradient,
+    h_second,
+)
+from vvae_fast.shapes import Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])
@@ -47,7 +55,8 @@ def direct_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
+    F: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # there are several blocks
     STAGES: tl.constexpr,
 ):
@@ -88,8 +97,8 @@ def direct_backward_kernel(
         for _ in tl.range(num_steps, num_stages=STAGES):  # z_K from z_0, docs/math.md (10)
             u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
             w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
-            _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
-            h, _ = activate(tl.load(a_at, inside, SATURATED))  # [R]
+            _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
+            h, _ = activate(tl.load(a_at, inside, F.absent), F)  # [R]
             z_k += (u_k + (rho * inv_n)[:, None] * w_k) * h[:, None]
             u_at += u_step
             w_at += w_step
@@ -106,12 +115,12 @@ def direct_backward_kernel(
             u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
             w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
             alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
-            c, s, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINED)  # [S]
+            c, s, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [S]
             u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-            h, h_prime = activate(tl.load(a_at, inside, SATURATED))  # [R]
-            r = lambda_ / determinant(h, h_prime, c, s)  # [R]
+            h, h_prime = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+            r = determinant_gradient(lambda_, h, h_prime, c, s, F)  # [R]
             e = tl.sum(g * u_hat, 1)  # [R]
-            delta = e * h_prime + r * c * h_second(h, h_prime)  # [R]
+            delta = e * h_prime + r * c * h_second(h, h_prime, F)  # [R]
             z_k -= u_hat * h[:, None]  # z_{k-1}
             v = g * h[:, None]  # [R, BLOCK_D]
             dw_k = z_k * delta[:, None]  # [R, BLOCK_D]
@@ -180,7 +189,7 @@ def launch_direct_backward(
     du: Tensor,
     dw: Tensor,
     db: Tensor,
-    constrained: bool,
+    formulas: Formulas,
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
@@ -212,7 +221,8 @@ def launch_direct_backward(
             *(rows, num_steps, num_sets, first_block, of_launch, partial),
             *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
             *to_sets,
-            *(dim, config.block_dim, config.block_rows, shared, constrained, num_blocks > 1, config.num_stages),
+            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
+            *(num_blocks > 1, config.num_stages),
             num_warps=config.num_warps,
             capped=True,
         )

@@ -1,4 +1,5 @@
-"""The forward in the direct form, docs/math.md (1) to (8): z stays in registers, one launch, any parameter sets."""
+"""The forward and the inverse in the direct form, docs/math.md (1) to (8), (17): z stays in registers, one launch, any
+parameter sets."""
 
 import triton
 import triton.language as tl
@@ -7,7 +8,9 @@ from torch import Tensor
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import activate, constrain, log_abs_determinant
+from vvae_fast.kernels.math import Activation, activate, constrain, log_abs_determinant
+from vvae_fast.kernels.root import solve
+from vvae_fast.shapes import Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets"])
@@ -36,11 +39,14 @@ def direct_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
-    CONSTRAINED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
+    F: tl.constexpr,
+    INVERSE: tl.constexpr,
     SAVE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_ROWS rows a program. Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
+    """BLOCK_ROWS rows a program. Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS. The
+    inverse takes z_K for z, the last step first, and leaves z_0 and the roots a of docs/math.md (17)."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -57,6 +63,12 @@ def direct_forward_kernel(
     b += owner * b_set  # [S]
     a += row  # [R]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
+    if INVERSE:
+        last = num_steps.to(tl.int64) - 1
+        u += last * u_step
+        w += last * w_step
+        b += last * b_step
+        a += last * rows
 
     z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
     sum_of_logs = tl.zeros([BLOCK_ROWS], dtype)  # [R]
@@ -64,18 +76,29 @@ def direct_forward_kernel(
         u_k = tl.load(u, params, 0).to(dtype)  # [S, BLOCK_D]
         w_k = tl.load(w, params, 0).to(dtype)  # [S, BLOCK_D]
         b_k = tl.load(b, owned, 0).to(dtype)  # [S]
-        c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINED)  # [S]
+        c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
         a_k = tl.sum(z_k * w_k, 1) + b_k  # [R]
-        h, h_prime = activate(a_k)
-        sum_of_logs += log_abs_determinant(h, h_prime, c, s)
+        if INVERSE:
+            a_k = solve(a_k, c, s, F)
+        h, h_prime = activate(a_k, F)
+        log_of_det = log_abs_determinant(h, h_prime, c, s, F)
         u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-        z_k += u_hat * h[:, None]
         if SAVE:
             tl.store(a, a_k, inside)
+        if INVERSE:
+            sum_of_logs -= log_of_det
+            z_k -= u_hat * h[:, None]
+            u -= u_step
+            w -= w_step
+            b -= b_step
+            a -= rows
+        else:
+            sum_of_logs += log_of_det
+            z_k += u_hat * h[:, None]
+            u += u_step
+            w += w_step
+            b += b_step
             a += rows
-        u += u_step
-        w += w_step
-        b += b_step
     tl.store(z_K + row[:, None] * D + col[None, :], z_k, mask)
     tl.store(log_det + row, sum_of_logs, inside)
 
@@ -88,10 +111,11 @@ def launch_direct_forward(
     z_K: Tensor,
     log_det: Tensor,
     a: Tensor,
-    constrained: bool,
+    formulas: Formulas,
     save: bool,
+    inverse: bool = False,
 ) -> None:
-    """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
+    """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous. The inverse goes from z_K in z to z_0."""
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     config = _heuristics.direct("forward", rows, dim, num_sets == 1, log_det.dtype)
@@ -102,7 +126,8 @@ def launch_direct_forward(
         z,
         *(z, u, w, b, z_K, log_det, a, rows, num_steps, num_sets),
         *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, constrained, save, config.num_stages),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        *(inverse, save, config.num_stages),
         num_warps=config.num_warps,
         capped=True,
     )

@@ -2,13 +2,39 @@
 
 float32 or float64. No libdevice, which Triton's interpreter lacks, and none of the hardware's approximations of tanh
 and exp, which miss the accuracy rule: tanh comes from e^x - 1 at full relative precision. NaN stays NaN.
+
+CONSTRAINT is a name of shapes.CONSTRAINTS, F an `Activation`: kernels are compiled for them.
 """
+
+import functools
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-SATURATED = tl.constexpr(1000.0)  # for `activate`, of rows behind the last: h' = 0, and the determinant is 1
+from vvae_fast.shapes import Formulas
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What the kernels know of the activation when they are compiled. Constants, for as arguments numbers would come as
+    float32."""
+
+    kind: str  # a name of shapes.ACTIVATIONS
+    slope: float  # leaky_relu's below 0
+    eps: float  # inside the logarithm, docs/math.md (31)
+    # The pre-activation of rows behind the last, whose gradients are zeros and have to stay so: h is small, and the
+    # determinant is 1 wherever the gradient of its logarithm divides by it.
+    absent: float
+
+    @classmethod
+    @functools.cache
+    def of(cls, formulas: Formulas) -> "Activation":
+        _, kind, slope, eps = formulas
+        used = float(slope) if kind == "leaky_relu" else 1.0  # another slope compiles nothing new for the others
+        return cls(kind, used, float(eps), 1000.0 if kind in ("tanh", "sigmoid") else 0.0)
 
 
 @triton.jit
@@ -43,28 +69,51 @@ def exp_both(x):
 
 
 @triton.jit
+def quotient(x, y):
+    """x / y to nearly a rounding: `/` is off by up to 2 units in the last place of float32. For y in [1, 2]; PTX's
+    exact division takes so many registers that kernels spill."""
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        inverse = 1 / y
+        q = x * inverse
+        return q + (x - q * y) * inverse  # fused: the remainder is exact
+
+
+@triton.jit
 def log_correction(x, sum):
     """What log(sum) lacks of log(1 + x) where sum is 1 + x rounded, x >= -1/2."""
     return (x - (sum - 1)) / sum
 
 
 @triton.jit
-def constrain(alpha, n, CONSTRAINED: tl.constexpr):
-    """c, s, rho, inv_n, rising and falling, docs/math.md (4) to (6), from alpha = w . u and n = |w|^2."""
-    if not CONSTRAINED:
+def log1p_of_positive(x):
+    return tl.log(1 + x) + log_correction(x, 1 + x)
+
+
+@triton.jit
+def constrain(alpha, n, CONSTRAINT: tl.constexpr):
+    """c, s, rho, inv_n, rising and falling, docs/math.md (4) to (6) or (29), (30), from alpha = w . u and n = |w|^2."""
+    if CONSTRAINT == "none":
         zero = tl.zeros_like(alpha)
         return alpha, 1 + alpha, zero, zero, zero + 1, zero
     e, _ = exp_both(-tl.abs(alpha))
-    log_term = tl.log(1 + e) + log_correction(e, 1 + e)
+    log_term = log1p_of_positive(e)
     nonzero = n >= (2.2250738585072014e-308 if n.dtype == tl.float64 else 1.1754943508222875e-38)
     up = alpha >= 0
     p = 1 / (1 + e)
-    s = tl.where(nonzero, tl.where(up, alpha, 0) + log_term, 1)
+    s = tl.where(up, alpha, 0) + log_term
     rho = tl.where(up, 0, -alpha) + log_term - 1
+    rising = tl.where(up, p, e * p)
+    falling = tl.where(up, e * p, p)
+    if CONSTRAINT == "log_softplus":
+        scale = 1 / (1 + s)  # (30)
+        rising, falling = rising * scale, (falling + s) * scale
+        s = log1p_of_positive(s)
+        rho = s - (1 + alpha)
+    s = tl.where(nonzero, s, 1)
     inv_n = tl.where(nonzero, 1 / tl.where(nonzero, n, 1), 0)
-    rising = tl.where(nonzero, tl.where(up, p, e * p), 0)
-    falling = tl.where(nonzero, tl.where(up, e * p, p), 0)
-    return s - 1, s, rho, inv_n, rising, falling
+    return s - 1, s, rho, inv_n, tl.where(nonzero, rising, 0), tl.where(nonzero, falling, 0)
 
 
 @triton.jit
@@ -76,8 +125,8 @@ def constrain_backward(rho, inv_n, rising, falling, q, gamma):
 
 
 @triton.jit
-def activate(a):
-    """h and h', docs/math.md (2), (7); 1 + |h| = 2 / (1 + e^(-2|a|))."""
+def tanh(a):
+    """tanh and its derivative, docs/math.md (7); 1 + |h| = 2 / (1 + e^(-2|a|))."""
     magnitude_of_a = tl.abs(a)
     e, e_minus_one = exp_both(-2 * magnitude_of_a)
     magnitude = -e_minus_one / (2 + e_minus_one)
@@ -88,22 +137,92 @@ def activate(a):
 
 
 @triton.jit
-def h_second(h, h_prime):
+def activate(a, F: tl.constexpr):
+    """h and h', docs/math.md (2) and the table of (7)."""
+    one = tl.full(a.shape, 1, a.dtype)
+    up = a >= 0
+    if F.kind == "tanh":
+        h, h_prime = tanh(a)
+    elif F.kind == "leaky_relu":
+        h_prime = tl.where(up, one, F.slope)
+        h = a * h_prime
+    elif F.kind == "elu":
+        h_prime, e_minus_one = exp_both(tl.where(up, 0, a))
+        h = tl.where(up, a, e_minus_one)
+    elif F.kind == "sigmoid":
+        e, _ = exp_both(-tl.abs(a))
+        h = quotient(tl.where(up, one, e), 1 + e)  # its error is that of the root where x + c h cancels, (17)
+        h_prime = h * (tl.where(up, e, one) / (1 + e))
+    else:
+        h, h_prime = a, one
+    return h, h_prime
+
+
+@triton.jit
+def rest(h, h_prime, F: tl.constexpr):
+    """1 - h', without a subtraction that cancels."""
+    if F.kind == "tanh":
+        return h * h
+    elif F.kind == "elu":
+        return tl.where(h >= 0, 0, -h)
+    else:
+        return 1 - h_prime
+
+
+@triton.jit
+def h_second(h, h_prime, F: tl.constexpr):
     """h'' at the same point, for docs/math.md (12)."""
-    return -2 * h * h_prime
+    if F.kind == "tanh":
+        return -2 * h * h_prime
+    elif F.kind == "elu":
+        return tl.where(h >= 0, 0, h_prime)
+    elif F.kind == "sigmoid":
+        return h_prime * (1 - 2 * h)
+    else:
+        return tl.zeros_like(h)
 
 
 @triton.jit
-def determinant(h, h_prime, c, s):
-    """docs/math.md (7): 1 + c h', and near its zero the same number as a sum of positive terms."""
+def beyond(x, F: tl.constexpr):
+    """x, further from zero by the eps of docs/math.md (31)."""
+    if F.eps == 0:
+        return x
+    else:
+        return tl.where(x < 0, x - F.eps, x + F.eps)
+
+
+@triton.jit
+def excess(x, F: tl.constexpr):
+    """What docs/math.md (8) adds to 1: c h', and eps with it."""
+    if F.eps == 0:
+        return x
+    else:
+        return x + F.eps
+
+
+@triton.jit
+def determinant(h, h_prime, c, s, F: tl.constexpr):
+    """docs/math.md (7): 1 + c h', and near its zero the same number as a sum of positive terms; with the eps of (31),
+    the number whose logarithm is taken."""
     x = c * h_prime
-    return tl.where((x >= -0.5) | (c < -2), 1 + x, s - c * (h * h))
+    return beyond(tl.where((x >= -0.5) | (c < -2), 1 + x, s - c * rest(h, h_prime, F)), F)
 
 
 @triton.jit
-def log_abs_determinant(h, h_prime, c, s):
+def log_abs_determinant(h, h_prime, c, s, F: tl.constexpr):
     """docs/math.md (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both."""
     x = c * h_prime
-    det = determinant(h, h_prime, c, s)
+    det = determinant(h, h_prime, c, s, F)
     lossy = (x >= -0.5) & (x <= 1.152921504606847e18)  # no correction of infinity
-    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(x, det), 0)
+    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), 0)
+
+
+@triton.jit
+def determinant_gradient(lambda_, h, h_prime, c, s, F: tl.constexpr):
+    """docs/math.md (11): r from lambda, 0 where lambda is 0, as it is for rows behind the last: their determinant may
+    be 0. tanh's there is 1."""
+    r = lambda_ / determinant(h, h_prime, c, s, F)
+    if F.kind == "tanh":
+        return r
+    else:
+        return tl.where(lambda_ == 0, lambda_, r)

@@ -12,36 +12,31 @@ from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.kernels.direct_backward import launch_direct_backward
 from vvae_fast.kernels.direct_forward import launch_direct_forward
+from vvae_fast.kernels.direct_inverse_adjoint import launch_direct_inverse_adjoint
+from vvae_fast.shapes import Formulas
 
 
 def planar_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constrained: bool, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_K [R, D] in z's dtype, log_det [R] and, if `save`, a [K, R] in the dtype of computation."""
-    shapes.check_rows(z, u, w, b)
-    rows, num_steps, dtype = z.shape[0], u.shape[-2], shapes.compute_dtype(z.dtype)
-    z_K = torch.empty_like(z, memory_format=torch.contiguous_format)
-    log_det = z.new_empty(rows, dtype=dtype)
-    a = z.new_empty((num_steps, rows) if save else (0,), dtype=dtype)
-    if rows and num_steps:
+    z_K, log_det, a = _outputs(z, u, w, b, save)
+    if _is_launched(z, u):
         launch_forward = launch_compact_forward if _is_compact(z, u) else launch_direct_forward
-        launch_forward(z, u, w, b, z_K, log_det, a, constrained, save)
-    elif rows:
-        z_K.copy_(z)
-        log_det.zero_()
+        launch_forward(z, u, w, b, z_K, log_det, a, formulas, save)
     return z_K, log_det, a
 
 
 def planar_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z."""
     du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
-    return _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, constrained), du, dw, db
+    return _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas), du, dw, db
 
 
 def planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, constrained: bool
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, formulas: Formulas
 ) -> tuple[Tensor, Tensor]:
     """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db lie behind one another."""
     if z.dim() != 2 or a.dim() != 2:
@@ -52,7 +47,58 @@ def planar_backward_packed(
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
     dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
     params, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
-    return _backward(grad_z, grad_log_det, z, *params, a, *gradients, constrained), dpacked
+    return _backward(grad_z, grad_log_det, z, *params, a, *gradients, formulas), dpacked
+
+
+def planar_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z_0 [R, D] in z's dtype, the inverse map's log_det [R] and, if `save`, the roots a [K, R]: in the direct form."""
+    z_0, log_det, a = _outputs(z, u, w, b, save)
+    _check_direct(z)
+    if _is_launched(z, u):
+        launch_direct_forward(z, u, w, b, z_0, log_det, a, formulas, save, inverse=True)
+    return z_0, log_det, a
+
+
+def planar_inverse_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z_0: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z_0."""
+    shapes.check_rows(z_0, u, w, b)
+    shapes.check_saved(grad_z, grad_log_det, z_0, a, u.shape[-2])
+    _check_direct(z_0)
+    dz, minus_dz = (torch.empty_like(grad_z, memory_format=torch.contiguous_format) for _ in range(2))
+    minus_log_det = torch.empty_like(grad_log_det, memory_format=torch.contiguous_format)
+    if _is_launched(z_0, u):
+        launch_direct_inverse_adjoint(grad_z, grad_log_det, u, w, a, dz, minus_dz, minus_log_det, formulas)
+    else:
+        for t in (dz, minus_dz):
+            t.copy_(grad_z)
+    _, du, dw, db = planar_backward(minus_dz, minus_log_det, z_0, u, w, b, a, formulas)
+    return dz, du, dw, db
+
+
+def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """z_K or z_0, log_det and a, empty where a kernel fills them. Raises ValueError for what does not fit."""
+    shapes.check_rows(z, u, w, b)
+    rows, num_steps, dtype = z.shape[0], u.shape[-2], shapes.compute_dtype(z.dtype)
+    z_out = torch.empty_like(z, memory_format=torch.contiguous_format)
+    log_det = z.new_empty(rows, dtype=dtype)
+    if not _is_launched(z, u):
+        z_out.copy_(z)
+        log_det.zero_()
+    return z_out, log_det, z.new_empty((num_steps, rows) if save else (0,), dtype=dtype)
+
+
+def _is_launched(z: Tensor, u: Tensor) -> bool:
+    return z.shape[0] > 0 and u.shape[-2] > 0
+
+
+def _check_direct(z: Tensor) -> None:
+    most = _heuristics.most_direct_dim(z.dtype)
+    if z.shape[1] > most:
+        raise ValueError(f"z must be [R, D] with D up to {most} for the inverse in {z.dtype}, got {tuple(z.shape)}")
 
 
 def _is_compact(z: Tensor, u: Tensor) -> bool:
@@ -71,16 +117,15 @@ def _backward(
     du: Tensor,
     dw: Tensor,
     db: Tensor,
-    constrained: bool,
+    formulas: Formulas,
 ) -> Tensor:
     """Fills du, dw and db, in which a set's steps are contiguous, and returns dz."""
     shapes.check_rows(z, u, w, b)
-    rows, num_steps = z.shape[0], u.shape[-2]
-    shapes.check_saved(grad_z, grad_log_det, z, a, num_steps)
+    shapes.check_saved(grad_z, grad_log_det, z, a, u.shape[-2])
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    if rows and num_steps:
+    if _is_launched(z, u):
         launch_backward = launch_compact_backward if _is_compact(z, u) else launch_direct_backward
-        launch_backward(grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, constrained)
+        launch_backward(grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
     else:
         dz.copy_(grad_z)
         for t in (du, dw, db):

@@ -1,6 +1,7 @@
 """Planar flows as modules."""
 
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
 from vvae_fast.ops import unpack
-from vvae_fast.shapes import check_formulas, check_size, compute_dtype, is_trailing
+from vvae_fast.shapes import Formulas, check_formulas, check_size, compute_dtype, is_trailing
 
 # The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
 _IDENTITY_ALPHA = {
@@ -34,7 +35,7 @@ class _Planar(nn.Module):
         super().__init__()
         check_size("dim", dim, 1)
         check_size("num_steps", num_steps, 0)
-        check_formulas(activation, constraint, slope)
+        check_formulas(Formulas(constraint, activation, slope))
         if backend is not None:
             check_name(backend)
         self.dim, self.num_steps = dim, num_steps
@@ -48,6 +49,12 @@ class _Planar(nn.Module):
             "constraint": self.constraint,
             "backend": self.backend,
         }
+
+    def _check_z(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        if z.shape[-1:] != (self.dim,):
+            raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
 
     def _u_hat(self, u: Tensor, w: Tensor) -> Tensor:
         dtype = compute_dtype(u.dtype)
@@ -102,10 +109,12 @@ class PlanarFlow(_Planar):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `planar_flow`'s."""
+        self._check_z(z)
         return planar_flow(z, self.u, self.w, self.b, **self._options())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D]."""
+        self._check_z(z)
         return planar_flow_inverse(z, self.u, self.w, self.b, **self._options())
 
     def u_hat(self) -> Tensor:
@@ -114,14 +123,19 @@ class PlanarFlow(_Planar):
 
     def trajectory(self, z: Tensor) -> Tensor:
         """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D]; errors as `planar_flow`'s."""
+        self._check_z(z)
         return self._trajectory(z, self.u, self.w, self.b)
 
     def step(self, k: int) -> "PlanarFlow":
         """The flow of step k alone, k < 0 counting from the end. Its parameters lie in this flow's memory, so that
         training either moves both, and have gradients of their own.
 
-        Raises IndexError where there is no such step.
+        Raises IndexError where there is no such step, TypeError where k is no int.
         """
+        try:
+            k = operator.index(k)
+        except TypeError:
+            raise TypeError(f"k must be an int, got {type(k).__name__}") from None
         if not -self.num_steps <= k < self.num_steps:
             raise IndexError(f"k must be a step of {self.num_steps}, got {k}")
         k %= self.num_steps
@@ -198,8 +212,9 @@ class AmortizedPlanarFlow(_Planar):
         self._check_like_head("context", context)
         packed = self.head(context)
         wanted = (*context.shape[:-1], self.num_steps * (2 * self.dim + 1))
-        if packed.shape != wanted:
-            raise ValueError(f"head must give [*params, K (2 D + 1)] = {wanted}, got {tuple(packed.shape)}")
+        if not isinstance(packed, Tensor) or packed.shape != wanted:
+            got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed).__name__
+            raise ValueError(f"head must give [*params, K (2 D + 1)] = {wanted}, got {got}")
         return packed
 
     def _check_like_head(self, name: str, tensor: Tensor) -> None:
@@ -209,11 +224,8 @@ class AmortizedPlanarFlow(_Planar):
         if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(f"{name} must be {weight.dtype} like the flow, got {tensor.dtype}: convert one of them")
 
-    def _check_z(self, z: Tensor, context: Tensor) -> None:
-        if not isinstance(z, Tensor):
-            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
-        if z.dim() < 1 or z.shape[-1] != self.dim:
-            raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
+    def _check_inputs(self, z: Tensor, context: Tensor) -> None:
+        self._check_z(z)
         params, batch = context.shape[:-1], z.shape[:-1]
         if not is_trailing(params, batch):
             raise ValueError(
@@ -225,13 +237,13 @@ class AmortizedPlanarFlow(_Planar):
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
         packed = self._packed(context)
-        self._check_z(z, context)
+        self._check_inputs(z, context)
         return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
         params = self.params(context)
-        self._check_z(z, context)
+        self._check_inputs(z, context)
         return planar_flow_inverse(z, *params, **self._options())
 
     def u_hat(self, context: Tensor) -> Tensor:
@@ -242,7 +254,7 @@ class AmortizedPlanarFlow(_Planar):
     def trajectory(self, z: Tensor, context: Tensor) -> Tensor:
         """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D] and context [*params, F]."""
         params = self.params(context)
-        self._check_z(z, context)
+        self._check_inputs(z, context)
         return self._trajectory(z, *params)
 
     def extra_repr(self) -> str:

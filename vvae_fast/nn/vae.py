@@ -83,11 +83,23 @@ class VAE(nn.Module):
         self.posterior_head = nn.Linear(self.feature_dim, 2 * latent_dim)
         self._flow_takes_features = getattr(flow, "context_dim", None) is not None
 
-    def forward(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> ElboTerms:
+    def forward(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> ElboTerms:
         """The same as `elbo_terms`."""
-        return self.elbo_terms(x, num_samples, generator)
+        return self.elbo_terms(x, num_samples, generator, noise)
 
-    def elbo_terms(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> ElboTerms:
+    def elbo_terms(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> ElboTerms:
         """-ELBO, reconstruction -E_q[log p(x | z)] and KL(q(z | x) || p(z)) of each data point, in nats.
 
         The KL is exact without a flow (Kingma & Welling 2014, appendix B), and with one the Monte Carlo estimate of
@@ -96,6 +108,8 @@ class VAE(nn.Module):
         Args:
             x: data, [B, *data].
             num_samples: posterior samples of each data point, over which the terms are averaged.
+            noise: standard-normal numbers to make them of, instead of drawing: [B, D], or [num_samples, B, D] for
+                more than one.
 
         Returns:
             ElboTerms of [B] each.
@@ -106,7 +120,10 @@ class VAE(nn.Module):
         check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
         noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
-        noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
+        if noise is None:
+            noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
+        elif noise.shape != noise_shape:
+            raise ValueError(f"noise must be {tuple(noise_shape)}, got {tuple(noise.shape)}")
         if self.flow is None:
             std = (0.5 * posterior.log_var).exp()  # [B, D]
             z = torch.addcmul(posterior.mean, std, noise)  # as noise

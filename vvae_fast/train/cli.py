@@ -1,4 +1,4 @@
-"""The command line: `vvae-fast compare`, `train`, `evaluate` and `info`."""
+"""The command line: `vvae-fast compare`, `train`, `evaluate`, `density` and `info`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ import torch
 
 import vvae_fast
 from vvae_fast import backends
+from vvae_fast.train.density import FitConfig
+from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
+from vvae_fast.train.runconfig import CHOICES, GATED_CONV
 
 BAD_INPUT = 2  # exit codes
 INTERRUPTED = 130
 MOST = 10**7  # bounds that keep a typing error from filling the memory
 MOST_LR = 1e3
+STEPS = [4, 16]  # flow lengths that compare takes where neither options nor a file name any
+HIDDEN = [100]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
+        if arguments.config is not None:
+            arguments = _with_study(parser, arguments, argv)
         arguments.handler(arguments)
     except (DataError, RunError, ModuleNotFoundError) as error:
         return _fail(str(error))
@@ -32,11 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim or --num-samples")
+        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim, --num-samples or --steps")
     except KeyboardInterrupt:
-        print("vvae-fast: interrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        print("vvae-fast: interrupted; the same command goes on after the last finished epoch or fit", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _with_study(parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None):
+    """The arguments once more, with what the study's file says in place of the options' defaults."""
+    from vvae_fast.train.study import load_study
+
+    study = load_study(first.config)
+    first.parser.set_defaults(study=study, seeds=study.seeds, **study.settings)
+    return parser.parse_args(argv)
 
 
 def _fail(message: str) -> int:
@@ -67,15 +84,21 @@ def _one_line(value: object) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.compare import compare, models_to_compare
 
     _check_backend()
+    if arguments.study is not None and (arguments.steps or arguments.shared):
+        raise RunError(f"{arguments.config} says which models to compare; leave --steps and --shared out")
     base, dataset = _configuration(arguments, model="vanilla", num_steps=0, seed=arguments.seeds[0])
-    models = models_to_compare(_unique(arguments.steps), arguments.shared)
-    compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
+    steps = _unique(arguments.steps or STEPS)
+    models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
+    with processes.connected():
+        compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.compare import Model, print_table
     from vvae_fast.train.folder import remove_run
     from vvae_fast.train.progress import Progress
@@ -85,16 +108,21 @@ def _train(arguments: argparse.Namespace) -> None:
     model = Model(arguments.model, 0 if arguments.model == "vanilla" else arguments.steps)
     config, dataset = _configuration(arguments, model=model.kind, num_steps=model.num_steps, seed=arguments.seed)
     out = _out(arguments)
-    if arguments.fresh:
-        remove_run(out)
-    with Progress(1, config.epochs) as progress:
-        progress.start(f"{model.label}, seed {config.seed}")
-        result = run(config, dataset, out, progress.update)
-        progress.finish(result)
-    print_table({model: [result]})
+    with processes.connected():
+        first = processes.is_first()
+        if arguments.fresh and first:
+            remove_run(out)
+        processes.wait_for_all()
+        with Progress(1, config.epochs, quiet=not first) as progress:
+            progress.start(f"{model.label}, seed {config.seed}")
+            result = run(config, dataset, out, progress.update)
+            progress.finish(result)
+    if first:
+        print_table({model: [result]})
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train import processes
     from vvae_fast.train.checkpoints import load_checkpoint
     from vvae_fast.train.data import load_dataset
     from vvae_fast.train.module import CHECKPOINT_KEY
@@ -110,9 +138,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
         )
     vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
+    with processes.connected():
+        scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
+        if not processes.is_first():
+            return
     print(f"{config.name} after epoch {checkpoint['epoch'] + 1}, nats a data point of the test set of {dataset.name}:")
-    for name, value in evaluate(vae, dataset, arguments.num_samples, config.seed).items():
-        print(f"  {name + ':':16}{value:.3f}")
+    for name, value in scores.items():
+        print(f"  {name + ':':16}{value if isinstance(value, int) else format(value, '.3f')}")
+
+
+def _density(arguments: argparse.Namespace) -> None:
+    from vvae_fast.train.density_runs import density
+
+    _check_backend()
+    options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
+    energies, steps = dict.fromkeys(arguments.energies), _unique(arguments.steps)
+    density([FitConfig(energy, k, **options) for energy in energies for k in steps], arguments.out, arguments.fresh)
 
 
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int):
@@ -121,7 +162,12 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
     from vvae_fast.train.runconfig import RunConfig, data_digest
 
     dataset = load_dataset(arguments.data, arguments.root)
+    if arguments.study is not None and arguments.data == arguments.study.settings.get("data", arguments.data):
+        arguments.study.check_splits(dataset)
+    if arguments.network == GATED_CONV and arguments.hidden:
+        raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
     names = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
+    names += ("network", "optimizer", "schedule")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
         model=model,
@@ -129,16 +175,18 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
         seed=seed,
         data=dataset.name,
         data_digest=data_digest(dataset),
-        hidden=tuple(arguments.hidden),
+        hidden=() if arguments.network == GATED_CONV else tuple(arguments.hidden or HIDDEN),
         **settings,
     )
     return config, dataset
 
 
 def _out(arguments: argparse.Namespace) -> Path:
-    """--out, or a folder of its own for each command and data set."""
+    """--out, or a folder of its own for each command and study or data set."""
     if arguments.out is not None:
         return arguments.out
+    if arguments.study is not None:
+        return Path("runs") / f"{arguments.command}-{arguments.study.name}"
     name = "" if arguments.data == "digits" else f"-{Path(arguments.data).stem}"
     return Path("runs") / f"{arguments.command}{name}"
 
@@ -159,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compare = _command(commands, "compare", _compare, "train the vanilla VAE and flow VAEs, print one table")
-    compare.add_argument("--steps", type=_positive, nargs="+", default=[4, 16], metavar="K", help="flow lengths")
+    compare.add_argument("--steps", type=_positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
     compare.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
     _add_run_options(compare)
@@ -175,6 +223,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
     evaluate.add_argument("--root", type=_path, help="MNIST's folder")
     evaluate.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
+    evaluate.add_argument("--config", type=_path, help="a study's YAML file: its data and importance samples")
+
+    density = _command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
+    density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
+    density.add_argument("--steps", type=_positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
+    density.add_argument("--iterations", type=_positive, default=FitConfig.iterations, help="of Adam, for each restart")
+    density.add_argument("--restarts", type=_positive, default=FitConfig.restarts, help="seeds from --seed on")
+    density.add_argument("--seed", type=_seed, default=FitConfig.seed)
+    density.add_argument("--out", type=_path, default=Path("runs") / "density", help="folder of results")
+    density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 
     _command(commands, "info", _info, "say which backends are available, and why not")
     return parser
@@ -189,25 +247,24 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _command(commands, name: str, handler, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
-    parser.set_defaults(handler=handler, command=name)
+    parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
     return parser
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--config", type=_path, help="a study's YAML file, see configs/: its settings replace these options' defaults")
     add("--data", type=_text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
     add("--root", type=_path, help="MNIST's folder, with its original .gz files")
     add("--epochs", type=_positive, default=200)
     add("--batch-size", type=_positive, default=100)
     add("--latent-dim", type=_positive, default=8, help="D")
-    add(
-        "--hidden",
-        type=_positive,
-        nargs="+",
-        default=[100],
-        help="hidden widths of the encoder; the decoder mirrors it",
-    )
-    add("--lr", type=_positive_float, default=3e-3, help="Adam's first learning rate; a cosine takes it to 0")
+    add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
+    hidden = "widths of an MLP's encoder, which the decoder mirrors (default: 100)"
+    add("--hidden", type=_positive, nargs="+", metavar="WIDTH", help=hidden)
+    add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0])
+    add("--lr", type=_positive_float, default=3e-3, help="the learning rate of the first epoch")
+    add("--schedule", choices=CHOICES["schedule"], default=CHOICES["schedule"][0], help="of the learning rate")
     add("--warmup-epochs", type=_natural, default=0, help="epochs in which the weight of the KL grows to 1")
     add("--patience", type=_natural, default=0, help="stop after so many epochs without improvement; 0: never")
     add("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vvae_fast.train import processes
 from vvae_fast.train.data import Dataset
+from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import make_folder, write_json
 from vvae_fast.train.folder import check_folder, remove_run
@@ -20,11 +22,13 @@ RESULTS = "results.json"
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
+    "gap": ("gap", 2),
     "kl": ("KL", 2),
-    "reconstruction": ("reconstruction", 2),
+    "active_units": ("active", 1),
+    "num_parameters": ("parameters", 0),
     "seconds_per_epoch": ("s / epoch", 3),
 }
-TABLE_WIDTH = 110  # a narrower terminal breaks its lines: cells are never cut
+TABLE_WIDTH = 160  # a narrower terminal breaks its lines: cells are never cut
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def compare(
         fresh: delete these runs' folders first.
 
     Returns:
-        {"runs": a record for each run}, as in results.json.
+        {"data", "config", "environment", "runs": a record for each run}, as in results.json.
 
     Raises:
         RunError: before anything is trained, where a folder belongs to another configuration.
@@ -73,22 +77,34 @@ def compare(
         for model in models
     ]
     for _, config in runs:
-        if fresh:
+        if fresh and processes.is_first():
             remove_run(out / config.name)
+        processes.wait_for_all()
         check_folder(config, out / config.name)
     results: dict[Model, list[dict]] = {model: [] for model in models}
-    with Progress(len(runs), base.epochs) as progress:
+    with Progress(len(runs), base.epochs, quiet=not processes.is_first()) as progress:
         for model, config in runs:
             progress.start(f"{model.label}, seed {config.seed}")
             result = run(config, dataset, out / config.name, progress.update)
             progress.finish(result)
             results[model].append(result)
-    content = {"data": base.data, "runs": [{key: r[key] for key in RECORD} for rs in results.values() for r in rs]}
-    write_json(out / RESULTS, content)
-    print_table(results)
-    _plot(base, dataset, results, out)
-    print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
+    content = {
+        "data": base.data,
+        "config": _shared_settings(base),
+        "environment": describe_environment(),
+        "runs": [{key: result[key] for key in RECORD} for rows in results.values() for result in rows],
+    }
+    if processes.is_first():
+        write_json(out / RESULTS, content)
+        print_table(results)
+        _plot(base, dataset, results, out)
+        print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
     return content
+
+
+def _shared_settings(base: RunConfig) -> dict:
+    """The configuration without what differs between the runs."""
+    return {key: value for key, value in base.to_json().items() if key not in ("model", "num_steps", "seed")}
 
 
 def print_table(results: dict[Model, list[dict]]) -> None:
@@ -107,13 +123,17 @@ def print_table(results: dict[Model, list[dict]]) -> None:
     screen.print(table)
     count = len(next(iter(results.values())))
     spread = f"; mean ± standard deviation over {count} seeds" if count > 1 else ""
-    legend = f"Test set, nats a data point: -ELBO = reconstruction + KL; NLL by importance sampling{spread}."
+    legend = (
+        "Test set, nats a data point: -ELBO; NLL by importance sampling; gap = -ELBO - NLL; KL; active: "
+        f"latent dimensions whose posterior mean varies{spread}."
+    )
     screen.print(legend, soft_wrap=True)
 
 
 def _mean_and_spread(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    is_measured = len(values) > 1 and digits > 0  # the others are the same for every seed
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if is_measured else mean
 
 
 def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:

@@ -40,6 +40,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def check_equal(wanted: dict, content: dict, path: Path) -> None:
+    """Raises RunError where `content`, the configuration that `path` records, is not the one that is `wanted`."""
+    differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
+    if differing:
+        key = differing[0]
+        raise RunError(
+            f"{path} belongs to another run ({key} is {content.get(key)} there, {wanted.get(key)} here); "
+            "use --fresh to replace it or choose another --out"
+        )
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents. Raises RunError where it cannot."""
     try:

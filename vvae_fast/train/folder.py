@@ -10,24 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vvae_fast.train.checkpoints import BEST, LAST, PREVIOUS, load_last
-from vvae_fast.train.files import RunError, read_json
+from vvae_fast.train.files import RunError, check_equal, read_json
 from vvae_fast.train.module import CHECKPOINT_KEY
-from vvae_fast.train.runconfig import RECORD, RESULT_KEYS, RunConfig, is_config, is_history, is_number
+from vvae_fast.train.runconfig import (
+    ADDED,
+    RECORD,
+    RESULT_KEYS,
+    RunConfig,
+    is_config,
+    is_history,
+    is_number,
+    with_defaults,
+)
 
-CONFIG, RESULT, LOCK, CSV, TENSORBOARD = "config.json", "result.json", "lock", "csv", "tensorboard"
-CONTENTS = {CONFIG, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PREVIOUS}
+CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
+LOCK, CSV, TENSORBOARD = "lock", "csv", "tensorboard"
+CONTENTS = {CONFIG, ENVIRONMENT, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PREVIOUS}
 
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:
     """Raises RunError where `content`, the configuration that `path` records, is not `config`."""
-    wanted = config.to_json()
-    differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
-    if differing:
-        key = differing[0]
-        raise RunError(
-            f"{path} belongs to another run ({key} is {content.get(key)} there, {wanted.get(key)} here); "
-            "use --fresh to replace it or choose another --out"
-        )
+    check_equal(config.to_json(), with_defaults(content), path)
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
@@ -40,11 +43,16 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         check_same(config, checkpoint[CHECKPOINT_KEY]["config"], path)
 
 
-def load_result(config: RunConfig, folder: Path) -> dict:
-    """The finished run's result. Raises RunError where the file is none, or another run's."""
+def load_result(config: RunConfig, folder: Path) -> dict | None:
+    """The finished run's result; None where there is none, or one without the scores that were ADDED later.
+
+    Raises RunError where the file is not a result, or another run's.
+    """
     path = folder / RESULT
+    if not path.exists():
+        return None
     result = read_json(path)
-    if not _is_result(result):
+    if not _is_result({**dict.fromkeys(ADDED, 0), **result}):
         raise RunError(f"{path} is not a result of vvae-fast; remove it or use --fresh")
     for key in ("model", "num_steps", "seed"):
         wanted = getattr(config, key)
@@ -52,7 +60,7 @@ def load_result(config: RunConfig, folder: Path) -> dict:
             raise RunError(
                 f"{path} is another run's ({key} is {result[key]} there, {wanted} here); remove it or use --fresh"
             )
-    return result
+    return result if result.keys() >= ADDED else None
 
 
 def _is_result(result: dict) -> bool:

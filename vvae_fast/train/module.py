@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.train import processes
 from vvae_fast.train.extras import require
+from vvae_fast.train.networks import build_optimizer
 from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
+from vvae_fast.train.runconfig import RunConfig
 
 lightning = require("lightning.pytorch")
 
@@ -21,18 +25,23 @@ MONITOR = "val/neg_elbo"
 CHECKPOINT_KEY = "vvae_fast"  # our part of a checkpoint: {"config", "history", "stopped"}
 
 
+class Share(NamedTuple):
+    """This process's rows of a batch, x [B, P], which start at row `first` of the batch's `batch_size`."""
+
+    x: Tensor
+    first: int
+    batch_size: int
+
+
 class VAEModule(lightning.LightningModule):
-    """Trains a VAE with Adam, whose learning rate falls along `lr_factor`.
+    """Trains a VAE as its configuration says.
 
     What an epoch draws depends on (seed, epoch) alone, so that a resumed run repeats it.
 
     Args:
         vae: the model.
-        lr: Adam's learning rate in the first epoch.
-        epochs: the number of epochs over which it falls.
-        warmup_epochs: epochs of KL warm-up, see `kl_weight`.
-        seed: of the noise; it reseeds torch's global generators at the start of each epoch.
-        config: saved in every checkpoint, plain numbers and strings.
+        config: the optimiser, its learning rate and schedule, the KL warm-up and the seed of the noise, which reseeds
+            torch's global generators at the start of each epoch. It is saved in every checkpoint.
         report: called with "training" and the history after each epoch, before its checkpoint is written.
 
     Attributes:
@@ -40,33 +49,26 @@ class VAEModule(lightning.LightningModule):
             val_neg_elbo, val_reconstruction and val_kl.
     """
 
-    def __init__(
-        self,
-        vae: VAE,
-        lr: float,
-        epochs: int,
-        warmup_epochs: int = 0,
-        seed: int = 0,
-        config: dict | None = None,
-        report: Report | None = None,
-    ):
+    def __init__(self, vae: VAE, config: RunConfig, report: Report | None = None):
         super().__init__()
-        self.vae = vae
-        self.lr, self.epochs, self.warmup_epochs, self.seed = lr, epochs, warmup_epochs, seed
-        self.config = config or {}
-        self.report = report
+        self.vae, self.config, self.report = vae, config, report
         self.history: list[dict[str, float]] = []
         self._record: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        return build_optimizer(self.config, self)
 
-    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Share:
+        rows = processes.share(len(batch), processes.rank(), processes.count())
+        return Share(batch[rows], rows.start, len(batch))
+
+    def training_step(self, batch: Share, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self._start_epoch()
-        terms = self.vae(x)
-        self._train_mean.add(terms[:1], len(x))
-        return free_energy(terms, self._record["beta"])
+        terms = self._terms(batch)
+        self._train_mean.add(terms[:1], len(batch.x))
+        # Gradients are averaged over the processes: summed over the batch's rows, divided by the number of processes.
+        return free_energy(terms, self._record["beta"], batch.batch_size) * processes.count()
 
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
         if batch_idx + 1 == self.trainer.num_training_batches:
@@ -75,11 +77,11 @@ class VAEModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # The same noise in every epoch: what differs between epochs is the model.
-        self._val_generator = torch.Generator(self.device).manual_seed(self.seed)
+        self._val_generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self._val_mean = _RunningMean()
 
-    def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        self._val_mean.add(self.vae(x, generator=self._val_generator), len(x))
+    def validation_step(self, batch: Share, batch_idx: int) -> None:
+        self._val_mean.add(self._terms(batch, self._val_generator), len(batch.x))
 
     def on_validation_epoch_end(self) -> None:
         values = dict(zip(ElboTerms._fields, self._val_mean.items(), strict=True))
@@ -97,18 +99,27 @@ class VAEModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         stopped = self.trainer.should_stop
-        checkpoint[CHECKPOINT_KEY] = {"config": self.config, "history": self.history, "stopped": stopped}
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": self.config.to_json(),
+            "history": self.history,
+            "stopped": stopped,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.history = checkpoint[CHECKPOINT_KEY]["history"]
 
+    def _terms(self, batch: Share, generator: torch.Generator | None = None) -> ElboTerms:
+        """The terms of this process's rows, with their part of the noise that one process would draw."""
+        noise = torch.randn(batch.batch_size, self.vae.latent_dim, generator=generator, device=self.device)
+        return self.vae(batch.x, noise=noise[batch.first : batch.first + len(batch.x)])
+
     def _start_epoch(self) -> None:
-        epoch = self.current_epoch
+        epoch, config = self.current_epoch, self.config
         self._started = time.perf_counter()
-        torch.manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        torch.manual_seed(zlib.crc32(f"{config.seed} {epoch}".encode()))
         for group in self.optimizers().param_groups:
-            group["lr"] = self.lr * lr_factor(epoch, self.epochs)
-        self._record = {"epoch": epoch, "beta": kl_weight(epoch, self.warmup_epochs)}
+            group["lr"] = config.lr * lr_factor(epoch, config.epochs, config.schedule)
+        self._record = {"epoch": epoch, "beta": kl_weight(epoch, config.warmup_epochs)}
         self._train_mean = _RunningMean()
 
 
@@ -124,4 +135,6 @@ class _RunningMean:
         self.count += count
 
     def items(self) -> list[float]:
-        return (self.sums / self.count).tolist()
+        """Over all processes' data points."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        return (processes.sum_over_all(self.sums) / processes.sum_over_all(count).item()).tolist()

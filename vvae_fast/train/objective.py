@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from vvae_fast.nn.vae import ElboTerms
+from vvae_fast.train.runconfig import COSINE
 
 
 def kl_weight(epoch: int, warmup_epochs: int) -> float:
@@ -17,13 +18,17 @@ def kl_weight(epoch: int, warmup_epochs: int) -> float:
     return min(1.0, (epoch + 1) / (warmup_epochs + 1))
 
 
-def lr_factor(epoch: int, epochs: int) -> float:
-    """The learning rate's factor in an epoch, counted from 0: half a cosine that falls from 1 towards 0."""
-    return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+def lr_factor(epoch: int, epochs: int, schedule: str = COSINE) -> float:
+    """The learning rate's factor in an epoch, counted from 0: 1, or half a cosine that falls from 1 towards 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * epoch / epochs)) if schedule == COSINE else 1.0
 
 
-def free_energy(terms: ElboTerms, beta: float) -> Tensor:
-    """reconstruction + beta KL, averaged over the batch, in nats: -ELBO where beta = 1."""
+def free_energy(terms: ElboTerms, beta: float, count: int | None = None) -> Tensor:
+    """reconstruction + beta KL, summed over the rows and divided by `count`, in nats: -ELBO where beta = 1.
+
+    count is by default the number of rows: the mean.
+    """
+    count = len(terms.kl) if count is None else count
     if beta == 1.0:
-        return terms.neg_elbo.mean()
-    return (terms.reconstruction + beta * terms.kl).mean()
+        return terms.neg_elbo.sum() / count
+    return (terms.reconstruction + beta * terms.kl).sum() / count

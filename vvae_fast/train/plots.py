@@ -20,7 +20,7 @@ NUM_POSTERIOR_SAMPLES = 20_000
 
 def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> None:
     """Validation -ELBO over the epochs, a colour for each model and a line for each seed."""
-    figure = _figure(7.0, 4.5)
+    figure = make_figure(7.0, 4.5)
     axes = figure.add_subplot()
     finals = []
     for number, (model, runs) in enumerate(histories.items()):
@@ -37,7 +37,7 @@ def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> No
     axes.set_xlabel("epoch")
     axes.set_ylabel("-ELBO on the validation set (nats)")
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_reconstructions(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
@@ -68,7 +68,7 @@ def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
     with torch.no_grad():
         row, *dims = _most_correlated(vae.posterior_sample(x, 200, generator).z_K)
         drawn = vae.posterior_sample(x[row : row + 1], NUM_POSTERIOR_SAMPLES, generator)
-    figure = _figure(8.0, 4.2)
+    figure = make_figure(8.0, 4.2)
     panels = {"before the flow: q(z_0 | x)": drawn.z_0, "after the flow: q(z_K | x)": drawn.z_K}
     for number, (title, z) in enumerate(panels.items()):
         axes = figure.add_subplot(1, 2, number + 1)
@@ -76,7 +76,7 @@ def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
         axes.set_title(title)
         axes.set_xlabel(f"latent dimension {dims[0]}")
         axes.set_ylabel(f"latent dimension {dims[1]}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _most_correlated(z: Tensor) -> tuple[int, int, int]:
@@ -93,20 +93,22 @@ def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> No
     shape = dataset.image_shape or (1, dataset.test[0].numel())
     top = dataset.total_count or 1
     limits = {} if dataset.likelihood == "gaussian" else {"vmin": 0, "vmax": top}
-    figure = _figure(0.8 * count + 1.0, 0.9 * len(rows))
+    figure = make_figure(0.8 * count + 1.0, 0.9 * len(rows))
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, x), line in zip(rows.items(), grid, strict=True):
         for image, axes in zip(x, line, strict=False):
             axes.imshow(image.reshape(shape).numpy(), cmap="gray", aspect="auto", **limits)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float):
+def make_figure(width: float, height: float):
+    """An empty matplotlib figure of this size in inches."""
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
+    """Writes a PNG in one step; the same figure gives the same bytes."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

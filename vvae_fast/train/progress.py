@@ -12,15 +12,17 @@ ROUTINE = ("training", "evaluating")  # any other stage is news, told at once
 
 
 class Progress:
-    """Shows how far a series of runs is. Use as a context manager; call `start` for each run, then `update`.
+    """Shows how far a series of runs is. Use as a context manager; call `start` for each run, then `update`, `finish`,
+    or, where a run is no VAE's training, `show`, `conclude`.
 
     Args:
         num_runs: the length of the series.
         epochs: the most epochs a run can have.
+        quiet: show nothing.
     """
 
-    def __init__(self, num_runs: int, epochs: int):
-        self.console = require("rich.console").Console()
+    def __init__(self, num_runs: int, epochs: int, quiet: bool = False):
+        self.console = require("rich.console").Console(quiet=quiet)
         self.num_runs, self.epochs = num_runs, epochs
         self.run, self.title, self.printed_at = 0, "", 0.0
         self.bar = None
@@ -53,20 +55,30 @@ class Progress:
 
     def update(self, stage: str, history: list[dict]) -> None:
         """A run's stage and the records of its finished epochs (see VAEModule)."""
+        detail = ""
+        if history:
+            detail = f", epoch {len(history)}/{self.epochs}, validation -ELBO {history[-1]['val_neg_elbo']:.2f}"
+        self.show(stage, detail, len(history))
+
+    def finish(self, result: dict) -> None:
+        """The run has ended with a result (see runs.run)."""
+        self.conclude(f"-ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}")
+
+    def show(self, stage: str, detail: str, completed: int) -> None:
+        """A run's stage, what to say of it, and how many of its epochs, or what it counts instead, are completed."""
         text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
         if stage not in ROUTINE:
             self._print(text)
-        if history:
-            text += f", epoch {len(history)}/{self.epochs}, validation -ELBO {history[-1]['val_neg_elbo']:.2f}"
+        text += detail
         if self.bar is not None:
-            completed = (self.run - 1) * self.epochs + len(history)
+            completed += (self.run - 1) * self.epochs
             self.bar.update(self.task, completed=completed, description=text)
         elif time.monotonic() - self.printed_at >= LINE_SECONDS:
             self._print(text)
 
-    def finish(self, result: dict) -> None:
-        """The run has ended with a result (see runs.run)."""
-        text = f"[{self.run}/{self.num_runs}] {self.title}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}"
+    def conclude(self, scores: str) -> None:
+        """The run has ended with these scores."""
+        text = f"[{self.run}/{self.num_runs}] {self.title}: {scores}"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.run * self.epochs, description=text)
         else:

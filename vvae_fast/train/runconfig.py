@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from vvae_fast.train.data import SPLITS, Dataset
 
 VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
 MODELS = (VANILLA, AMORTIZED, SHARED)
+MLP, GATED_MLP, GATED_CONV = "mlp", "gated-mlp", "gated-conv"
+ADAM, ADAMAX = "adam", "adamax"
+COSINE, CONSTANT = "cosine", "constant"
+CHOICES = {
+    "model": MODELS,
+    "network": (MLP, GATED_MLP, GATED_CONV),
+    "optimizer": (ADAM, ADAMAX),
+    "schedule": (COSINE, CONSTANT),
+}
 # Keys of a result and of an epoch's record in its history.
-RECORD = ("model", "num_steps", "seed", "neg_elbo", "nll", "kl", "reconstruction", "seconds_per_epoch")
+SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
+RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch")
 RESULT_KEYS = {*RECORD, "best_epoch", "history"}
+ADDED = {"gap", "active_units", "num_parameters"}  # the first results had none; a finished run is evaluated for them
 EPOCH_KEYS = {"epoch", "beta", "seconds", "train_neg_elbo", "val_neg_elbo", "val_reconstruction", "val_kl"}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum."""
+    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum.
+
+    A field with a default was added later: what an older version wrote lacks it, and had that value.
+    """
 
     model: str
     num_steps: int
@@ -28,11 +42,14 @@ class RunConfig:
     epochs: int
     batch_size: int
     latent_dim: int
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...]  # the encoder's widths; none for gated-conv, which has its own
     lr: float
     warmup_epochs: int
     patience: int  # epochs without a better validation -ELBO after which to stop; 0 for never
     num_samples: int  # importance samples of the NLL
+    network: str = MLP
+    optimizer: str = ADAM
+    schedule: str = COSINE  # of the learning rate
 
     @property
     def name(self) -> str:
@@ -48,12 +65,23 @@ class RunConfig:
         return cls(**{**content, "hidden": tuple(content["hidden"])})
 
 
+def with_defaults(content: dict) -> dict:
+    """A configuration's JSON object with the fields that an older version did not write."""
+    defaults = {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
+    return {**defaults, **content}
+
+
 def is_config(content: object) -> bool:
-    """Whether this is what RunConfig.to_json returns: exactly its fields, with values of their types."""
+    """Whether this is what RunConfig.to_json of this version or an older one returns, with values of their types."""
     kinds = {field.name: field.type for field in fields(RunConfig)}
-    if not isinstance(content, dict) or content.keys() != kinds.keys():
+    if not isinstance(content, dict) or (content := with_defaults(content)).keys() != kinds.keys():
         return False
-    return all(_has_type(content[name], kind) for name, kind in kinds.items()) and content["model"] in MODELS
+    if not all(_has_type(content[name], kind) for name, kind in kinds.items()):
+        return False
+    has_widths = len(content["hidden"]) > 0
+    return has_widths != (content["network"] == GATED_CONV) and all(
+        content[name] in choices for name, choices in CHOICES.items()
+    )
 
 
 def is_history(content: object) -> bool:
@@ -70,7 +98,7 @@ def is_number(value: object) -> bool:
 
 def _has_type(value: object, kind: str) -> bool:
     if kind == "tuple[int, ...]":
-        return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
+        return isinstance(value, list) and all(type(item) is int for item in value)
     return {"str": isinstance(value, str), "int": type(value) is int, "float": is_number(value)}[kind]
 
 

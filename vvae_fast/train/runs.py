@@ -8,74 +8,47 @@ import signal
 import statistics
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from vvae_fast.nn.likelihoods import make_likelihood
-from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
-from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
-from vvae_fast.nn.vae import VAE, ElboTerms
+from vvae_fast.config import local_processes
+from vvae_fast.nn.vae import VAE
+from vvae_fast.train import processes
 from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
 from vvae_fast.train.data import Dataset, make_loaders
+from vvae_fast.train.environment import describe_environment
+from vvae_fast.train.evaluation import evaluate
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import RunError, make_folder, write_json
-from vvae_fast.train.folder import CONFIG, CSV, RESULT, TENSORBOARD, check_folder, check_same, load_result, locked
+from vvae_fast.train.folder import (
+    CONFIG,
+    CSV,
+    ENVIRONMENT,
+    RESULT,
+    TENSORBOARD,
+    check_folder,
+    check_same,
+    load_result,
+    locked,
+)
 from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.runconfig import SHARED, VANILLA, RunConfig
+from vvae_fast.train.networks import build_vae
+from vvae_fast.train.runconfig import RunConfig
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
 environments = require("lightning.pytorch.plugins.environments")
 
-EVALUATION_BATCH = 100  # rows
 THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
-ELBO_SAMPLES = 50  # posterior samples a test row for -ELBO, KL and reconstruction
-
-
-def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
-    """The MLP VAE of a configuration, freshly initialised from torch's global generator."""
-    likelihood = make_likelihood(dataset.likelihood, total_count=dataset.total_count)
-    data_dim = dataset.train[0].numel()
-    encoder = torch.nn.Sequential(_Rescale(*_data_scale(dataset)), *mlp_encoder(data_dim, *config.hidden))
-    decoder = mlp_decoder(config.latent_dim, *reversed(config.hidden), likelihood.num_params * data_dim)
-    return VAE(encoder, decoder, config.latent_dim, _build_flow(config), likelihood, config.hidden[-1])
-
-
-def _build_flow(config: RunConfig) -> torch.nn.Module | None:
-    if config.model == VANILLA:
-        return None
-    if config.model == SHARED:
-        return PlanarFlow(config.latent_dim, config.num_steps)
-    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, config.hidden[-1])
-
-
-def _data_scale(dataset: Dataset) -> tuple[float, float]:
-    """(shift, scale) that bring the encoder's inputs to the size that linear layers are initialised for."""
-    if dataset.likelihood == "binomial":
-        return 0.0, float(dataset.total_count)
-    if dataset.likelihood == "gaussian":
-        return dataset.train.mean().item(), dataset.train.std().item() or 1.0
-    return 0.0, 1.0
-
-
-class _Rescale(torch.nn.Module):
-    """x -> (x - shift) / scale."""
-
-    def __init__(self, shift: float, scale: float):
-        super().__init__()
-        self.shift, self.scale = shift, scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self.shift) / self.scale if (self.shift, self.scale) != (0.0, 1.0) else x
 
 
 def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> dict:
     """Trains, or goes on training, and evaluates the best epoch; a finished run is read from its folder.
 
     Returns:
-        the result: model, num_steps, seed; neg_elbo, nll, kl, reconstruction (nats a test row, all costs);
+        the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
         seconds_per_epoch (the median time of a training epoch), best_epoch and history (see VAEModule).
 
     Raises:
@@ -83,18 +56,22 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """
     check_folder(config, folder)
-    if (folder / RESULT).exists():
-        result = load_result(config, folder)
+    result = load_result(config, folder)
+    if result is not None:
         if report is not None:
             report("already finished", result["history"])
         return result
     make_folder(folder)
-    with locked(folder):
+    with locked(folder) if processes.is_first() else nullcontext():
         check_folder(config, folder)  # again: another process may have come first
-        write_json(folder / CONFIG, config.to_json())
         with _quiet_lightning(), _few_threads(config, dataset):
+            if processes.is_first():
+                write_json(folder / CONFIG, config.to_json())
+                write_json(folder / ENVIRONMENT, describe_environment())
             result = _fit_and_evaluate(config, dataset, folder, report)
-        write_json(folder / RESULT, result)
+        if processes.is_first():
+            write_json(folder / RESULT, result)
+        processes.wait_for_all()
     return result
 
 
@@ -113,6 +90,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
         "num_steps": config.num_steps,
         "seed": config.seed,
         **scores,
+        "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
         "best_epoch": best_epoch,
         "history": history,
@@ -135,7 +113,7 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         if report is not None:
             history = last[1][CHECKPOINT_KEY]["history"]
             report(f"resuming after epoch {len(history)}", history)
-    module = VAEModule(vae, config.lr, config.epochs, config.warmup_epochs, config.seed, config.to_json(), report)
+    module = VAEModule(vae, config, report)
     trainer = _make_trainer(config, folder)
     train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
     interrupt = signal.getsignal(signal.SIGINT)
@@ -174,24 +152,6 @@ def _load_weights(vae: VAE, checkpoint: dict, path: Path) -> None:
         raise RunError(f"{path} is a checkpoint of another model; remove it or use --fresh") from error
 
 
-@torch.no_grad()
-def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[str, float]:
-    """neg_elbo, kl, reconstruction and nll (importance sampling), averaged over the test set, in nats."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(seed)
-    vae.to(device)
-    sums = dict.fromkeys((*ElboTerms._fields, "nll"), 0.0)
-    _, _, test = make_loaders(dataset, EVALUATION_BATCH, seed)
-    for x in test:
-        x = x.to(device)
-        terms = vae.elbo_terms(x, ELBO_SAMPLES, generator)._asdict()
-        terms["nll"] = -vae.log_likelihood(x, num_samples, generator=generator)
-        for name, values in terms.items():
-            sums[name] += values.double().sum().item()
-    vae.cpu()
-    return {name: value / len(dataset.test) for name, value in sums.items()}
-
-
 def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     ours = checkpoint[CHECKPOINT_KEY]
     return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
@@ -202,16 +162,20 @@ def _make_trainer(config: RunConfig, folder: Path):
     # Without a patience it stops at the first validation -ELBO that is not finite.
     patience = config.patience or config.epochs
     stopping = callbacks.EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)
+    environment = environments.TorchElasticEnvironment if processes.count() > 1 else environments.LightningEnvironment
     return lightning.Trainer(
         max_epochs=config.epochs,
         accelerator="auto",
-        devices=1,
+        devices=local_processes(),
+        num_nodes=processes.count() // local_processes(),
+        strategy="ddp" if processes.count() > 1 else "auto",
+        use_distributed_sampler=False,  # each process takes its share of every batch, see VAEModule
         callbacks=[stopping, *checkpoint_callbacks(folder)],
         logger=[
             loggers.CSVLogger(folder, name=CSV),  # a new version for each start: it would delete the old one's rows
             loggers.TensorBoardLogger(folder, name=TENSORBOARD, version=""),
         ],
-        plugins=[AtomicCheckpointIO(), environments.LightningEnvironment()],
+        plugins=[AtomicCheckpointIO(), environment()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -241,6 +205,8 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # Config and logs lie there too, and so do the checkpoints when a run goes on.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            # Every process logs what `processes.sum_over_all` made the same for all.
+            warnings.filterwarnings("ignore", "It is recommended to use `self.log.* sync_dist=True")
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
             yield
     finally:

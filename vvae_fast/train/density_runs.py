@@ -1,0 +1,131 @@
+"""`vvae-fast density`: flows of several lengths fitted to several energies, each once; one table, one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vvae_fast.nn.planar import PlanarFlow
+from vvae_fast.train.density import BOX, POINTS, Divergence, FitConfig, Restart, fit, make_grid
+from vvae_fast.train.density_plots import plot_fits
+from vvae_fast.train.energies import TAPER_START, TAPER_WIDTH
+from vvae_fast.train.extras import require
+from vvae_fast.train.files import RunError, check_equal, make_folder, read_json, write_json
+from vvae_fast.train.folder import locked
+from vvae_fast.train.progress import Progress
+
+RESULTS, FIGURE = "results.json", "figure.png"
+QUADRATURE = {"box": BOX, "points": POINTS, "taper_start": TAPER_START, "taper_width": TAPER_WIDTH}
+PARAMETERS = ("u", "w", "b")
+COLUMN_WIDTH = 16
+
+
+def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
+    """Fits every configuration that `out` does not hold yet; prints the table, writes results.json and the figure.
+
+    Returns the configurations' records, as in results.json, which keeps the others that it held as well.
+
+    Raises:
+        RunError: before anything is fitted, where results.json is none, or has a fit of the same energy and length
+            with another configuration and `fresh` is not asked for.
+        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished fit.
+    """
+    make_folder(out)
+    with locked(out):
+        path = out / RESULTS
+        records = {} if fresh or not path.exists() else _load(path)
+        for config in configs:
+            if config.label in records:
+                check_equal(config.to_json(), records[config.label]["config"], path)
+        with Progress(len(configs), configs[0].restarts * configs[0].iterations) as progress:
+            for config in configs:
+                progress.start(config.label)
+                if config.label in records:
+                    progress.show("already finished", "", 0)
+                else:
+                    records[config.label] = _fit(config, progress)
+                    write_json(path, {"quadrature": QUADRATURE, "fits": list(records.values())})
+                progress.conclude(f"KL {records[config.label]['kl']:.4f}")
+        wanted = [records[config.label] for config in configs]
+        print_table(wanted)
+        plot_records(wanted, out / FIGURE)
+    print(f"\n{path} and {FIGURE} beside it are written.")
+    return wanted
+
+
+def _fit(config: FitConfig, progress: Progress) -> dict:
+    def report(iterations: int) -> None:
+        progress.show("training", f", iteration {iterations}/{config.restarts * config.iterations}", iterations)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step is too small to share, and sums over the grid keep their order
+    try:
+        return to_record(config, fit(config, make_grid(), report))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def to_record(config: FitConfig, restarts: Sequence[Restart]) -> dict:
+    """What results.json holds of a fit: the best restart's divergence and parameters, and every restart's KL."""
+    best = restarts[0]
+    return {
+        "config": config.to_json(),
+        **best.divergence._asdict(),
+        "seed": best.seed,
+        "restarts": {str(restart.seed): restart.divergence.kl for restart in restarts},
+        "flow": {name: getattr(best.flow, name).tolist() for name in PARAMETERS},
+    }
+
+
+def load_flow(record: dict) -> PlanarFlow:
+    """The float64 flow of a record."""
+    flow = PlanarFlow(2, record["config"]["num_steps"]).double().requires_grad_(False)
+    flow.load_state_dict({name: torch.tensor(record["flow"][name], dtype=torch.float64) for name in PARAMETERS})
+    return flow
+
+
+def plot_records(records: Sequence[dict], path: Path) -> None:
+    """The figure of some of a results.json's fits."""
+    fits = []
+    for record in records:
+        divergence = Divergence(*(record[name] for name in Divergence._fields))
+        fits.append((FitConfig(**record["config"]), load_flow(record), divergence))
+    plot_fits(fits, path)
+
+
+def _load(path: Path) -> dict[str, dict]:
+    """The records of a results.json by their labels."""
+    content = read_json(path)
+    try:
+        quadrature = dict(content["quadrature"])
+        records = {FitConfig(**record["config"]).label: record for record in content["fits"]}
+        for record in records.values():
+            load_flow(record)
+            Divergence(*(float(record[name]) for name in Divergence._fields))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise RunError(f"{path} is not a result of vvae-fast density; remove it or use --fresh") from error
+    check_equal(QUADRATURE, quadrature, path)
+    return records
+
+
+def print_table(records: Sequence[dict]) -> None:
+    """One row for each energy, one column for each length: KL(q || p) in nats."""
+    box, table_module, console = (require(f"rich.{name}") for name in ("box", "table", "console"))
+    kls = {(record["config"]["energy"], record["config"]["num_steps"]): record["kl"] for record in records}
+    energies, steps = (list(dict.fromkeys(keys)) for keys in zip(*kls, strict=True))
+    table = table_module.Table(box=box.MARKDOWN)
+    for heading in ("target", *(f"K = {num_steps}" for num_steps in steps)):
+        table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=True)
+    for energy in energies:
+        table.add_row(energy, *(f"{kls[energy, num_steps]:.4f}" for num_steps in steps))
+    screen = console.Console(highlight=False)
+    screen.width = max(screen.width, COLUMN_WIDTH * (1 + len(steps)))  # cells are never cut
+    screen.print(table)
+    error = max(abs(record["mass"] - 1) for record in records)
+    legend = (
+        f"KL(q || p) in nats, midpoint rule on [-{BOX:g}, {BOX:g}]^2 with {POINTS} x {POINTS} points, the least of "
+        f"{records[0]['config']['restarts']} restarts; the integral of q is 1 within {error:.0e}."
+    )
+    screen.print(legend, soft_wrap=True)

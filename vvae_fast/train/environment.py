@@ -1,0 +1,44 @@
+"""What a run ran on, as its folder records it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from vvae_fast import backends
+from vvae_fast._version import __version__
+
+PACKAGES = ("torch", "lightning", "numpy", "scikit-learn")
+
+
+def describe_environment() -> dict[str, object]:
+    """Versions, processor, threads, the GPU where there is one, and the backend of the flow."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "vvae_fast": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "system": platform.system(),
+        "processor": processor_name(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "backend": backends.environment_name,
+    }
+
+
+def processor_name() -> str:
+    """The CPU's model, or what Python knows of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
