@@ -83,17 +83,8 @@ def _check_fake(**tensors: Tensor) -> None:
     torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
 
 
-def _planar_forward(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, *formulas_and_save) -> tuple[Tensor, Tensor, Tensor]:
+    *_, save = formulas_and_save
     _check_fake(z=z, u=u, w=w, b=b)
     rows, dtype = z.shape[0], shapes.compute_dtype(z.dtype)
     a = z.new_empty((u.shape[-2], rows) if save else (0,), dtype=dtype)
@@ -101,56 +92,17 @@ def _planar_forward(
 
 
 def _planar_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float = 0.0,
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, *formulas
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
     return z.new_empty(z.shape), u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
 
 
 def _planar_backward_packed(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    packed: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float,
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *formulas
 ) -> tuple[Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
     return z.new_empty(z.shape), packed.new_empty(packed.shape)
-
-
-def _planar_inverse(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: int, activation: int, slope: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _planar_forward(z, u, w, b, constraint, activation, slope, 0.0, save)
-
-
-def _planar_inverse_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z_0: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _planar_backward(grad_z, grad_log_det, z_0, u, w, b, a, constraint, activation, slope)
 
 
 def _define(name: str, schema: str, fake: Callable) -> OpOverload:
@@ -161,13 +113,7 @@ def _define(name: str, schema: str, fake: Callable) -> OpOverload:
 
 def _define_flow(prefix: str) -> Operators:
     """The operators whose names start with `prefix`."""
-    fakes = (
-        _planar_forward,
-        _planar_backward,
-        _planar_backward_packed,
-        _planar_inverse,
-        _planar_inverse_backward,
-    )
+    fakes = (_planar_forward, _planar_backward, _planar_backward_packed, _planar_forward, _planar_backward)
     named = zip(_SCHEMAS.items(), fakes, strict=True)
     return Operators(*(_define(prefix + name, schema, fake) for (name, schema), fake in named))
 

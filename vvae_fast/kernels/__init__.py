@@ -58,75 +58,17 @@ def _planar() -> ModuleType:
 _DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 
-@torch.library.impl(ops.OPERATORS["triton"].planar_forward.name(), _DEVICES)
-def _(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
-    return _planar().planar_forward(z, u, w, b, formulas, save)
+def _implement(name: str) -> None:
+    """Registers planar.py's function of that name, which takes `Formulas` where the operator takes their numbers."""
+    operator = getattr(ops.OPERATORS["triton"], name)
+    names = [argument.name for argument in operator._schema.arguments]
+    first, end = names.index("constraint"), len(names) - ("save" in names)
+
+    @torch.library.impl(operator.name(), _DEVICES)
+    def _(*args) -> tuple[Tensor, ...]:
+        formulas = Formulas.of_numbers(*args[first:end])
+        return getattr(_planar(), name)(*args[:first], formulas, *args[end:])
 
 
-@torch.library.impl(ops.OPERATORS["triton"].planar_backward.name(), _DEVICES)
-def _(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
-    return _planar().planar_backward(grad_z, grad_log_det, z, u, w, b, a, formulas)
-
-
-@torch.library.impl(ops.OPERATORS["triton"].planar_backward_packed.name(), _DEVICES)
-def _(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    packed: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-    log_det_eps: float,
-) -> tuple[Tensor, Tensor]:
-    formulas = Formulas.of_numbers(constraint, activation, slope, log_det_eps)
-    return _planar().planar_backward_packed(grad_z, grad_log_det, z, packed, a, formulas)
-
-
-@torch.library.impl(ops.OPERATORS["triton"].planar_inverse.name(), _DEVICES)
-def _(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, constraint: int, activation: int, slope: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _planar().planar_inverse(z, u, w, b, Formulas.of_numbers(constraint, activation, slope), save)
-
-
-@torch.library.impl(ops.OPERATORS["triton"].planar_inverse_backward.name(), _DEVICES)
-def _(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z_0: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    constraint: int,
-    activation: int,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    formulas = Formulas.of_numbers(constraint, activation, slope)
-    return _planar().planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, formulas)
+for _name in ops.Operators._fields:
+    _implement(_name)
