@@ -28,9 +28,10 @@ template <class L>
 struct Constrained {
   typename L::V c;        // w . u_hat                                                    (5)
   typename L::V s;        // 1 + c, taken from the softplus: 1 + c would cancel           (5)
+  typename L::V sunk;     // what log s lies below the least s that is held, else 0       (38)
   typename L::V rho;      // u_hat = u + rho inv_n w                                      (4)
   typename L::V inv_n;    // 1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
-  typename L::V rising;   // dc / dalpha = sigmoid(alpha), 0 where inv_n is               (6)
+  typename L::V rising;   // dc / dalpha over unit(s), 0 where inv_n is                   (6), (39)
   typename L::V falling;  // -drho / dalpha = sigmoid(-alpha), 0 where inv_n is           (6)
 };
 
@@ -38,6 +39,12 @@ template <class L>
 struct Activated {
   typename L::V h;        //                                                              (2)
   typename L::V h_prime;  // its derivative; tanh's is 1 - h^2, without the subtraction   (7)
+};
+
+template <class L>
+struct StepAdjoint {
+  typename L::V delta;  // dL/da                                                          (12), (35)
+  typename L::V gamma;  // dL/dc times unit(s)                                            (15), (39)
 };
 
 template <class L>
@@ -60,7 +67,7 @@ PLANAR_FN typename L::V log1p_of_positive(typename L::V x) {
 template <class L>
 PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, Constraint constraint) {
   const auto zero = L::splat(0), one = L::splat(1);
-  if (constraint == Constraint::none) return {alpha, 1 + alpha, zero, zero, one, zero};
+  if (constraint == Constraint::none) return {alpha, 1 + alpha, zero, zero, zero, one, zero};
   const auto e = L::exp_both(-L::abs(alpha)).value;
   const auto log_term = log1p_of_positive<L>(e);
   const auto nonzero = n >= L::tiny();
@@ -76,11 +83,13 @@ PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, Constra
     rho = s - (1 + alpha);
   }
   s = L::select(nonzero, s, one);
+  const auto least = L::splat(L::Float::exp_least);  // where exp_both stops falling
   return {s - 1,
           s,
+          L::select((alpha < least) & nonzero, alpha - least, zero),
           rho,
           L::select(nonzero, 1 / n, zero),
-          L::select(nonzero, rising, zero),
+          L::select(nonzero, rising / s, zero),
           L::select(nonzero, falling, zero)};
 }
 
@@ -90,7 +99,13 @@ PLANAR_FN typename L::V rho_over_n(const Constrained<L>& p) {
   return p.rho * p.inv_n;
 }
 
-// (6) from q = v . w with v = dL/du_hat, and gamma = dL/dc.
+// (39): where s is held, gradients of c are kept times s, for dL/dc itself grows as 1 / s.
+template <class L>
+PLANAR_FN typename L::V unit(typename L::V s, Constraint constraint) {
+  return constraint == Constraint::none ? L::splat(1) : s;
+}
+
+// (6) from q = v . w with v = dL/du_hat, and gamma = dL/dc times unit(s).
 template <class L>
 PLANAR_FN ConstraintAdjoint<L> constrain_backward(const Constrained<L>& p, typename L::V q, typename L::V gamma) {
   const auto q_n = q * p.inv_n;
@@ -203,26 +218,37 @@ PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, ty
   return beyond<L>(det, f);
 }
 
-// (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both.
+// (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both. sunk, (38), is all of the
+// determinant where nothing else is left of it.
 template <class L, class F>
-PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s, const F& f) {
-  const auto x = c * act.h_prime;
+PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s,
+                                            typename L::V sunk, const F& f) {
+  const auto x = c * act.h_prime, zero = L::splat(0);
   const auto det = determinant<L>(act, c, s, f);
   const auto lossy = (x >= L::splat(-0.5)) & (x <= L::splat(0x1p60));  // no correction of infinity
-  return L::log(L::abs(det)) + L::select(lossy, log_correction<L>(excess<L>(x, f), det), L::splat(0));
+  const auto log = L::log(L::abs(det)) + L::select(lossy, log_correction<L>(excess<L>(x, f), det), zero);
+  return log + L::select(L::abs(det) < 2 * s, sunk, zero);
 }
 
-// (11): r from lambda, 0 where lambda is 0, as it is for rows that are not there: their determinant may be 0.
+// 1 / det for (11), 0 where lambda is 0, as it is for rows that are not there: their determinant may be 0.
 template <class L>
-PLANAR_FN typename L::V determinant_gradient(typename L::V lambda, const Activated<L>& act, typename L::V c,
-                                             typename L::V s, Tanh f) {
-  return lambda / determinant<L>(act, c, s, f);
+PLANAR_FN typename L::V inverse_determinant(typename L::V /*lambda*/, const Activated<L>& act, typename L::V c,
+                                            typename L::V s, Tanh f) {
+  return 1 / determinant<L>(act, c, s, f);
 }
 
 template <class L, class T>
-PLANAR_FN typename L::V determinant_gradient(typename L::V lambda, const Activated<L>& act, typename L::V c,
-                                             typename L::V s, const AnyActivation<T>& f) {
-  return L::select(lambda == 0, lambda, lambda / determinant<L>(act, c, s, f));
+PLANAR_FN typename L::V inverse_determinant(typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                            typename L::V s, const AnyActivation<T>& f) {
+  return L::select(lambda == 0, lambda, 1 / determinant<L>(act, c, s, f));
+}
+
+// (11), (12), (15) of one step from e = dL/dz_k . u_hat: lambda comes last, what it multiplies stays in range (39).
+template <class L, class F>
+PLANAR_FN StepAdjoint<L> step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                      typename L::V s, typename L::V unit, const F& f) {
+  const auto inverse = inverse_determinant<L>(lambda, act, c, s, f);
+  return {e * act.h_prime + lambda * (c * inverse * h_second<L>(act, f)), lambda * (unit * inverse * act.h_prime)};
 }
 
 // (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the
@@ -257,17 +283,18 @@ PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, ty
 // Adds one step to the sums of N variables; a variable whose product leaves the range takes its logarithms at once, and
 // none is touched by its neighbours.
 template <class L, int N, class F>
-PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s, const F& f) {
+PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s, typename L::V sunk,
+                        const F& f) {
   LogDet<L> next[N];
-  auto outside = L::outside(L::splat(1));  // none yet
+  auto outside = L::outside(L::splat(1)) | (sunk < 0);  // none yet, or each
   for (int i = 0; i < N; ++i) {
     next[i] = multiplied<L>(sum[i], act[i], c, s, f);
     outside = outside | L::outside(next[i].high);
   }
   if (L::any(outside))
     for (int i = 0; i < N; ++i) {
-      const auto ordinary = L::outside(next[i].high) == 0;
-      const auto log = value<L>(sum[i]) + log_abs_determinant<L>(act[i], c, s, f);
+      const auto ordinary = (L::outside(next[i].high) == 0) & (sunk == 0);
+      const auto log = value<L>(sum[i]) + log_abs_determinant<L>(act[i], c, s, sunk, f);
       next[i] = {L::select(ordinary, sum[i].log, log), L::select(ordinary, next[i].high, L::splat(1)),
                  L::select(ordinary, next[i].low, L::splat(0))};
     }

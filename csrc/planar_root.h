@@ -1,5 +1,5 @@
-// The scalar equation of a step's inverse, docs/math.md (17) and (33) to (37), for every kernel. L and F are those of
-// planar_math.h; for the search F is AnyActivation only for activations that need one.
+// The scalar equation of a step's inverse, docs/math.md (17), (33) to (35), (37), (39) and (40), for every kernel. L and
+// F are those of planar_math.h; for the search F is AnyActivation only for activations that need one.
 #pragma once
 
 #include "planar_math.h"
@@ -70,7 +70,8 @@ PLANAR_FN void search(typename L::V* x, const typename L::V* rhs, typename L::V 
       const auto residual = (x[i] - act.h) + s * act.h - r[i];
       const auto size = magnitude<L>(x[i], r[i], f);
       low[i] = L::select(residual <= 0, x[i], low[i]), high[i] = L::select(residual >= 0, x[i], high[i]);
-      const auto halley = x[i] - residual * det / (det * det - residual * (c * h_second<L>(act, f)) / 2);
+      const auto inverse = 1 / det, newton = residual * inverse;  // quotients: det * det would overflow
+      const auto halley = x[i] - newton / (1 - newton * (c * inverse * h_second<L>(act, f)) / 2);
       const auto inside = (halley >= low[i]) & (halley <= high[i]);
       const auto next = L::select(inside, halley, (low[i] + high[i]) / 2);
       const auto step = L::select(inside, L::abs(next - x[i]), high[i] - low[i]);
@@ -105,12 +106,20 @@ PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c
   for (int i = 0; i < N; ++i) x[i] = r[i] / L::select(r[i] > 0, s, below);
 }
 
-// mu = dL/dR of one step of the inverse from e = dL/dz_{k-1} . u_hat, (35).
+// mu = dL/dR of one step of the inverse and dL/dc times s, from e = dL/dz_{k-1} . u_hat, (35) and (39).
 template <class L, class F>
-PLANAR_FN typename L::V root_gradient(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
-                                      typename L::V s, const F& f) {
-  const auto det = determinant<L>(act, c, s, f);
-  return -(e * act.h_prime + lambda * c * h_second<L>(act, f) / det) / det;
+PLANAR_FN StepAdjoint<L> inverse_step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act,
+                                              typename L::V c, typename L::V s, const F& f) {
+  const auto inverse = 1 / determinant<L>(act, c, s, f);
+  const auto mu = -(e * act.h_prime + lambda * (c * inverse * h_second<L>(act, f))) * inverse;
+  return {mu, -(mu * s * act.h + lambda * (s * inverse * act.h_prime))};
+}
+
+// What dw has of u, (6): where w = 0, also what makes z_k of (40) z_{k-1}. h is that of the reversed flow.
+template <class L>
+PLANAR_FN typename L::V inverse_of_u(typename L::V dalpha, typename L::V delta, typename L::V h,
+                                     const Constrained<L>& p) {
+  return L::select(p.inv_n == 0, delta * h, dalpha);
 }
 
 }  // namespace PLANAR_NAMESPACE

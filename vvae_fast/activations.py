@@ -65,20 +65,28 @@ def determinant(act: Activated, c: Tensor, s: Tensor) -> Tensor:
     return torch.where((x >= -0.5) | (c < -2), 1 + x, s - c * act.rest)
 
 
-def log_abs_determinant(act: Activated, c: Tensor, s: Tensor, eps: float = 0.0) -> Tensor:
-    """log|det| of one step [*batch], docs/math.md (8), or with eps, (31)."""
+def log_abs_determinant(act: Activated, c: Tensor, s: Tensor, sunk: Tensor, eps: float = 0.0) -> Tensor:
+    """log|det| of one step [*batch], docs/math.md (8), or with eps, (31). sunk, (38), is all of the determinant where
+    nothing else is left of it."""
     if eps:
-        return torch.log(determinant(act, c, s).abs() + eps)
-    x = c * act.h_prime
-    mild = x >= -0.5
-    det = torch.where(mild, 1, determinant(act, c, s))
-    return torch.log1p(torch.where(mild, x, 0)) + torch.log(det.abs())
+        det = determinant(act, c, s).abs() + eps
+        log = torch.log(det)
+    else:
+        x = c * act.h_prime
+        mild = x >= -0.5
+        det = torch.where(mild, 1, determinant(act, c, s)).abs()
+        log = torch.log1p(torch.where(mild, x, 0)) + torch.log(det)
+    return log + torch.where(det < 2 * s, sunk, 0)
 
 
-def log_abs_determinant_backward(grad: Tensor, act: Activated, c: Tensor, s: Tensor, eps: float = 0.0) -> Tensor:
-    """The determinant's gradient [*batch] from its logarithm's: r of docs/math.md (11), or with eps, (31)."""
+def step_adjoint(
+    e: Tensor, grad: Tensor, act: Activated, c: Tensor, s: Tensor, unit: Tensor, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """delta = dL/da and gamma = dL/dc unit of one step [*batch] from e = dL/dz_k . u_hat and the gradient of log_det,
+    docs/math.md (11), (12), (15), (39), or with eps, (31)."""
     det = determinant(act, c, s)
-    return grad * det.sign() / (det.abs() + eps) if eps else grad / det
+    inverse = det.sign() / (det.abs() + eps) if eps else 1 / det
+    return e * act.h_prime + grad * (c * inverse * act.h_second), grad * (unit * inverse * act.h_prime)
 
 
 def solve(rhs: Tensor, c: Tensor, s: Tensor, activation: str, slope: float) -> Tensor:
@@ -97,14 +105,15 @@ def solve(rhs: Tensor, c: Tensor, s: Tensor, activation: str, slope: float) -> T
 
 
 def _search(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> Tensor:
-    """Newton inside the bracket of docs/math.md (17), a bisection where it leaves it or does not halve the residual."""
+    """Newton from the start of docs/math.md (34), a bisection where it leaves the bracket or does not halve the
+    residual."""
     given = rhs
     if activation == "elu":
         rhs = rhs.clamp(max=0)
-    low, high = _bracket(rhs, c, activation)
+    x, low, high = _bracket(rhs, c, s, activation)
+    best = x
     looks = rhs.device.type == "cpu" and not _traced()  # a GPU would wait for the answer
     tolerance = 2 * torch.finfo(rhs.dtype).eps
-    x = best = rhs
     size = least = torch.full_like(low, torch.inf)  # |residual| of the iteration before, and of the best one
     done = settled = torch.zeros_like(low, dtype=torch.bool)  # a row is done one iteration after it has settled
     for _ in range(_ROOT_ITERATIONS[rhs.dtype]):
@@ -127,11 +136,20 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _bracket(rhs: Tensor, c: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    if activation == "sigmoid":
-        return rhs - c.clamp(min=0), rhs - c.clamp(max=0)
-    low, high = rhs - c.abs(), rhs + c.abs()
-    return (low, high.clamp(max=0)) if activation == "elu" else (low, high)
+def _bracket(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the search starts, docs/math.md (34), and the bracket that holds the root."""
+    if activation != "sigmoid":
+        return _odd_bracket(rhs, c, s)
+    start, _, _ = _odd_bracket((rhs - c / 2) / 2, c / 4, 1 + c / 4)  # (37)
+    return 2 * start, rhs - c.clamp(min=0), rhs - c.clamp(max=0)
+
+
+def _odd_bracket(rhs: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where h has the sign of its argument, |h| <= |x| and |h| <= 1."""
+    size = rhs.abs()
+    linear, flat = size / s, size - c
+    start = torch.where(c < 0, torch.minimum(linear, flat), torch.maximum(linear, flat)).copysign(rhs)
+    return start, torch.minimum(start, rhs), torch.maximum(start, rhs)
 
 
 def _residual(x: Tensor, rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -85,14 +85,14 @@ def packed_planar_flow(
 
 
 class PlanarInverseFunction(torch.autograd.Function):
-    """planar_inverse and planar_inverse_backward on z [*batch, D], saving z, z_0 and the roots a [K, rows]."""
+    """planar_inverse and planar_inverse_backward on z [*batch, D], saving z and the roots a [K, rows]."""
 
     @staticmethod
     def forward(
         ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
     ) -> tuple[Tensor, Tensor]:
         z_0, log_det, a = _run_inverse(z, u, w, b, formulas, backend, save=True)
-        ctx.save_for_backward(z, u, w, b, z_0, a)
+        ctx.save_for_backward(z, u, w, b, a)
         ctx.formulas, ctx.backend = formulas, backend
         ctx.set_materialize_grads(False)
         return z_0, log_det
@@ -101,7 +101,7 @@ class PlanarInverseFunction(torch.autograd.Function):
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None, None
-        z, u, w, b, z_0, a = ctx.saved_tensors
+        z, u, w, b, a = ctx.saved_tensors
         grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas), None, None
@@ -109,7 +109,7 @@ class PlanarInverseFunction(torch.autograd.Function):
         dz, du, dw, db = ops.OPERATORS[ctx.backend].planar_inverse_backward(
             grad_z.reshape(-1, dim),
             grad_log_det.reshape(-1),
-            z_0.reshape(-1, dim),
+            z.reshape(-1, dim),
             *_flat_params(u, w, b),
             a,
             *ctx.formulas.numbers()[:3],

@@ -4,12 +4,12 @@
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas) -> (dz, du, dw, db)
     planar_backward_packed(grad_z, grad_log_det, z, packed, a, *formulas) -> (dz, dpacked)
     planar_inverse(z, u, w, b, *formulas, save) -> (z_0, log_det, a)
-    planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *formulas) -> (dz, du, dw, db)
+    planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The inverse's a are the same pre-activations. *formulas are `shapes.Formulas.numbers()`,
+have the dtype of computation. The inverse's a are the same pre-activations, and its z is its own argument, z_K. *formulas are `shapes.Formulas.numbers()`,
 for the inverse without the last. The operators of the other backends are named triton_planar_forward,
 cuda_planar_forward and so on.
 """
@@ -72,7 +72,7 @@ _SCHEMAS = {
     "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
     f" {_FORMULAS}) -> (Tensor, Tensor)",
     "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
-    "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z_0, Tensor u, Tensor w, Tensor b,"
+    "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b,"
     f" Tensor a, {_INVERTIBLE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 

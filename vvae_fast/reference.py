@@ -10,15 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vvae_fast.activations import activate, log_abs_determinant, log_abs_determinant_backward, solve
+from vvae_fast.activations import activate, log_abs_determinant, solve, step_adjoint
+
+
+LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38): csrc/exponential.h
 
 
 class Constrained(NamedTuple):
-    """The invertible parameters of K steps, docs/math.md (4), (5), (29)."""
+    """The invertible parameters of K steps, docs/math.md (4), (5), (29), (38)."""
 
     u_hat: Tensor  # [*params, K, D]
     c: Tensor  # [*params, K]  w . u_hat
     s: Tensor  # [*params, K]  1 + c, taken from m(alpha) + 1: 1 + c would cancel
+    sunk: Tensor  # [*params, K]  what log s lies below the least s that is held, else 0
+    unit: Tensor  # [*params, K]  gradients of c are kept times this: s, and 1 without the constraint
     alpha: Tensor  # [*params, K]  w . u
     rho: Tensor  # [*params, K]  u_hat = u + rho w / n
     inv_n: Tensor  # [*params, K]  1 / |w|^2, and 0 where w = 0 or |w|^2 underflows
@@ -35,11 +40,12 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
     alpha = (w * u).sum(-1)  # [*params, K]
     if constraint == "none":
         zero = torch.zeros_like(alpha)
-        return Constrained(u, alpha, 1 + alpha, alpha, zero, zero)
+        return Constrained(u, alpha, 1 + alpha, zero, zero + 1, alpha, zero, zero)
     n = (w * w).sum(-1)  # [*params, K]
     nonzero = n >= torch.finfo(n.dtype).tiny
     inv_n = torch.where(nonzero, 1 / torch.where(nonzero, n, 1), 0)  # [*params, K]
-    s = softplus(alpha)
+    least = LEAST_ALPHA[alpha.dtype]
+    s, sunk = softplus(alpha.clamp(min=least)), torch.where(nonzero, (alpha - least).clamp(max=0), 0)
     if constraint == "softplus":
         rho = softplus(-alpha) - 1  # [*params, K]
     else:
@@ -47,22 +53,22 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
         rho = s - (1 + alpha)  # 1 + alpha is exact where it comes near s
     s = torch.where(nonzero, s, 1)  # [*params, K]
     u_hat = u + (rho * inv_n)[..., None] * w  # [*params, K, D]
-    return Constrained(u_hat, s - 1, s, alpha, rho, inv_n)
+    return Constrained(u_hat, s - 1, s, sunk, s, alpha, rho, inv_n)
 
 
 def _constraint_slopes(alpha: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
-    """dc/dalpha and -drho/dalpha [*params, K], which add to 1, docs/math.md (6), (30)."""
-    up, down = torch.sigmoid(alpha), torch.sigmoid(-alpha)
+    """dc/dalpha / s and -drho/dalpha [*params, K], docs/math.md (6), (30), (39)."""
+    held = alpha.clamp(min=LEAST_ALPHA[alpha.dtype])
+    s, up, down = softplus(held), torch.sigmoid(held), torch.sigmoid(-alpha)
     if constraint == "softplus":
-        return up, down
-    s = softplus(alpha)
-    return up / (1 + s), (down + s) / (1 + s)
+        return up / s, down
+    return up / (1 + s) / torch.log1p(s), (down + s) / (1 + s)
 
 
 def constrain_backward(
     v: Tensor, gamma: Tensor, u: Tensor, w: Tensor, at: Constrained, constraint: str
 ) -> tuple[Tensor, Tensor]:
-    """du and dw [*params, K, D] from v = dL/du_hat [*params, K, D] and gamma = dL/dc [*params, K], docs/math.md (6)."""
+    """du and dw [*params, K, D] from v = dL/du_hat [*params, K, D] and gamma = dL/dc unit [*params, K], docs/math.md (6)."""
     if constraint == "none":
         return v + gamma[..., None] * w, gamma[..., None] * u
     q = (v * w).sum(-1) * at.inv_n  # [*params, K]  v . w / n
@@ -92,7 +98,7 @@ def planar_forward(
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
         act = activate(a, activation, slope)
-        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], log_det_eps)
+        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], p.sunk[..., k], log_det_eps)
         z = z + p.u_hat[..., k, :] * act.h[..., None]  # [*batch, D]
         pre_activations.append(a)
     a = torch.stack(pre_activations) if pre_activations else log_det.new_empty((0, *log_det.shape))
@@ -128,15 +134,14 @@ def planar_backward(
     v, dw, db, gamma = [], [], [], []
     for k in reversed(range(u.shape[-2])):
         act = activated[k]
-        c = p.c[..., k]
-        r = log_abs_determinant_backward(grad_log_det, act, c, p.s[..., k], log_det_eps)  # [*batch]
+        c, s, unit = p.c[..., k], p.s[..., k], p.unit[..., k]
         e = (g * p.u_hat[..., k, :]).sum(-1)  # [*batch]
-        delta = e * act.h_prime + r * c * act.h_second  # [*batch]  dL/da_k
+        delta, gamma_k = step_adjoint(e, grad_log_det, act, c, s, unit, log_det_eps)  # [*batch]
         params = w[..., k, :].shape
         v.append((g * act.h[..., None]).sum_to_size(params))
         dw.append((z_before[k] * delta[..., None]).sum_to_size(params))
         db.append(delta.sum_to_size(params[:-1]))
-        gamma.append((r * act.h_prime).sum_to_size(params[:-1]))
+        gamma.append(gamma_k.sum_to_size(params[:-1]))
         g = g + delta[..., None] * w[..., k, :]
     if not v:
         return g, torch.zeros_like(u), torch.zeros_like(w), torch.zeros_like(b)
@@ -162,6 +167,6 @@ def planar_inverse(
         c, s = p.c[..., k], p.s[..., k]
         rhs = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
         act = activate(solve(rhs, c, s, activation, slope), activation, slope)
-        log_det = log_det - log_abs_determinant(act, c, s)
+        log_det = log_det - log_abs_determinant(act, c, s, p.sunk[..., k])
         z = z - p.u_hat[..., k, :] * act.h[..., None]
     return z, log_det

@@ -2,17 +2,15 @@
 #pragma once
 
 #include "planar_amortized.h"
-#include "planar_inverse.h"
 #include "planar_shared.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-template <class T, class F>
+template <class T, class F, bool inverse>
 constexpr Passes<T> passes() {
-  return {shared_forward<T, F, false>,    shared_forward<T, F, true>,    shared_backward<T, F>,
-          shared_inverse_adjoint<T, F>,   amortized_forward<T, F, false>, amortized_forward<T, F, true>,
-          amortized_backward<T, F>,       amortized_inverse_adjoint<T, F>};
+  return {shared_forward<T, F, inverse>, shared_backward<T, F, inverse>, amortized_forward<T, F, inverse>,
+          amortized_backward<T, F, inverse>};
 }
 
 template <class T>
@@ -23,12 +21,12 @@ constexpr Kernels<T> kernels() {
           finish<T>,
           shared_forward_scratch<T>,
           shared_backward_scratch<T>,
-          shared_inverse_adjoint_scratch<T>,
           amortized_forward_scratch<T>,
           amortized_backward_scratch<T>,
-          amortized_inverse_adjoint_scratch<T>,
-          passes<T, Tanh>(),
-          passes<T, AnyActivation<T>>()};
+          passes<T, Tanh, false>(),
+          passes<T, AnyActivation<T>, false>(),
+          passes<T, Tanh, true>(),
+          passes<T, AnyActivation<T>, true>()};
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -51,6 +51,12 @@ Matrix<T> every_lane(const Matrix<T>& x, int64_t first, int64_t by) {
   return {x.data ? x.data + first * x.col : nullptr, x.row, by * x.col};
 }
 
+// x [steps][...] from its last step to its first.
+template <class T>
+Matrix<T> reversed(const Matrix<T>& x, int64_t steps) {
+  return {x.data && steps ? x.data + (steps - 1) * x.row : x.data, -x.row, x.col};
+}
+
 template <class T>
 struct Params {  // element [set][step][d] at data[set * set_stride + step * step_stride + d * col]
   T* data;
@@ -59,9 +65,17 @@ struct Params {  // element [set][step][d] at data[set * set_stride + step * ste
 };
 
 template <class T>
-struct Problem {  // row r of z uses parameter set r mod sets
+Params<T> reversed(const Params<T>& x, int64_t steps) {
+  return {steps ? x.data + (steps - 1) * x.step : x.data, x.set, -x.step, x.col};
+}
+
+// Row r of z uses parameter set r mod sets. The inverse has its steps in the order in which it takes them, the flow's
+// last one first: all that is indexed by steps runs backwards through memory.
+template <class T>
+struct Problem {
   int64_t rows, dim, steps, sets;
   Formulas formulas;
+  bool inverse;  // z is what the flow gives, z_K becomes what it started from, and log_det the inverse map's
   Matrix<const T> z;
   Params<const T> u, w, b;
   bool stream;  // outputs so large that they leave the caches before anyone reads them
@@ -71,8 +85,7 @@ template <class T>
 struct Forward : Problem<T> {
   Matrix<T> z_K;  // [rows][dim], columns contiguous
   Column<T> log_det;
-  Matrix<T> a;   // [steps][rows], data null where nothing is saved
-  bool inverse;  // z is what the flow gives, z_K becomes what it started from, and log_det the inverse map's
+  Matrix<T> a;  // [steps][rows], data null where nothing is saved
 };
 
 template <class T>
@@ -84,31 +97,22 @@ struct Backward : Problem<T> {
   Params<T> du, dw, db;  // columns contiguous
 };
 
-template <class T>
-struct InverseAdjoint : Problem<T> {
-  Matrix<const T> grad_z;
-  Column<const T> grad_log_det;
-  Matrix<const T> a;        // [steps][rows]
-  Matrix<T> dz, minus_dz;   // [rows][dim], columns contiguous
-  Column<T> minus_log_det;  // -grad_log_det, contiguous
-};
-
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
 template <class T>
 struct Prepared {
   int64_t chunk, span;
-  T *u_hat, *w;                               // [steps][dim]
-  T* gram;                                    // [steps][kChunk]: [j][i] = u_hat_j . w_k, k step i of j's chunk
-  T *b, *alpha, *n, *c, *s, *rho, *inv_n;     // [padded steps]
+  T *u_hat, *w;                                    // [steps][dim]
+  T* gram;                                         // [steps][kChunk]: [j][i] = u_hat_j . w_k, k step i of j's chunk
+  T *b, *alpha, *n, *c, *s, *sunk, *unit, *inv_n;  // [padded steps]
   static int64_t size(int64_t steps, int64_t dim) {
-    return 2 * steps * dim + steps * kChunk + 7 * round_up(steps, kMaxLanes);
+    return 2 * steps * dim + steps * kChunk + 8 * round_up(steps, kMaxLanes);
   }
   Prepared(T* p, int64_t steps, int64_t dim) {
     const int64_t padded = round_up(steps, kMaxLanes);
     chunk = chunk_of(dim), span = span_of(dim);
     u_hat = p, w = u_hat + steps * dim, gram = w + steps * dim;
     b = gram + steps * kChunk, alpha = b + padded, n = alpha + padded, c = n + padded;
-    s = c + padded, rho = s + padded, inv_n = rho + padded;
+    s = c + padded, sunk = s + padded, unit = sunk + padded, inv_n = unit + padded;
   }
 };
 
@@ -130,17 +134,13 @@ struct Partial {
   }
 };
 
-// What depends on the activation.
+// What depends on the activation and on the direction.
 template <class T>
 struct Passes {
   void (*shared_forward)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
-  void (*shared_inverse)(const Forward<T>&, const Prepared<T>&, int64_t tile, T* scratch);
   void (*shared_backward)(const Backward<T>&, const Prepared<T>&, const Partial<T>&, int64_t tile, T* scratch);
-  void (*shared_inverse_adjoint)(const InverseAdjoint<T>&, const Prepared<T>&, int64_t tile, T* scratch);
   void (*amortized_forward)(const Forward<T>&, int64_t block, T* scratch);
-  void (*amortized_inverse)(const Forward<T>&, int64_t block, T* scratch);
   void (*amortized_backward)(const Backward<T>&, int64_t block, T* scratch);
-  void (*amortized_inverse_adjoint)(const InverseAdjoint<T>&, int64_t block, T* scratch);
 };
 
 template <class T>
@@ -151,13 +151,14 @@ struct Kernels {
   void (*finish)(const Backward<T>&, const Prepared<T>&, T* partials, int64_t slices, T* scratch);
   int64_t (*shared_forward_scratch)(int64_t steps, int64_t dim);
   int64_t (*shared_backward_scratch)(int64_t steps, int64_t dim);
-  int64_t (*shared_inverse_adjoint_scratch)(int64_t dim);
   int64_t (*amortized_forward_scratch)(int64_t steps, int64_t dim);
   int64_t (*amortized_backward_scratch)(int64_t steps, int64_t dim);
-  int64_t (*amortized_inverse_adjoint_scratch)(int64_t dim);
-  Passes<T> tanh, any;
+  Passes<T> tanh, any, tanh_inverse, any_inverse;
 
-  const Passes<T>& passes(const Formulas& formulas) const { return formulas.is_tanh() ? tanh : any; }
+  const Passes<T>& passes(const Problem<T>& p) const {
+    const bool is_tanh = p.formulas.is_tanh();
+    return p.inverse ? (is_tanh ? tanh_inverse : any_inverse) : (is_tanh ? tanh : any);
+  }
 };
 
 struct Isa {

@@ -72,15 +72,15 @@ void for_each(int64_t items, int64_t work, const Run& run) {
 // The rows of one parameter set as a problem of their own, whose parameters they share.
 template <class T>
 Problem<T> of_set(const Problem<T>& p, int64_t set) {
-  return {p.rows / p.sets, p.dim, p.steps, 1, p.formulas, every(p.z, set, p.sets), p.u.of_set(set), p.w.of_set(set),
-          p.b.of_set(set), p.stream};
+  return {p.rows / p.sets, p.dim, p.steps, 1, p.formulas, p.inverse, every(p.z, set, p.sets), p.u.of_set(set),
+          p.w.of_set(set), p.b.of_set(set), p.stream};
 }
 
 template <class T>
 Forward<T> of_set(const Forward<T>& p, int64_t set) {
   const Problem<T>& problem = p;
-  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets), every_lane(p.a, set, p.sets),
-          p.inverse};
+  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets),
+          every_lane(p.a, set, p.sets)};
 }
 
 template <class T>
@@ -89,14 +89,6 @@ Backward<T> of_set(const Backward<T>& p, int64_t set) {
   return {of_set(problem, set),       every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
           every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     p.du.of_set(set),
           p.dw.of_set(set),           p.db.of_set(set)};
-}
-
-template <class T>
-InverseAdjoint<T> of_set(const InverseAdjoint<T>& p, int64_t set) {
-  const Problem<T>& problem = p;
-  return {of_set(problem, set),         every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
-          every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     every(p.minus_dz, set, p.sets),
-          every(p.minus_log_det, set, p.sets)};
 }
 
 template <class T>
@@ -110,8 +102,7 @@ template <class T>
 void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
   const int64_t size = kernels.shared_forward_scratch(p.steps, p.dim);
-  const auto& passes = kernels.passes(p.formulas);
-  const auto tile_pass = p.inverse ? passes.shared_inverse : passes.shared_forward;
+  const auto tile_pass = kernels.passes(p).shared_forward;
   for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
            [&](int64_t tile) { tile_pass(p, prepared, tile, arena<T>(kTileScratch, size)); });
 }
@@ -124,7 +115,7 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(tiles, kTilesOfSlice), kMaxSlices, affordable}));
   T* partials = arena<T>(kPartials, slices * partial);
   const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
-  const auto tile_pass = kernels.passes(p.formulas).shared_backward;
+  const auto tile_pass = kernels.passes(p).shared_backward;
   for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
     std::fill_n(partials + slice * partial, partial, T(0));
     const Partial<T> sums(partials + slice * partial, p.steps, p.dim);
@@ -135,19 +126,9 @@ void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
 }
 
 template <class T>
-void run_shared(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
-  const Prepared<T> prepared = prepare(p, kernels);
-  const int64_t size = kernels.shared_inverse_adjoint_scratch(p.dim);
-  const auto tile_pass = kernels.passes(p.formulas).shared_inverse_adjoint;
-  for_each(ceil_div(p.rows, kTile), 2 * kTile * p.steps * p.dim,
-           [&](int64_t tile) { tile_pass(p, prepared, tile, arena<T>(kTileScratch, size)); });
-}
-
-template <class T>
 void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_forward_scratch(p.steps, p.dim);
-  const auto& passes = kernels.passes(p.formulas);
-  const auto block_pass = p.inverse ? passes.amortized_inverse : passes.amortized_forward;
+  const auto block_pass = kernels.passes(p).amortized_forward;
   for_each(ceil_div(p.rows, kernels.lanes), 4 * kernels.lanes * p.steps * p.dim,
            [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
@@ -155,16 +136,8 @@ void run_direct(const Forward<T>& p, const Kernels<T>& kernels) {
 template <class T>
 void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
   const int64_t size = kernels.amortized_backward_scratch(p.steps, p.dim);
-  const auto block_pass = kernels.passes(p.formulas).amortized_backward;
+  const auto block_pass = kernels.passes(p).amortized_backward;
   for_each(ceil_div(p.sets, kernels.lanes), 8 * kernels.lanes * p.rows / p.sets * p.steps * p.dim,
-           [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
-}
-
-template <class T>
-void run_direct(const InverseAdjoint<T>& p, const Kernels<T>& kernels) {
-  const int64_t size = kernels.amortized_inverse_adjoint_scratch(p.dim);
-  const auto block_pass = kernels.passes(p.formulas).amortized_inverse_adjoint;
-  for_each(ceil_div(p.rows, kernels.lanes), 6 * kernels.lanes * p.steps * p.dim,
            [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
 

@@ -112,10 +112,10 @@ struct Update {
   }
 };
 
-// z over step k for every row; then w . z of the step `next`, a row a lane.
+// z over step k for every row, into `to`, which may be z; then w . z of the step `next`, a row a lane.
 template <class T, int N>
-PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& block, T* z, int64_t k, int64_t next,
-                                     const Update<T>& by) {
+PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& block, const T* z, T* to, int64_t k,
+                                     int64_t next, const Update<T>& by) {
   using S = Simd<T>;
   typename S::V dots[S::width];
   const int64_t u_k = k * p.u.step, w_k = k * p.w.step, w_next_k = next * p.w.step;
@@ -123,11 +123,12 @@ PLANAR_FN typename Simd<T>::V update(const Problem<T>& p, const Block<T, N>& blo
   for (int i = 0; i < count; ++i) {
     const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k, *w_next = block.w[i] + w_next_k;
     const auto h = S::splat(by.h[i]), h_of_w = S::splat(by.h_of_w[i]);
-    T* row = z + i * block.padded();
+    const T* row = z + i * block.padded();
+    T* to_row = to + i * block.padded();
     typename S::V sum{};
     for (int64_t v = 0; v < block.length(); ++v) {
       const auto x = S::load(row + v * S::width) + (h * load_row(u_row, v, block) + h_of_w * load_row(w_row, v, block));
-      S::store(row + v * S::width, x);
+      S::store(to_row + v * S::width, x);
       sum += load_row(w_next, v, block) * x;
     }
     dots[i] = sum;
@@ -152,7 +153,7 @@ int64_t amortized_forward_scratch(int64_t steps, int64_t dim) {
   return Simd<T>::width * (round_up(dim, Simd<T>::width) + steps);
 }
 
-// The flow or, from its last step to its first, its inverse, which leaves the roots a of (17).
+// The flow or its inverse, whose steps are in the order in which it takes them and which leaves the roots a of (17).
 template <class T, int N, class F, bool inverse>
 PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* scratch) {
   using S = Simd<T>;
@@ -166,20 +167,18 @@ PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* sc
   load_rows(z, p.z, block);
   auto log_det = no_steps<S>();
   if (p.steps) {
-    const int64_t last = inverse ? 0 : p.steps - 1, onward = inverse ? -1 : 1;
-    int64_t k = p.steps - 1 - last;
-    auto w_z = first_dot(p, block, z, k);
-    auto q = constrain_step(p, block, k);
-    for (int64_t i = 0; i < p.steps; ++i, k += onward) {
-      const int64_t next = k == last ? k : k + onward;
+    auto w_z = first_dot(p, block, z, 0);
+    auto q = constrain_step(p, block, 0);
+    for (int64_t k = 0; k < p.steps; ++k) {
+      const int64_t next = k + 1 < p.steps ? k + 1 : k;
       auto a = w_z + S::load(b + k * S::width);
       if constexpr (inverse) solve<S, 1>(&a, &a, q.c, q.s, f);
       if (p.a.data) S::store_first(p.a.data + k * p.a.row + first, a, count);
       const auto act = activate<S>(a, f);
-      add_step<S, 1>(&log_det, &act, q.c, q.s, f);
+      add_step<S, 1>(&log_det, &act, q.c, q.s, q.sunk, f);
       const Update<T> by(inverse ? -act.h : act.h, q);
       if (next != k) q = constrain_step(p, block, next);
-      w_z = update(p, block, z, k, next, by);
+      w_z = update(p, block, z, z, k, next, by);
     }
   }
   store_rows(p.z_K, z, block);
@@ -225,7 +224,7 @@ struct Step {
 template <class T>
 struct Adjoint {
   static constexpr int width = Simd<T>::width;
-  T h[width], h_of_w[width], delta[width], dalpha[width], of_v[width], of_w_n[width], inv_n[width];
+  T h[width], delta[width], dalpha[width], of_u[width], of_v[width], of_w_n[width], inv_n[width];
   typename Simd<T>::V g_u[width], g_w[width];
 };
 
@@ -245,10 +244,10 @@ PLANAR_FN void dot_gradient(const Problem<T>& p, const Block<T, N>& block, const
   }
 }
 
-// z back to z_{k-1}, du, dw and db of step k, g to dL/dz_{k-1} and its dot products with step k - 1; `add` where an
+// du, dw and db of step k from the z before it, g to dL/dz_{k-1} and its dot products with step k - 1; `add` where an
 // earlier sample of the same sets wrote.
 template <class T, int N>
-PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, T* z, T* g, int64_t k, Adjoint<T>& x,
+PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, const T* z, T* g, int64_t k, Adjoint<T>& x,
                          bool add) {
   using S = Simd<T>;
   const int64_t before = k ? k - 1 : 0;
@@ -259,82 +258,88 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, T* z, T
     const T *u_row = block.u[i] + u_k, *w_row = block.w[i] + w_k;
     const T *u_earlier = block.u[i] + u_before, *w_earlier = block.w[i] + w_before;
     T *du = step_of(p.du, set, k), *dw = step_of(p.dw, set, k), *db = step_of(p.db, set, k);
-    T *z_row = z + i * block.padded(), *g_row = g + i * block.padded();
-    const auto h = S::splat(x.h[i]), h_of_w = S::splat(x.h_of_w[i]), delta = S::splat(x.delta[i]);
+    const T* z_row = z + i * block.padded();
+    T* g_row = g + i * block.padded();
+    const auto h = S::splat(x.h[i]), delta = S::splat(x.delta[i]);
     const auto dalpha = S::splat(x.dalpha[i]), of_v = S::splat(x.of_v[i]), of_w_n = S::splat(x.of_w_n[i]);
-    const auto inv_n = S::splat(x.inv_n[i]);
-    typename S::V of_u{}, of_w{};
+    const auto of_u = S::splat(x.of_u[i]), inv_n = S::splat(x.inv_n[i]);
+    typename S::V g_u{}, g_w{};
     for (int64_t v = 0; v < block.length(); ++v) {
-      T *z_v = z_row + v * S::width, *g_v = g_row + v * S::width;
+      T* g_v = g_row + v * S::width;
       const auto u = load_row(u_row, v, block), w = load_row(w_row, v, block), gradient = S::load(g_v);
       const auto of_h = h * gradient;
-      const auto z_before = S::load(z_v) - (h * u + h_of_w * w);
-      auto u_sum = of_h + dalpha * w, w_sum = delta * z_before + of_v * of_h + dalpha * u + of_w_n * (inv_n * w);
+      auto u_sum = of_h + dalpha * w;
+      auto w_sum = delta * S::load(z_row + v * S::width) + of_v * of_h + of_u * u + of_w_n * (inv_n * w);
       if (add) u_sum += load_row<T, N>(du, v, block), w_sum += load_row<T, N>(dw, v, block);
       store_row(du, v, u_sum, block);
       store_row(dw, v, w_sum, block);
       const auto g_before = gradient + delta * w;
-      S::store(z_v, z_before);
       S::store(g_v, g_before);
-      of_u += g_before * load_row(u_earlier, v, block);
-      of_w += g_before * load_row(w_earlier, v, block);
+      g_u += g_before * load_row(u_earlier, v, block);
+      g_w += g_before * load_row(w_earlier, v, block);
     }
-    x.g_u[i] = of_u, x.g_w[i] = of_w;
+    x.g_u[i] = g_u, x.g_w[i] = g_w;
     *db = add ? *db + x.delta[i] : x.delta[i];
   }
 }
 
 template <class T>
 int64_t amortized_backward_scratch(int64_t steps, int64_t dim) {
-  return Simd<T>::width * 2 * round_up(dim, Simd<T>::width) + steps * int64_t(sizeof(Step<T>) / sizeof(T));
+  return Simd<T>::width * (steps + 1) * round_up(dim, Simd<T>::width) + steps * int64_t(sizeof(Step<T>) / sizeof(T));
 }
 
 // One block of rows, sample `sample` of the parameter sets from `first_set` on: forward once more from the saved
-// pre-activations to z_K (u and w come into the cache), then the steps back.
-template <class T, int N, class F>
+// pre-activations, keeping every z (u and w come into the cache), then the steps back.
+template <class T, int N, class F, bool inverse>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
   const F f = F::of(p.formulas);
   const Block<T, N> block(p, sample * p.sets + first_set, count);
-  Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);                                     // [steps]
-  T *z = reinterpret_cast<T*>(steps + p.steps), *g = z + S::width * block.padded();         // [width][padded]
-  load_rows(z, p.z, block);
+  const int64_t size = S::width * block.padded();
+  Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);                        // [steps]
+  T *g = reinterpret_cast<T*>(steps + p.steps), *z = g + size;                 // [width][padded], [steps][width][padded]
   load_rows(g, p.grad_z, block);
+  if (p.steps) load_rows(z, p.z, block);
   typename S::V lambda{};
   for (int i = 0; i < count; ++i) lambda[i] = p.grad_log_det.data[(block.first + i) * p.grad_log_det.stride];
   for (int64_t k = 0; k < p.steps; ++k) {
     steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block), f)};
-    if (k) update(p, block, z, k - 1, k, Update<T>(steps[k - 1].act.h, steps[k - 1].q));
+    if (k == 0) continue;
+    const auto& [q, act] = steps[k - 1];
+    update(p, block, z + (k - 1) * size, z + k * size, k - 1, k, Update<T>(inverse ? -act.h : act.h, q));
   }
   const int64_t last = p.steps - 1;
-  if (p.steps) update(p, block, z, last, last, Update<T>(steps[last].act.h, steps[last].q));
   Adjoint<T> x = {};
   if (p.steps) dot_gradient(p, block, g, last, x);
   for (int64_t k = last; k >= 0; --k) {
     const auto& [q, act] = steps[k];
     const auto g_u = sum_lanes<T>(x.g_u), g_w = sum_lanes<T>(x.g_w);
-    const auto r = determinant_gradient<S>(lambda, act, q.c, q.s, f);
-    const auto of_w = rho_over_n(q);
-    const auto adjoint = constrain_backward<S>(q, act.h * g_w, r * act.h_prime);
-    S::store(x.h, act.h);
-    S::store(x.h_of_w, act.h * of_w);
-    S::store(x.delta, (g_u + of_w * g_w) * act.h_prime + r * q.c * h_second<S>(act, f));
+    const auto e = g_u + rho_over_n(q) * g_w, h = inverse ? -act.h : act.h;
+    StepAdjoint<S> scalars;
+    if constexpr (inverse)
+      scalars = inverse_step_adjoint<S>(e, lambda, act, q.c, q.s, f);
+    else
+      scalars = step_adjoint<S>(e, lambda, act, q.c, q.s, unit<S>(q.s, p.formulas.constraint), f);
+    const auto adjoint = constrain_backward<S>(q, h * g_w, scalars.gamma);
+    S::store(x.h, h);
+    S::store(x.delta, scalars.delta);
     S::store(x.dalpha, adjoint.dalpha);
+    S::store(x.of_u, inverse ? inverse_of_u<S>(adjoint.dalpha, scalars.delta, h, q) : adjoint.dalpha);
     S::store(x.of_v, adjoint.of_v);
     S::store(x.of_w_n, adjoint.of_w_n);
     S::store(x.inv_n, q.inv_n);
-    step_back(p, block, z, g, k, x, sample > 0);
+    step_back(p, block, z + k * size, g, k, x, sample > 0);
   }
   store_rows(p.dz, g, block);
 }
 
-template <class T, class F>
+template <class T, class F, bool inverse>
 void amortized_backward(const Backward<T>& p, int64_t number, T* scratch) {
   const int64_t first_set = number * Simd<T>::width;
   const int count = p.sets - first_set < Simd<T>::width ? int(p.sets - first_set) : Simd<T>::width;
   with_length<T, F>(p.dim, [&](auto n) __attribute__((always_inline)) {
     for (int64_t sample = 0; sample < p.rows / p.sets; ++sample)
-      backward_rows<T, n.value, F>(p, first_set, count, sample, scratch);
+      backward_rows<T, n.value, F, inverse>(p, first_set, count, sample, scratch);
   });
 }
 

@@ -88,11 +88,21 @@ void with_type(const Tensor& z, const F& f) {
 
 bool leaves_caches(int64_t bytes) { return bytes >= kStreamBytes && bytes < kFreshBytes; }
 
+// x [steps][...] in the order in which the steps are taken.
+template <class X>
+X ordered(const X& x, int64_t steps, bool inverse) {
+  return inverse ? reversed(x, steps) : x;
+}
+
 template <class T>
-Problem<T> problem(const Tensor& z, const Parameters& q, const Formulas& formulas) {
-  return {z.size(0),    z.size(1),    q.steps, q.sets, formulas, matrix<T>(z), params<T>(q.u, q.amortized, false),
-          params<T>(q.w, q.amortized, false), params<T>(q.b, q.amortized, true),
-          leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
+Problem<T> problem(const Tensor& z, const Parameters& q, const Formulas& formulas, bool inverse) {
+  const auto of_steps = [&](const Tensor& t, bool is_b) {
+    return ordered(params<T>(t, q.amortized, is_b), q.steps, inverse);
+  };
+  return {z.size(0),           z.size(1),           q.steps,
+          q.sets,              formulas,            inverse,
+          matrix<T>(z),        of_steps(q.u, false), of_steps(q.w, false),
+          of_steps(q.b, true), leaves_caches(z.size(0) * z.size(1) * int64_t(sizeof(T)))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Tensor& u, const Tensor& w,
@@ -105,11 +115,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_or_inverse(const Tensor& z, const Ten
   Tensor a = save ? new_empty(z, {q.steps, rows}) : new_empty(z, {0});
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
-    run(Forward<T>{problem<T>(z, q, formulas),
+    const Matrix<T> of_a{save ? a.mutable_data_ptr<T>() : nullptr, rows, 1};
+    run(Forward<T>{problem<T>(z, q, formulas, inverse),
                    rows_of<T>(z_K),
                    {log_det.mutable_data_ptr<T>(), 1},
-                   {save ? a.mutable_data_ptr<T>() : nullptr, rows, 1},
-                   inverse},
+                   ordered(of_a, q.steps, inverse)},
         q.amortized, *chosen_isa().load());
   });
   return {z_K, log_det, a};
@@ -134,15 +144,16 @@ struct Gradients {
 
 template <class T>
 void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Parameters& q,
-                 const Tensor& a, const Formulas& formulas, Tensor& dz, const Gradients<T>& to) {
-  run(Backward<T>{problem<T>(z, q, formulas),
+                 const Tensor& a, const Formulas& formulas, bool inverse, Tensor& dz, const Gradients<T>& to) {
+  const Matrix<const T> of_a{a.const_data_ptr<T>(), z.size(0), 1};
+  run(Backward<T>{problem<T>(z, q, formulas, inverse),
                   matrix<T>(grad_z),
                   {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
-                  {a.const_data_ptr<T>(), z.size(0), 1},
+                  ordered(of_a, q.steps, inverse),
                   rows_of<T>(dz),
-                  to.du,
-                  to.dw,
-                  to.db},
+                  ordered(to.du, q.steps, inverse),
+                  ordered(to.dw, q.steps, inverse),
+                  ordered(to.db, q.steps, inverse)},
       q.amortized, *chosen_isa().load());
 }
 
@@ -152,60 +163,39 @@ Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64
   return rows ? gradient : torch::stable::zero_(gradient);
 }
 
-// dz [R, D], which may lie where grad_z does, and the parameters' gradients as tensors of their own.
-std::tuple<Tensor, Tensor, Tensor> backward_into(Tensor& dz, const Tensor& grad_z, const Tensor& grad_log_det,
-                                                 const Tensor& z, const Parameters& q, const Tensor& a,
-                                                 const Formulas& formulas) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
+                                                    const Tensor& u, const Tensor& w, const Tensor& b, const Tensor& a,
+                                                    const Formulas& formulas, bool inverse) {
+  check_arguments(z, u, w, b);
+  const Parameters q(u, w, b);
+  check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
   const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
   const bool sets = q.amortized;
+  Tensor dz = new_empty(z, {rows, dim});
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor dw = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor db = sets ? new_gradient(z, {q.sets, steps}, rows) : new_gradient(z, {steps}, rows);
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
     const auto to = [&](Tensor& t, int64_t step) { return Params<T>{t.mutable_data_ptr<T>(), steps * step, step, 1}; };
-    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, dz, {to(du, dim), to(dw, dim), to(db, 1)});
+    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, inverse, dz, {to(du, dim), to(dw, dim), to(db, 1)});
   });
-  return {du, dw, db};
+  return {dz, du, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                            const Tensor& z, const Tensor& u, const Tensor& w,
                                                            const Tensor& b, const Tensor& a, int64_t constraint,
                                                            int64_t activation, double slope, double log_det_eps) {
-  const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
-  check_arguments(z, u, w, b);
-  const Parameters q(u, w, b);
-  check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
-  Tensor dz = new_empty(z, {z.size(0), z.size(1)});
-  const auto [du, dw, db] = backward_into(dz, grad_z, grad_log_det, z, q, a, formulas);
-  return {dz, du, dw, db};
+  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas_of(constraint, activation, slope, log_det_eps), false);
 }
 
-// From the inverse's z = z_0 and a: dz = dL/dz_K by (35), the others by (36).
+// From the inverse's own z and the roots a, (35) and (40).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
                                                                    const Tensor& b, const Tensor& a, int64_t constraint,
                                                                    int64_t activation, double slope) {
-  const Formulas formulas = formulas_of(constraint, activation, slope, 0);
-  check_arguments(z, u, w, b);
-  const Parameters q(u, w, b);
-  const int64_t rows = z.size(0), dim = z.size(1);
-  check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
-  Tensor dz = new_empty(z, {rows, dim}), minus_dz = new_empty(z, {rows, dim}), minus_log_det = new_empty(z, {rows});
-  with_type(z, [&](auto zero) {
-    using T = decltype(zero);
-    run(InverseAdjoint<T>{problem<T>(z, q, formulas),
-                          matrix<T>(grad_z),
-                          {grad_log_det.const_data_ptr<T>(), grad_log_det.stride(0)},
-                          {a.const_data_ptr<T>(), rows, 1},
-                          rows_of<T>(dz),
-                          rows_of<T>(minus_dz),
-                          {minus_log_det.mutable_data_ptr<T>(), 1}},
-        q.amortized, *chosen_isa().load());
-  });
-  const auto [du, dw, db] = backward_into(minus_dz, minus_dz, minus_log_det, z, q, a, formulas);
-  return {dz, du, dw, db};
+  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas_of(constraint, activation, slope, 0), true);
 }
 
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
@@ -228,7 +218,7 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
     T* to = dpacked.mutable_data_ptr<T>();
-    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, dz,
+    backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, false, dz,
                    {{to, width, dim, 1}, {to + steps * dim, width, dim, 1}, {to + 2 * steps * dim, width, 1, 1}});
   });
   return {dz, dpacked};

@@ -52,7 +52,8 @@ void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
       const auto x = constrain<S>(alpha, norm, p.formulas.constraint);
       const int64_t k = start + lane;
       S::store(q.alpha + k, alpha), S::store(q.n + k, norm), S::store(q.inv_n + k, x.inv_n);
-      S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.rho + k, x.rho);
+      S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.sunk + k, x.sunk);
+      S::store(q.unit + k, unit<S>(x.s, p.formulas.constraint));
       for (int64_t d = 0; d < p.dim; ++d) {
         T* u_d = u + d * kTile + lane;
         S::store(u_d, S::load(u_d) + x.rho * x.inv_n * S::load(w + d * kTile + lane));
@@ -70,20 +71,19 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
   return (dim + 2 * kChunk + 1) * kTile;
 }
 
-// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse takes the last step
-// first and leaves -h and the roots a of (17).
+// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse leaves -h and the roots
+// a of (17).
 template <class T, bool inverse, class F>
 PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
     LogDet<S> sum[kRegisters];
     for (int v = 0; v < kRegisters; ++v) sum[v] = no_steps<S>();
-    for (int64_t i = 0; i < steps; ++i) {
-      const int64_t k = inverse ? steps - 1 - i : i, first = inverse ? k + 1 : 0, end = inverse ? steps : k;
-      const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
+    for (int64_t k = 0; k < steps; ++k) {
+      const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]), sunk = S::splat(q.sunk[start + k]);
       typename S::V acc[kRegisters];
       for (int v = 0; v < kRegisters; ++v) acc[v] = S::load(a + k * kTile + lane + v * S::width);
-      for (int64_t j = first; j < end; ++j)
+      for (int64_t j = 0; j < k; ++j)
         for (int v = 0; v < kRegisters; ++v)
           acc[v] += q.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
       if constexpr (inverse) solve<S, kRegisters>(acc, acc, c, s, f);
@@ -93,7 +93,7 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
         S::store(a + k * kTile + lane + v * S::width, acc[v]);
         S::store(h + k * kTile + lane + v * S::width, inverse ? -act[v].h : act[v].h);
       }
-      add_step<S, kRegisters>(sum, act, c, s, f);
+      add_step<S, kRegisters>(sum, act, c, s, sunk, f);
     }
     for (int v = 0; v < kRegisters; ++v) {
       T* to = log_det + lane + v * S::width;
@@ -102,7 +102,7 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
   }
 }
 
-// The flow or, from its last chunk to its first, its inverse.
+// The flow or its inverse, whose steps are in the order in which it takes them.
 template <class T, class F, bool inverse>
 void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
   const F f = F::of(p.formulas);
@@ -114,9 +114,7 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
   load_tile(z, p.z.from(row), n, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   fill(log_det, T(0), kTile);
-  const int64_t chunks = ceil_div(p.steps, q.chunk);
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t start = (inverse ? chunks - 1 - i : i) * q.chunk;
+  for (int64_t start = 0; start < p.steps; start += q.chunk) {
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
     for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, q.b[start + k], kTile);
     product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
@@ -144,8 +142,8 @@ PLANAR_FN int absent(const AnyActivation<T>& f) {
   return f.kind == Activation::tanh || f.kind == Activation::sigmoid ? 1000 : 0;
 }
 
-// H and h' of every step from the saved pre-activations; steps behind the last hold zeros.
-template <class T, class F>
+// H, of the inverse -H, and h' of every step from the saved pre-activations; steps behind the last hold zeros.
+template <class T, bool inverse, class F>
 PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h, T* h_prime, const F& f) {
   using S = Simd<T>;
   const int64_t padded = round_up(p.steps, kChunk);
@@ -154,19 +152,19 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
     load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(absent(f)));
     for (int64_t lane = 0; lane < kTile; lane += S::width) {
       const auto act = activate<S>(S::load(h + k * kTile + lane), f);
-      S::store(h + k * kTile + lane, act.h);
+      S::store(h + k * kTile + lane, inverse ? -act.h : act.h);
       S::store(h_prime + k * kTile + lane, act.h_prime);
     }
   }
 }
 
-// delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12); db and gamma by lane.
-template <class T, class F>
+// delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12) or (35); db and gamma by lane.
+template <class T, bool inverse, class F>
 PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& q,
                          const Partial<T>& sums, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int64_t k = steps - 1; k >= 0; --k) {
-    const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]);
+    const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]), unit = S::splat(q.unit[start + k]);
     auto db = S::load(sums.db + (start + k) * kMaxLanes), gamma = S::load(sums.gamma + (start + k) * kMaxLanes);
     for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
       typename S::V e[kRegisters];
@@ -176,12 +174,16 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
           e[v] += q.gram[(start + k) * kChunk + j] * S::load(delta + j * kTile + lane + v * S::width);
       for (int v = 0; v < kRegisters; ++v) {
         const int at = lane + v * S::width;
-        const Activated<S> act{S::load(h + k * kTile + at), S::load(h_prime + k * kTile + at)};
-        const auto r = determinant_gradient<S>(S::load(lambda + at), act, c, s, f);
-        const auto x = e[v] * act.h_prime + r * c * h_second<S>(act, f);
-        S::store(delta + k * kTile + at, x);
-        db += x;
-        gamma += r * act.h_prime;  // (15)
+        const auto h_at = S::load(h + k * kTile + at), lambda_at = S::load(lambda + at);
+        const Activated<S> act{inverse ? -h_at : h_at, S::load(h_prime + k * kTile + at)};
+        StepAdjoint<S> x;
+        if constexpr (inverse)
+          x = inverse_step_adjoint<S>(e[v], lambda_at, act, c, s, f);
+        else
+          x = step_adjoint<S>(e[v], lambda_at, act, c, s, unit, f);
+        S::store(delta + k * kTile + at, x.delta);
+        db += x.delta;
+        gamma += x.gamma;  // (15)
       }
     }
     S::store(sums.db + (start + k) * kMaxLanes, db);
@@ -189,7 +191,7 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
   }
 }
 
-template <class T, class F>
+template <class T, class F, bool inverse>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
   const F f = F::of(p.formulas);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
@@ -204,7 +206,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   load_tile(g, p.grad_z.from(row), n, p.dim);
   fill(g + p.dim * kTile, T(0), (padded_dim - p.dim) * kTile);
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
-  activate_tile(p, row, n, h, h_prime, f);
+  activate_tile<T, inverse>(p, row, n, h, h_prime, f);
   prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   if (spans) {
@@ -223,7 +225,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
-    scan_back(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
+    scan_back<T, inverse>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
     const int64_t rows = round_up(steps, 4);
     outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
     outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
@@ -246,22 +248,23 @@ PLANAR_FN void unblock_row(T* row, const T* sums, int64_t m, int64_t dim) {
 // The sums over samples of step k: v = dL/du_hat and dL/dw without the constraint's part, with the triangle of (14).
 template <class T>
 PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& q, const Partial<T>& sums, int64_t k, int64_t steps,
-                             int64_t dim) {
+                             int64_t dim, bool inverse) {
   using S = Simd<T>;
   const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < steps ? start + q.chunk : steps;
   const int64_t span = k / q.span * q.span, matrix = start * round_up(dim, 4);
   const T* triangle = sums.triangle + start * q.span;  // [steps of the span][steps of the chunk]
   unblock_row(v, sums.du_hat + matrix, k - start, dim);
   unblock_row(dw, sums.dw + matrix, k - start, dim);
+  const int64_t before = inverse && q.inv_n[k] == 0 ? k + 1 : k;  // w = 0: z_{k-1} in place of z_k, (40)
   T of_w[kChunk], of_u[kMaxSpan];
   for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - span, j - start, q.chunk)];
-  for (int64_t j = span; j < k; ++j) of_u[j - span] = triangle[block_index(j - span, k - start, q.chunk)];
+  for (int64_t j = span; j < before; ++j) of_u[j - span] = triangle[block_index(j - span, k - start, q.chunk)];
   for (int64_t d = 0; d < dim; d += S::width) {
     const auto mask = S::first(dim - d);
     const auto zero = S::splat(0);
     auto v_d = S::load(v + d, mask, zero), dw_d = S::load(dw + d, mask, zero);
     for (int64_t j = k + 1; j < end; ++j) v_d += of_w[j - start] * S::load(q.w + j * dim + d, mask, zero);
-    for (int64_t j = span; j < k; ++j) dw_d += of_u[j - span] * S::load(q.u_hat + j * dim + d, mask, zero);
+    for (int64_t j = span; j < before; ++j) dw_d += of_u[j - span] * S::load(q.u_hat + j * dim + d, mask, zero);
     S::store(v + d, v_d, mask);
     S::store(dw + d, dw_d, mask);
   }
@@ -277,7 +280,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
   const Partial<T> sums(partials, p.steps, p.dim);
   T *dalpha = scratch, *of_v = dalpha + padded, *of_w_n = of_v + padded;
   for (int64_t k = 0; k < p.steps; ++k)
-    triangle_sums(step_of(p.du, 0, k), step_of(p.dw, 0, k), q, sums, k, p.steps, p.dim);
+    triangle_sums(step_of(p.du, 0, k), step_of(p.dw, 0, k), q, sums, k, p.steps, p.dim, p.inverse);
   for (int64_t k = 0; k < p.steps; k += S::width) {
     typename S::V of_b[S::width], of_c[S::width], of_w[S::width] = {};
     for (int64_t i = 0; i < S::width; ++i) {
