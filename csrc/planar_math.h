@@ -48,6 +48,11 @@ struct StepAdjoint {
 };
 
 template <class L>
+struct AdjointParts {  // what of it does not wait for the steps after: delta = e slope + bend
+  typename L::V slope, bend, gamma;
+};
+
+template <class L>
 struct ConstraintAdjoint {  // (6): du = v + dalpha w, dw = of_v v + dalpha u + of_w_n (inv_n w)
   typename L::V dalpha, of_v, of_w_n;
 };
@@ -243,12 +248,20 @@ PLANAR_FN typename L::V inverse_determinant(typename L::V lambda, const Activate
   return L::select(lambda == 0, lambda, 1 / determinant<L>(act, c, s, f));
 }
 
-// (11), (12), (15) of one step from e = dL/dz_k . u_hat: lambda comes last, what it multiplies stays in range (39).
+// (11), (12), (15) of one step: lambda comes last, what it multiplies stays in range (39).
+template <class L, class F>
+PLANAR_FN AdjointParts<L> adjoint_parts(typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                        typename L::V s, typename L::V unit, const F& f) {
+  const auto inverse = inverse_determinant<L>(lambda, act, c, s, f);
+  return {act.h_prime, lambda * (c * inverse * h_second<L>(act, f)), lambda * (unit * inverse * act.h_prime)};
+}
+
+// The same with e = dL/dz_k . u_hat.
 template <class L, class F>
 PLANAR_FN StepAdjoint<L> step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
                                       typename L::V s, typename L::V unit, const F& f) {
-  const auto inverse = inverse_determinant<L>(lambda, act, c, s, f);
-  return {e * act.h_prime + lambda * (c * inverse * h_second<L>(act, f)), lambda * (unit * inverse * act.h_prime)};
+  const auto parts = adjoint_parts<L>(lambda, act, c, s, unit, f);
+  return {e * parts.slope + parts.bend, parts.gamma};
 }
 
 // (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the

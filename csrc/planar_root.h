@@ -106,13 +106,28 @@ PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c
   for (int i = 0; i < N; ++i) x[i] = r[i] / L::select(r[i] > 0, s, below);
 }
 
-// mu = dL/dR of one step of the inverse and dL/dc times s, from e = dL/dz_{k-1} . u_hat, (35) and (39).
+// mu = dL/dR of one step of the inverse and dL/dc times s, (35) and (39); mu's share of gamma is not in it yet.
+template <class L, class F>
+PLANAR_FN AdjointParts<L> inverse_adjoint_parts(typename L::V lambda, const Activated<L>& act, typename L::V c,
+                                                typename L::V s, const F& f) {
+  const auto inverse = 1 / determinant<L>(act, c, s, f);
+  return {-act.h_prime * inverse, -lambda * (c * inverse * h_second<L>(act, f)) * inverse,
+          -lambda * (s * inverse * act.h_prime)};
+}
+
+// mu's share of gamma; h is that of the reversed flow, (40).
+template <class L>
+PLANAR_FN typename L::V gamma_of_root(typename L::V mu, typename L::V s, typename L::V h) {
+  return mu * s * h;
+}
+
+// The same with e = dL/dz_{k-1} . u_hat.
 template <class L, class F>
 PLANAR_FN StepAdjoint<L> inverse_step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act,
                                               typename L::V c, typename L::V s, const F& f) {
-  const auto inverse = 1 / determinant<L>(act, c, s, f);
-  const auto mu = -(e * act.h_prime + lambda * (c * inverse * h_second<L>(act, f))) * inverse;
-  return {mu, -(mu * s * act.h + lambda * (s * inverse * act.h_prime))};
+  const auto parts = inverse_adjoint_parts<L>(lambda, act, c, s, f);
+  const auto mu = e * parts.slope + parts.bend;
+  return {mu, parts.gamma + gamma_of_root<L>(mu, s, -act.h)};
 }
 
 // What dw has of u, (6): where w = 0, also what makes z_k of (40) z_{k-1}. h is that of the reversed flow.

@@ -258,9 +258,6 @@ def _decode(case: Case, reader: _Reader) -> Answer:
         return Answer(tuple(tensors), None, error)
     error += reader.bytes().decode()
     tensors.append(reader.tensor(dtype, *p.z.shape))
-    if case.inverse:
-        error += reader.bytes().decode()
-        reader.bytes()  # what the backward says of z_0 is -grad_z
     if case.packed:
         packed = reader.tensor(dtype, *p.u.shape[:-2], steps * (2 * p.u.shape[-1] + 1))
         u, w, b = packed.split([p.u.shape[-2:].numel()] * 2 + [steps], -1)

@@ -82,9 +82,14 @@ bool computes(const Problem& p) {
 
 namespace {
 
-// The inverse has the other sign.
-void map(const Forward& f, double sign, void* stream) {
+// x, with the other sign for the inverse.
+double signed_by(const Problem& p, double x) { return p.inverse ? -x : x; }
+
+}  // namespace
+
+void launch_forward(const Forward& f, void* stream) {
   const Problem& p = f.p;
+  const double sign = signed_by(p, 1);
   check_launch(p, stream);
   with_type(p.dtype, [&](auto element, auto number) {
     using T = decltype(element);
@@ -107,29 +112,6 @@ void map(const Forward& f, double sign, void* stream) {
   });
 }
 
-}  // namespace
-
-void launch_forward(const Forward& f, void* stream) { map(f, 1, stream); }
-void launch_inverse(const Forward& f, void* stream) { map(f, -1, stream); }
-
-void launch_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  const Problem& p = f.p;
-  check_launch(p, stream);
-  with_type(p.dtype, [&](auto element, auto) {
-    using T = decltype(element);
-    const T* grad_log_det = static_cast<const T*>(f.grad_log_det);
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const T lambda = grad_log_det[r * f.grad_log_det_stride];
-      static_cast<T*>(f.minus_log_det)[r] = -lambda;
-      for (int d = 0; d < p.dim; ++d) {
-        const double dz = at<T>(f.grad_z, r, d) + 3 * double(lambda) + double(static_cast<const T*>(f.a)[r]);
-        static_cast<T*>(f.dz)[r * p.dim + d] = T(dz);
-        static_cast<T*>(f.minus_dz)[r * p.dim + d] = T(-dz);
-      }
-    }
-  });
-}
-
 void launch_backward(const Backward& f, void* stream) {
   const Problem& p = f.p;
   check_launch(p, stream);
@@ -139,7 +121,7 @@ void launch_backward(const Backward& f, void* stream) {
     using T = decltype(element);
     using C = decltype(number);
     const C* grad_log_det = static_cast<const C*>(f.grad_log_det);
-    const auto lambda = [&](int64_t r) { return double(grad_log_det[r * f.grad_log_det_stride]); };
+    const auto lambda = [&](int64_t r) { return signed_by(p, grad_log_det[r * f.grad_log_det_stride]); };
     for (int64_t s = 0; s < p.sets; ++s)
       for (int k = 0; k < p.steps; ++k) {
         double sum_a = 0;

@@ -57,12 +57,12 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
 
 
 def _constraint_slopes(alpha: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
-    """dc/dalpha / s and -drho/dalpha [*params, K], docs/math.md (6), (30), (39)."""
-    held = alpha.clamp(min=LEAST_ALPHA[alpha.dtype])
-    s, up, down = softplus(held), torch.sigmoid(held), torch.sigmoid(-alpha)
+    """dc/dalpha, which is held where s is, and -drho/dalpha [*params, K], docs/math.md (6), (30)."""
+    up, down = torch.sigmoid(alpha.clamp(min=LEAST_ALPHA[alpha.dtype])), torch.sigmoid(-alpha)
     if constraint == "softplus":
-        return up / s, down
-    return up / (1 + s) / torch.log1p(s), (down + s) / (1 + s)
+        return up, down
+    s = softplus(alpha)
+    return up / (1 + s), (down + s) / (1 + s)
 
 
 def constrain_backward(
@@ -74,7 +74,7 @@ def constrain_backward(
     q = (v * w).sum(-1) * at.inv_n  # [*params, K]  v . w / n
     nonzero = at.inv_n > 0
     dc, minus_drho = _constraint_slopes(at.alpha, constraint)
-    dalpha = torch.where(nonzero, gamma * dc - q * minus_drho, 0)  # [*params, K]
+    dalpha = torch.where(nonzero, gamma * (dc / at.unit) - q * minus_drho, 0)  # [*params, K]  (39)
     du = v + dalpha[..., None] * w
     w_n = at.inv_n[..., None] * w  # w / n first: rho q / n^2 alone overflows where |w| is small
     dw = (at.rho * at.inv_n)[..., None] * v + dalpha[..., None] * u - (2 * at.rho * q)[..., None] * w_n

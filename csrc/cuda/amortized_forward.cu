@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
     const T a = dot(w, z) + b;
     const auto act = activate<Lane<T>>(a, p.params.activation);
     if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
     z = add(z, act.h, u_hat);
   }
   if (!inside) return;

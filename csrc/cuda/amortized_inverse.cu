@@ -1,5 +1,5 @@
 // The inverse of rows with parameters of their own, docs/math.md (17): z in registers, one launch for all steps, u and w
-// read once. A row's lanes search for its root side by side. And what its backward starts with, (35).
+// read once. A row's lanes search for its root side by side.
 #include "staged.cuh"
 
 #include "../planar_root.h"  // last: it belongs to the lane type that is there
@@ -15,48 +15,25 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_inverse_kernel(const Fo
   const bool inside = nth < p.rows;
   const int64_t row = inside ? nth : p.rows - 1, set = row % p.sets;
   auto z = load_row<Layout>(p.z.from(row * p.z_row), dim);  // [columns]
-  auto step = read_step<Layout>(p.params, set, steps - 1);
+  auto step = read_step<Layout>(p.params, set, 0);
   auto log_det = no_steps<Lane<T>>();
-  for (int k = steps - 1; k >= 0; --k) {
+  for (int k = 0; k < steps; ++k) {
     const auto u = widen(step.u), w = widen(step.w);
     const T b = step.b;
-    step = read_step<Layout>(p.params, set, k > 0 ? k - 1 : k);
+    step = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
     const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const auto u_hat = add(u, rho_over_n(q), w);
     const T rhs = dot(w, z) + b;
     T a;
     solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
     const auto act = activate<Lane<T>>(a, p.params.activation);
-    if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
+    if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.a_step + row, a);
+    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
     z = add(z, -act.h, u_hat);
   }
   if (!inside) return;
   store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
   if (lane_of_row<Layout>() == 0) store(p.log_det + row, -value<Lane<T>>(log_det));
-}
-
-template <class Layout, class T, class F>
-__global__ void __launch_bounds__(kThreads, 1) amortized_inverse_adjoint_kernel(const InverseAdjointView<T, F> p) {
-  const int dim = p.params.dim, steps = p.params.steps;
-  const int64_t nth = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / Layout::lanes;
-  const bool inside = nth < p.rows;
-  const int64_t row = inside ? nth : p.rows - 1, set = row % p.sets;
-  auto g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);  // [columns]
-  const T lambda = p.grad_log_det[row * p.grad_log_det_stride];
-  auto step = read_step<Layout>(p.params, set, 0);
-  T next = p.a[row];
-  for (int k = 0; k < steps; ++k) {
-    const int after = k + 1 < steps ? k + 1 : k;
-    const auto u = widen(step.u), w = widen(step.w);
-    const auto act = activate<Lane<T>>(next, p.params.activation);
-    step = read_step<Layout>(p.params, set, after);
-    next = p.a[after * p.rows + row];
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
-    const T e = dot(g, add(u, rho_over_n(q), w));
-    g = add(g, root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.params.activation), w);
-  }
-  if (inside) store_gradients(p, row, g, lambda);
 }
 
 }  // namespace
@@ -68,16 +45,6 @@ void launch_amortized_inverse(const Forward& f, void* stream) {
     using F = decltype(activation);
     launch(amortized_inverse_kernel<L, T, F>, "amortized_inverse_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
            kThreads, 0, stream, ForwardView<T, F>(f));
-  });
-}
-
-void launch_amortized_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  with_any_formulas(f.p, [&](auto zero, auto layout, auto activation) {
-    using T = decltype(zero);
-    using L = decltype(layout);
-    using F = decltype(activation);
-    launch(amortized_inverse_adjoint_kernel<L, T, F>, "amortized_inverse_adjoint_kernel",
-           ceil_div(f.p.rows * L::lanes, kThreads), kThreads, 0, stream, InverseAdjointView<T, F>(f));
   });
 }
 

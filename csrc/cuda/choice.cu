@@ -19,6 +19,7 @@ bool shares(const Problem& p) { return !p.amortized || p.rows / p.sets >= kFewSa
 bool is_compact(const Problem& p) {
   constexpr int least_dim = 49, least_steps = 8;
   const Form form = asked_form.load();
+  if (p.inverse) return false;
   const bool by_shape = form == Form::automatic && p.dim >= least_dim && p.steps >= least_steps;
   if (p.dtype == Dtype::float64 || !is_usual(p.formulas) || !(by_shape || form == Form::compact)) return false;
   return compact_bytes(p.dim) <= most_shared_bytes();  // last: it asks the driver
@@ -35,12 +36,12 @@ bool computes(const Problem& p) {
 }
 
 int64_t workspace_bytes(const Problem& p) {
-  const int64_t number = p.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
-  if (shares(p)) return number * most_partials(p) * p.sets * p.steps * partial_width(p.dim);
-  return p.rows > p.sets ? number * p.sets * p.steps * amortized_width(p.dim) : 0;
+  if (!shares(p)) return amortized_backward_bytes(p);
+  return is_compact(p) ? compact_backward_bytes(p) : shared_backward_bytes(p);
 }
 
 void launch_forward(const Forward& f, void* stream) {
+  if (f.p.inverse) return shares(f.p) ? launch_shared_inverse(f, stream) : launch_amortized_inverse(f, stream);
   if (!shares(f.p)) return launch_amortized_forward(f, stream);
   return is_compact(f.p) ? launch_compact_forward(f, stream) : launch_shared_forward(f, stream);
 }
@@ -48,14 +49,6 @@ void launch_forward(const Forward& f, void* stream) {
 void launch_backward(const Backward& f, void* stream) {
   if (!shares(f.p)) return launch_amortized_backward(f, stream);
   return is_compact(f.p) ? launch_compact_backward(f, stream) : launch_shared_backward(f, stream);
-}
-
-void launch_inverse(const Forward& f, void* stream) {
-  return shares(f.p) ? launch_shared_inverse(f, stream) : launch_amortized_inverse(f, stream);
-}
-
-void launch_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  return shares(f.p) ? launch_shared_inverse_adjoint(f, stream) : launch_amortized_inverse_adjoint(f, stream);
 }
 
 }  // namespace cuda

@@ -182,7 +182,7 @@ __device__ __forceinline__ void stage_chunk(const ParamsView<S, F>& p, int64_t s
     const auto q = constrain<Lane<float>>(alpha, n, p.constraint());
     const float of_w = rho_over_n(q);
     for (int d = lane; d < block.columns; d += lanes) u_i[d] += of_w * w_i[d];
-    if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f};
+    if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f, inside ? q.sunk : 0.f};
   }
   __syncthreads();
   for (int pair = int(threadIdx.x); pair < kChunk * kChunk; pair += int(blockDim.x)) {
@@ -243,9 +243,9 @@ __device__ __forceinline__ void sum_columns(const float* x, const BlockShape& bl
     for (int k = 0; k < kChunk; ++k) sum[k] += x[(warp * block.rows + row) * kExchangeStride + k];
 }
 
-// z += sign x v, for x [block_rows][kExchangeStride] of the rows' steps and v [kChunk][stride], in shared memory.
+// z += x v, for x [block_rows][kExchangeStride] of the rows' steps and v [kChunk][stride], in shared memory.
 template <class W>
-__device__ __forceinline__ void add_steps(Columns<W>& z, float sign, const float* x, const float* v, const BlockShape& block,
+__device__ __forceinline__ void add_steps(Columns<W>& z, const float* x, const float* v, const BlockShape& block,
                                           const Place<W>& at) {
   Fragment<4> a[W::row_tiles][2];
 #pragma unroll
@@ -254,8 +254,8 @@ __device__ __forceinline__ void add_steps(Columns<W>& z, float sign, const float
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        a[tile][half].set(i, sign * x[(at.first_row + 16 * tile + at.n + 8 * (i % 2)) * kExchangeStride + 8 * half +
-                                      at.m + 4 * (i / 2)]);
+        a[tile][half].set(i, x[(at.first_row + 16 * tile + at.n + 8 * (i % 2)) * kExchangeStride + 8 * half + at.m +
+                               4 * (i / 2)]);
 #pragma unroll
   for (int j = 0; j < W::column_tiles; ++j) {
     Fragment<2> b[2];

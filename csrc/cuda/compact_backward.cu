@@ -1,5 +1,5 @@
-// The backward of rows that share their parameters, in the compact form, docs/math.md (11) to (15) by chunks: z and its
-// gradient g in registers, z walked back a chunk at a time, products on tensor cores. finish.cu adds the rows' sums.
+// The backward of rows that share their parameters, in the compact form, docs/math.md (11) to (15) by chunks: g in
+// registers, z kept where a chunk starts, products on tensor cores. finish.cu adds the rows' sums.
 #include "compact.cuh"
 
 namespace vvae {
@@ -17,11 +17,36 @@ struct CompactBackward : BackwardView<S, Tanh> {
   bool all_staged;  // every chunk has its own memory
   int shared;       // numbers of the memory for products and tiles
   float* partials;
+  KeptStarts<float> kept;  // a warp's numbers as its threads hold them, side by side
 
   CompactBackward(const Backward& f, const Split& split, const BlockShape& block, bool all_staged, int shared)
       : BackwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged), shared(shared),
-        partials(static_cast<float*>(f.workspace)) {}
+        partials(static_cast<float*>(f.workspace)),
+        kept{partials + partial_numbers(f.p, split.programs), int(ceil_div(f.p.steps, kChunk)), block.rows} {}
 };
+
+// z of a warp's rows and columns to memory and back, the threads of a block side by side.
+template <class W>
+__device__ __forceinline__ void keep(float* to, const Columns<W>& z) {
+#pragma unroll
+  for (int tile = 0; tile < W::row_tiles; ++tile)
+#pragma unroll
+    for (int j = 0; j < W::column_tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store(to + ((tile * W::column_tiles + j) * 4 + i) * blockDim.x, z.c[tile][j][i]);
+}
+
+template <class W>
+__device__ __forceinline__ Columns<W> recall(const float* from) {
+  Columns<W> z;
+#pragma unroll
+  for (int tile = 0; tile < W::row_tiles; ++tile)
+#pragma unroll
+    for (int j = 0; j < W::column_tiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z.c[tile][j][i] = from[((tile * W::column_tiles + j) * 4 + i) * blockDim.x];
+  return z;
+}
 
 // To tile [block_rows][stride] in shared memory.
 template <class W>
@@ -92,7 +117,7 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
   const Place<W> at(p.block);
   float* shared = reinterpret_cast<float*>(shared_memory());  // products, then a tile: g at the chunk's end, z at its start
   const RowScalars<float> scalars(reinterpret_cast<char*>(shared + p.shared), block_rows, kExchangeStride);
-  float* slope = scalars.r_h_prime + block_rows * kExchangeStride;  // [rows][kExchangeStride]: h'
+  float* slope = scalars.gamma + block_rows * kExchangeStride;  // [rows][kExchangeStride]: h'
   char* staged = reinterpret_cast<char*>(slope + block_rows * kExchangeStride);
   const int64_t chunk_bytes = Chunk::bytes(p.block.stride);
   int staged_chunk = -1;  // where there is memory for one
@@ -113,19 +138,23 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
   const int64_t rows_apart = int64_t(p.split.programs) * p.split.block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const TileRows rows = {set, p.sets, first_row, p.split.rows_per_set};
-    auto z = load_columns(p.z, p.z_row, rows, at, dim);
+    auto z = load_columns(p.z, p.z_row, rows, at, dim);  // where a chunk of the forward sweep ends
     auto g = load_columns(p.grad_z, p.grad_z_row, rows, at, dim);
     const bool has = rows.has(row);
     const float lambda = has ? p.grad_log_det[rows.row(row) * p.grad_log_det_stride] : 0.f;
     const auto a_of = [&](int k) { return has && k < steps ? p.a[k * p.rows + rows.row(row)] : 0.f; };
-    for (int nth = 0; nth < chunks; ++nth) {  // forward once more, (10)
-      const int first = nth * kChunk, count = kChunk < steps - first ? kChunk : steps - first;
-      const Chunk chunk = need(nth, count);
+    const auto kept = [&](int nth) {
+      return p.kept.of(program * p.sets + set, nth, p.block.columns) + threadIdx.x;
+    };
+    for (int nth = 0; nth + 1 < chunks; ++nth) {  // forward once more, (10), to where the last chunk starts
+      const int first = nth * kChunk;
+      const Chunk chunk = need(nth, kChunk);
 #pragma unroll 4
       for (int k = first_step; k < kChunk; k += steps_apart)
         scalars.h[row * kExchangeStride + k] = activate<L>(a_of(first + k), p.params.activation).h;
       __syncthreads();
-      add_steps(z, 1.f, scalars.h, chunk.u_hat, p.block, at);
+      add_steps(z, scalars.h, chunk.u_hat, p.block, at);
+      keep(kept(nth + 1), z);
       __syncthreads();
     }
     for (int nth = chunks - 1; nth >= 0; --nth) {
@@ -135,13 +164,13 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
       for (int k = first_step; k < kChunk; k += steps_apart) {
         const auto act = activate<L>(a_of(first + k), p.params.activation);
         const float c = chunk.numbers[k].c, s = chunk.numbers[k].s;
-        // (11); where the rows end the determinant may be 0.
-        const float r = has ? determinant_gradient<L>(lambda, act, c, s, p.params.activation) : 0.f;
+        AdjointParts<L> x = {};  // where the rows end the determinant may be 0
+        if (has) x = adjoint_parts<L>(lambda, act, c, s, unit<L>(s, p.params.constraint()), p.params.activation);
         const int to = row * kExchangeStride + k;
         scalars.h[to] = act.h;
-        scalars.r_h_prime[to] = r * act.h_prime;
-        slope[to] = act.h_prime;
-        scalars.delta[to] = r * c * h_second<L>(act, p.params.activation);  // so far
+        scalars.gamma[to] = x.gamma;
+        slope[to] = x.slope;
+        scalars.delta[to] = x.bend;  // so far
       }
       multiply_by_steps(g, chunk.u_hat, p.block, at, shared);
       __syncthreads();
@@ -161,12 +190,11 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_backward_kerne
       const ChunkSums sums = {partial_of(p.partials, program, p.sets, set, steps, first, dim), count, dim,
                               first_row != first_block_row};
       write_tile(shared, g, p.block, at);
-      add_steps(z, -1.f, scalars.h, chunk.u_hat, p.block, at);
-      add_steps(g, 1.f, scalars.delta, chunk.w, p.block, at);  // (13)
+      add_steps(g, scalars.delta, chunk.w, p.block, at);  // (13)
       __syncthreads();
       sum_columns_of(0, scalars.h, shared, p.block, sums);
       __syncthreads();
-      write_tile(shared, z, p.block, at);
+      write_tile(shared, nth > 0 ? recall<W>(kept(nth)) : load_columns(p.z, p.z_row, rows, at, dim), p.block, at);
       __syncthreads();
       sum_columns_of(dim, scalars.delta, shared, p.block, sums);
       sum_scalars_of(scalars, p.block, sums);
@@ -203,7 +231,20 @@ void launch_as(const Backward& f, void* stream) {
   launch_finish(f, split.programs, kChunk, stream);
 }
 
+template <class W>
+int64_t bytes_as(const Problem& p) {
+  const BlockShape block = BlockShape::of<W>(p.dim, p.rows / p.sets);
+  const int64_t programs = split_rows(p, block.rows, most_partials(p)).programs;
+  const int chunks = int(ceil_div(p.steps, kChunk));
+  return sizeof(float) *
+         (partial_numbers(p, programs) + KeptStarts<float>::numbers(p, programs, chunks, block.rows, block.columns));
+}
+
 }  // namespace
+
+int64_t compact_backward_bytes(const Problem& p) {
+  return p.dim <= Narrow::most_dim ? bytes_as<Narrow>(p) : bytes_as<Wide>(p);
+}
 
 int64_t compact_bytes(int dim) {
   if (dim > Wide::most_dim) return INT64_MAX;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
           const auto q = chunk.numbers[k];
           a_k[k] += q.b;
           const auto act = activate<L>(a_k[k], p.params.activation);
-          add_step<L, 1>(&log_det, &act, q.c, q.s, p.params.activation);
+          add_step<L, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
           h[at.own * kExchangeStride + k] = act.h;
 #pragma unroll
           for (int after = k + 1; after < kChunk; ++after) a_k[after] += chunk.gram[k * kChunk + after] * act.h;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
         }
       }
       __syncthreads();
-      add_steps(z, 1.f, h, chunk.u_hat, p.block, at);
+      add_steps(z, h, chunk.u_hat, p.block, at);
     }
     store_columns(p.z_K, z, rows, at, dim);
     if (at.scans && rows.has(at.own)) store(p.log_det + rows.row(at.own), value<L>(log_det));

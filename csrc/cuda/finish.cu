@@ -14,12 +14,13 @@ struct Finish {
   ParamsView<S, AnyActivation<compute_t<S>>> params;
   int64_t sets;
   int programs, chunk, slices;  // slices: of the programs, added side by side
+  bool inverse;
   const compute_t<S>* partials;
   GradientsView<S> to;
 
   Finish(const Backward& f, int programs, int chunk, int slices)
       : params(f.p), sets(f.p.sets), programs(programs), chunk(chunk), slices(slices),
-        partials(static_cast<const compute_t<S>*>(f.workspace)), to(f) {}
+        inverse(f.p.inverse), partials(static_cast<const compute_t<S>*>(f.workspace)), to(f) {}
 };
 
 template <class S>
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
   const int a_slice = kFinishThreads / p.slices, slice = thread / a_slice;
   for (int64_t i = thread % a_slice; i < width; i += a_slice) {
     const int64_t other = i - 2 * dim;
-    if (other >= 0 && other < kChunk && (other == own || other >= count)) continue;  // nobody wrote them
+    if (other >= 0 && other < kChunk && ((other == own && !p.inverse) || other >= count)) continue;  // nobody wrote them
     T sum = 0;
     for (int program = slice; program < p.programs; program += p.slices)
       sum += partial_of(p.partials, program, p.sets, set, steps, step, dim)[i];
@@ -61,12 +62,13 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
 
   T *v = slices, *dw = slices + dim;  // [dim] each
   const T* s = slices + 2 * dim;      // [kChunk]
+  const bool at_zero = p.inverse && of_steps[own].inv_n == 0;  // w = 0: z_{k-1} in place of z_k, (40)
   const auto w = p.params.w_of(set, step), u = p.params.u_of(set, step);
   T q = 0, none = 0;
   for (int d = thread; d < dim; d += kFinishThreads) {
     T v_d = v[d], dw_d = dw[d];
     for (int j = 0; j < count; ++j) {
-      if (j == own) continue;
+      if (j == own && !at_zero) continue;
       const T w_j = widen(p.params.w_of(set, first + j).data[d * w.col]);
       if (j > own) {
         v_d += s[j] * w_j;

@@ -21,15 +21,18 @@ struct Split {
 int64_t compact_bytes(int dim);
 
 void launch_shared_forward(const Forward& p, void* stream);
+void launch_shared_inverse(const Forward& p, void* stream);
 void launch_shared_backward(const Backward& p, void* stream);
 void launch_amortized_forward(const Forward& p, void* stream);
-void launch_amortized_backward(const Backward& p, void* stream);
-void launch_shared_inverse(const Forward& p, void* stream);
-void launch_shared_inverse_adjoint(const InverseAdjoint& p, void* stream);
 void launch_amortized_inverse(const Forward& p, void* stream);
-void launch_amortized_inverse_adjoint(const InverseAdjoint& p, void* stream);
+void launch_amortized_backward(const Backward& p, void* stream);
 void launch_compact_forward(const Forward& p, void* stream);
 void launch_compact_backward(const Backward& p, void* stream);
+
+// Bytes of workspace that each backward takes.
+int64_t shared_backward_bytes(const Problem& p);
+int64_t amortized_backward_bytes(const Problem& p);
+int64_t compact_backward_bytes(const Problem& p);
 
 // The last launch of a backward with shared parameters: adds the programs' sums, then (6).
 void launch_finish(const Backward& p, int programs, int chunk, void* stream);

@@ -68,38 +68,37 @@ Params params(const Tensor& t, bool amortized, bool is_b) {
   return {t.const_data_ptr(), amortized ? t.stride(0) : 0, t.stride(step), is_b ? 0 : t.stride(step + 1)};
 }
 
-Problem problem(const Tensor& z, bool amortized, int64_t sets, int64_t steps, const Formulas& formulas,
+Problem problem(const Tensor& z, bool amortized, bool inverse, int64_t sets, int64_t steps, const Formulas& formulas,
                 const Params& u, const Params& w, const Params& b) {
   const Dtype type = dtype(z.scalar_type());
   const int64_t dim = z.size(1), most = most_dim(type);
   STD_TORCH_CHECK(dim >= 1 && dim <= most, "vvae_fast: z must have 1 to ", most, " columns on CUDA, got ", dim);
   STD_TORCH_CHECK(steps * dim < kMostNumbers, "vvae_fast: u must have fewer than 2^30 elements K x D on CUDA, got ",
                   steps, " x ", dim);
-  const Problem p = {type, formulas, amortized, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
+  const Problem p = {type, formulas, amortized, inverse, z.size(0), sets, int(dim), int(steps), matrix(z), u, w, b};
   STD_TORCH_CHECK(computes(p), "vvae_fast: z must be float32 or float64 on CUDA for other activations than tanh, for ",
                   "log_softplus and for log_det_eps, got ", torch::headeronly::toString(z.scalar_type()),
                   ": convert it to float32");
   return p;
 }
 
-Problem problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, const Formulas& formulas) {
+Problem problem(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, const Formulas& formulas,
+                bool inverse = false) {
   const bool amortized = u.dim() == 3;
-  return problem(z, amortized, amortized ? u.size(0) : 1, u.size(u.dim() - 2), formulas,
+  return problem(z, amortized, inverse, amortized ? u.size(0) : 1, u.size(u.dim() - 2), formulas,
                  params(u, amortized, false), params(w, amortized, false), params(b, amortized, true));
 }
 
 bool launches(const Problem& p) { return p.rows > 0 && p.steps > 0; }
 
-// `launcher` is launch_forward or launch_inverse.
-template <class Launcher>
-std::tuple<Tensor, Tensor, Tensor> map(const Problem& p, const Tensor& z, bool save, const Launcher& launcher) {
+std::tuple<Tensor, Tensor, Tensor> map(const Problem& p, const Tensor& z, bool save) {
   Tensor z_K = new_empty(z, {p.rows, p.dim}), log_det = new_computed(z, {p.rows});
   Tensor a = save ? new_computed(z, {p.steps, p.rows}) : new_computed(z, {0});
   if (launches(p)) {
     const int32_t device = z.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    launcher(Forward{p, z_K.mutable_data_ptr(), log_det.mutable_data_ptr(), save ? a.mutable_data_ptr() : nullptr},
-             current_stream(device));
+    launch_forward({p, z_K.mutable_data_ptr(), log_det.mutable_data_ptr(), save ? a.mutable_data_ptr() : nullptr},
+                   current_stream(device));
   } else {
     torch::stable::copy_(z_K, z);
     torch::stable::zero_(log_det);
@@ -112,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> planar_forward(const Tensor& z, const Tensor&
                                                   double log_det_eps, bool save) {
   const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   check_problem(z, u, w, b, CheckKind(z));
-  return map(problem(z, u, w, b, formulas), z, save, launch_forward);
+  return map(problem(z, u, w, b, formulas), z, save);
 }
 
 // The kernels of the inverse have numbers that they compute with alone.
@@ -126,13 +125,13 @@ std::tuple<Tensor, Tensor, Tensor> planar_inverse(const Tensor& z, const Tensor&
   const Formulas formulas = formulas_of(constraint, activation, slope, 0);
   check_problem(z, u, w, b, CheckKind(z));
   check_inverse(z);
-  return map(problem(z, u, w, b, formulas), z, save, launch_inverse);
+  return map(problem(z, u, w, b, formulas, true), z, save);
 }
 
 // Fills dz and `weights`, in which du, dw and db lie.
-void backward(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Tensor& a,
-              Tensor& dz, const Gradients& du, const Gradients& dw, const Gradients& db,
-              std::initializer_list<Tensor*> weights) {
+void backward_into(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
+                   const Tensor& a, Tensor& dz, const Gradients& du, const Gradients& dw, const Gradients& db,
+                   std::initializer_list<Tensor*> weights) {
   if (launches(p)) {
     const int32_t device = z.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -147,17 +146,18 @@ void backward(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det
   }
 }
 
-// du, dw and db as tensors of their own.
-std::tuple<Tensor, Tensor, Tensor> backward_into(Tensor& dz, const Problem& p, const Tensor& grad_z,
-                                                 const Tensor& grad_log_det, const Tensor& z, const Tensor& a) {
+// dz, and du, dw and db as tensors of their own.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det,
+                                                    const Tensor& z, const Tensor& a) {
   const int64_t steps = p.steps, dim = p.dim;
   const bool sets = p.amortized;
+  Tensor dz = new_empty(z, {p.rows, p.dim});
   Tensor du = sets ? new_empty(z, {p.sets, steps, dim}) : new_empty(z, {steps, dim});
   Tensor dw = sets ? new_empty(z, {p.sets, steps, dim}) : new_empty(z, {steps, dim});
   Tensor db = sets ? new_empty(z, {p.sets, steps}) : new_empty(z, {steps});
   const auto to = [&](const Tensor& t, int64_t step) { return Gradients{t.mutable_data_ptr(), steps * step, step}; };
-  backward(p, grad_z, grad_log_det, z, a, dz, to(du, dim), to(dw, dim), to(db, 1), {&du, &dw, &db});
-  return {du, dw, db};
+  backward_into(p, grad_z, grad_log_det, z, a, dz, to(du, dim), to(dw, dim), to(db, 1), {&du, &dw, &db});
+  return {dz, du, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
@@ -169,12 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z,
   check_problem(z, u, w, b, check_kind);
   const Problem p = problem(z, u, w, b, formulas);
   check_saved(grad_z, grad_log_det, z, p.steps, a, computed_type(z), check_kind);
-  Tensor dz = new_empty(z, {p.rows, p.dim});
-  const auto [du, dw, db] = backward_into(dz, p, grad_z, grad_log_det, z, a);
-  return {dz, du, dw, db};
+  return backward(p, grad_z, grad_log_det, z, a);
 }
 
-// From the inverse's z = z_0 and a: dz = dL/dz_K by (35), the others by (36).
+// From the inverse's own z and the roots a, (35) and (40).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
                                                                    const Tensor& b, const Tensor& a, int64_t constraint,
@@ -183,23 +181,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor&
   const CheckKind check_kind(z);
   check_problem(z, u, w, b, check_kind);
   check_inverse(z);
-  const Problem p = problem(z, u, w, b, formulas);
+  const Problem p = problem(z, u, w, b, formulas, true);
   check_saved(grad_z, grad_log_det, z, p.steps, a, computed_type(z), check_kind);
-  Tensor dz = new_empty(z, {p.rows, p.dim}), minus_dz = new_empty(z, {p.rows, p.dim});
-  Tensor minus_log_det = new_empty(z, {p.rows});
-  if (launches(p)) {
-    const int32_t device = z.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    launch_inverse_adjoint({p, matrix(grad_z), grad_log_det.const_data_ptr(), grad_log_det.stride(0),
-                            a.const_data_ptr(), dz.mutable_data_ptr(), minus_dz.mutable_data_ptr(),
-                            minus_log_det.mutable_data_ptr()},
-                           current_stream(device));
-  } else {
-    torch::stable::copy_(dz, grad_z);
-  }
-  Tensor dz_0 = new_empty(z, {p.rows, p.dim});  // which nobody asks for: -grad_z
-  const auto [du, dw, db] = backward_into(dz_0, p, minus_dz, minus_log_det, z, a);
-  return {dz, du, dw, db};
+  return backward(p, grad_z, grad_log_det, z, a);
 }
 
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
@@ -219,11 +203,11 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   const auto part = [&](int64_t start, int64_t step, int64_t c) {
     return Params{from + start * col * bytes, set, step * col, c};
   };
-  const Problem p = problem(z, true, sets, steps, formulas, part(0, dim, col), part(steps * dim, dim, col),
+  const Problem p = problem(z, true, false, sets, steps, formulas, part(0, dim, col), part(steps * dim, dim, col),
                             part(2 * steps * dim, 1, 0));
   Tensor dz = new_empty(z, {p.rows, p.dim}), dpacked = new_empty(z, {sets, width});
   char* to = static_cast<char*>(dpacked.mutable_data_ptr());
-  backward(p, grad_z, grad_log_det, z, a, dz, {to, width, dim}, {to + steps * dim * bytes, width, dim},
+  backward_into(p, grad_z, grad_log_det, z, a, dz, {to, width, dim}, {to + steps * dim * bytes, width, dim},
            {to + 2 * steps * dim * bytes, width, 1}, {&dpacked});
   return {dz, dpacked};
 }

@@ -31,13 +31,14 @@ struct Problem {
   Dtype dtype;  // of z, u, w, b, their gradients and z_K
   Formulas formulas;
   bool amortized;  // parameters have sets, be it one, and are not shared by all rows whatever their number
+  bool inverse;    // z is what the flow gives, z_K becomes what it started from, and the steps are taken from the last one
   int64_t rows, sets;
   int dim, steps;
   Matrix z;
   Params u, w, b;
 };
 
-struct Forward {  // or the inverse, whose z is z_K and whose z_K is z_0
+struct Forward {
   Problem p;
   void* z_K;      // [rows, D], contiguous
   void* log_det;  // [rows], in the dtype of computation, as is a
@@ -53,18 +54,6 @@ struct Backward {
   void* dz;       // [rows, D], contiguous
   Gradients du, dw, db;
   void* workspace;  // workspace_bytes(p), aligned to 16 bytes
-};
-
-// What the inverse passes on to its own z, docs/math.md (35). Its other gradients are those of a backward from z_0, a and
-// what is written to minus_dz and minus_log_det, (36).
-struct InverseAdjoint {
-  Problem p;                 // z is not read
-  Matrix grad_z;             // [rows, D]
-  const void* grad_log_det;  // [rows]
-  int64_t grad_log_det_stride;
-  const void* a;        // [K, rows], contiguous
-  void *dz, *minus_dz;  // [rows, D], contiguous
-  void* minus_log_det;  // [rows]: -grad_log_det
 };
 
 // How z is kept and multiplied. The shape chooses, or a form is asked for to compare the two: problems that have it
@@ -85,8 +74,6 @@ int64_t workspace_bytes(const Problem& p);
 // where a launch fails.
 void launch_forward(const Forward& p, void* stream);
 void launch_backward(const Backward& p, void* stream);
-void launch_inverse(const Forward& p, void* stream);
-void launch_inverse_adjoint(const InverseAdjoint& p, void* stream);
 
 }  // namespace cuda
 }  // namespace vvae

@@ -98,6 +98,15 @@ void with_kernels(const Problem& p, const F& f) {
   });
 }
 
+// The same for backwards, with whether it is the inverse's, of which there are few.
+template <class F>
+void with_backward_kernels(const Problem& p, const F& f) {
+  if (p.inverse)
+    return with_any_formulas(
+        p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::true_type()); });
+  with_kernels(p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::false_type()); });
+}
+
 // A tensor's rows as a kernel reads them.
 template <class S>
 struct Rows {

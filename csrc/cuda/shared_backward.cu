@@ -1,8 +1,10 @@
-// The backward of rows that share their parameters, in the direct form, docs/math.md (11) to (15) by chunks: z and g in
-// registers, z walked back by steps, (27) as in the forward. The rows' sums go to partials.cuh's memory and finish.cu
-// adds them: two launches.
+// The backward of rows that share their parameters, in the direct form, docs/math.md (11) to (15) by chunks, and of their
+// inverse, (35) and (40): g in registers, z kept where a chunk starts, (27) as in the forward. The rows' sums go to
+// partials.cuh's memory and finish.cu adds them: two launches.
 #include "partials.cuh"
 #include "staged.cuh"
+
+#include "../planar_root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
@@ -12,17 +14,19 @@ template <class S, class F>
 struct SharedBackward : SharedView<BackwardView<S, F>> {
   int chunk;  // steps of one
   compute_t<S>* partials;
+  KeptStarts<compute_t<S>> kept;
 
   SharedBackward(const Backward& f, const Split& split, int chunk, int staged)
       : SharedView<BackwardView<S, F>>(f, split, staged), chunk(chunk),
-        partials(static_cast<compute_t<S>*>(f.workspace)) {}
+        partials(static_cast<compute_t<S>*>(f.workspace)),
+        kept{partials + partial_numbers(f.p, split.programs), int(ceil_div(f.p.steps, chunk)), split.block_rows} {}
 };
 
 // Steps of a chunk to each of a row's lanes.
 template <class Layout>
 constexpr int kStepsOfLane = int(ceil_div(chunk_of(Layout::columns), Layout::lanes));
 
-// A block's memory: staged steps, the rows' scalars, h' and r c h'' of the steps' own group, and z and g of the tile.
+// A block's memory: staged steps, the rows' scalars, slope and bend of the steps' own group, and z and g of the tile.
 template <class T, class Layout>
 struct Tile {
   RowScalars<T> scalars;
@@ -34,7 +38,7 @@ struct Tile {
     return RowScalars<T>::bytes(rows, chunk) + numbers * sizeof(T);
   }
   __device__ __forceinline__ Tile(char* memory, int rows, int stride)
-      : scalars(memory, rows, stride), slope(scalars.r_h_prime + rows * stride), bend(slope + rows * stride),
+      : scalars(memory, rows, stride), slope(scalars.gamma + rows * stride), bend(slope + rows * stride),
         z(bend + rows * stride), g(z + rows * Layout::columns) {}
 };
 
@@ -74,14 +78,18 @@ struct State {
   Row<T, Layout> z = {}, g = {};
   T lambda = 0;
 
+  __device__ __forceinline__ Row<T, Layout> first_z() const {
+    return load_row<Layout>(p.z.from(row * p.z_row), p.params.dim);
+  }
+
   __device__ __forceinline__ State(const SharedBackward<S, F>& p, int64_t row, int group, bool inside)
       : p(p), row(row), group(group), inside(inside) {
     if (!inside) return;
-    z = load_row<Layout>(p.z.from(row * p.z_row), p.params.dim);
+    z = first_z();
     g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), p.params.dim);
     lambda = p.grad_log_det[row * p.grad_log_det_stride];
   }
-  __device__ __forceinline__ T a_of(int k) const { return inside ? p.a[k * p.rows + row] : T(0); }
+  __device__ __forceinline__ T a_of(int k) const { return inside ? p.a[k * p.a_step + row] : T(0); }
 };
 
 // The a of a chunk from `first` on, a step or a few a lane.
@@ -96,14 +104,15 @@ __device__ __forceinline__ void read_a(const State<S, Layout, F>& at, int first,
 }
 
 // z over the chunk's steps, (10); a becomes the next chunk's.
-template <class S, class Layout, class F, class T = compute_t<S>>
+template <bool inverse, class S, class Layout, class F, class T = compute_t<S>>
 __device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
                                              int first, int count, T (&a)[kStepsOfLane<Layout>]) {
   T* h = tile.scalars.h + at.group * tile.scalars.stride;
 #pragma unroll
   for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
     const int i = lane_of_row<Layout>() + j * Layout::lanes;
-    if (i < count) h[i] = activate<Lane<T>>(a[j], at.p.params.activation).h;
+    const T h_i = activate<Lane<T>>(a[j], at.p.params.activation).h;
+    if (i < count) h[i] = inverse ? -h_i : h_i;
   }
   read_a(at, first + at.p.chunk, a);
   __syncwarp();
@@ -111,22 +120,29 @@ __device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile
   __syncwarp();
 }
 
-// z and g back over the chunk's steps; into the tile what is summed over its rows.
-template <class S, class Layout, class F, class T = compute_t<S>>
+// g back over the chunk's steps; into the tile what is summed over its rows.
+template <bool inverse, class S, class Layout, class F, class T = compute_t<S>>
 __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
                                           const T* w, const Numbers<T>* numbers, int first, int count) {
   constexpr int columns = Layout::columns;
   const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
   write_row(tile.g + at.group * columns, at.g);
+  write_row(tile.z + at.group * columns, at.z);
+  const auto& f = at.p.params.activation;
   for (int i = lane; i < count; i += Layout::lanes) {
-    const auto act = activate<Lane<T>>(at.a_of(first + i), at.p.params.activation);
+    const auto act = activate<Lane<T>>(at.a_of(first + i), f);
     const T c = numbers[i].c, s = numbers[i].s;
-    // (11); where the rows end the determinant may be 0.
-    const T r = at.inside ? determinant_gradient<Lane<T>>(at.lambda, act, c, s, at.p.params.activation) : T(0);
-    tile.scalars.h[start + i] = act.h;
-    tile.scalars.r_h_prime[start + i] = r * act.h_prime;
-    tile.slope[start + i] = act.h_prime;
-    tile.bend[start + i] = r * c * h_second<Lane<T>>(act, at.p.params.activation);
+    AdjointParts<Lane<T>> x = {};  // where the rows end the determinant may be 0
+    if constexpr (inverse) {
+      if (at.inside) x = inverse_adjoint_parts<Lane<T>>(at.lambda, act, c, s, f);
+    } else {
+      const T of_gamma = unit<Lane<T>>(s, at.p.params.constraint());
+      if (at.inside) x = adjoint_parts<Lane<T>>(at.lambda, act, c, s, of_gamma, f);
+    }
+    tile.scalars.h[start + i] = inverse ? -act.h : act.h;
+    tile.scalars.gamma[start + i] = x.gamma;
+    tile.slope[start + i] = x.slope;
+    tile.bend[start + i] = x.bend;
   }
   __syncwarp();
   auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
@@ -137,15 +153,16 @@ __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T,
     const T part = part_of_dot(at.g, u_before);
     const T delta = e * tile.slope[own] + tile.bend[own];  // (12)
     at.g = add(at.g, delta, w_i);                          // (13)
-    at.z = add(at.z, -tile.scalars.h[own], u_i);
-    if (lane == 0) tile.scalars.delta[own] = delta;
+    if (lane == 0) {
+      tile.scalars.delta[own] = delta;
+      if (inverse) tile.scalars.gamma[own] += gamma_of_root<Lane<T>>(delta, numbers[i].s, tile.scalars.h[own]);
+    }
     e = sum_lanes<Layout>(part) + numbers[before].next * delta;  // (27)
     u_i = u_before;
   }
-  write_row(tile.z + at.group * columns, at.z);
 }
 
-template <class Layout, class S, class F>
+template <class Layout, class S, class F, bool inverse>
 __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const SharedBackward<S, F> p) {
   using T = compute_t<S>;
   constexpr int columns = Layout::columns;
@@ -168,25 +185,31 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const int64_t nth = first_row + group, row = set + p.sets * nth;
     State<S, Layout, F> at(p, row, group, working && nth < p.split.rows_per_set);
+    // A thread reads the numbers that it wrote itself.
+    const auto kept = [&](int first) {
+      return p.kept.of(program * p.sets + set, first / p.chunk, dim) + int64_t(group) * dim;
+    };
     T a[kStepsOfLane<Layout>];
     read_a(at, 0, a);
-    for (int first = 0; first < steps; first += p.chunk) {
-      const int count = p.chunk < steps - first ? p.chunk : steps - first;
-      need(first, count);
-      if (working) step_forward(at, tile, staged.u_hat + (first - staged_first) * columns, first, count, a);
+    for (int first = 0; first + p.chunk < steps; first += p.chunk) {  // to where the last chunk starts
+      need(first, p.chunk);
+      if (working) step_forward<inverse>(at, tile, staged.u_hat + (first - staged_first) * columns, first, p.chunk, a);
+      if (at.inside) store_row<Layout>(kept(first + p.chunk), at.z, dim, dim % 4 == 0);
     }
     for (int first = (chunks - 1) * p.chunk; first >= 0; first -= p.chunk) {
       const int count = p.chunk < steps - first ? p.chunk : steps - first;
       need(first, count);
       const int offset = first - staged_first;
+      if (at.inside)
+        at.z = first > 0 ? load_row<Layout>(Rows<T>{kept(first), 1, dim % 4 == 0}, dim) : at.first_z();
       if (working)
-        step_back(at, tile, staged.u_hat + offset * columns, staged.w + offset * columns, staged.numbers + offset,
-                  first, count);
+        step_back<inverse>(at, tile, staged.u_hat + offset * columns, staged.w + offset * columns,
+                           staged.numbers + offset, first, count);
       __syncthreads();
       T* partial = partial_of(p.partials, program, p.sets, set, steps, first, dim);
       const bool add = first_row != first_block_row;
       sum_rows(tile, block_rows, count, dim, partial, add);
-      sum_pairs(tile.scalars, block_rows, count, dim, partial, add);
+      sum_pairs(tile.scalars, block_rows, count, dim, partial, add, inverse);
       sum_ends(tile.scalars, block_rows, count, dim, partial, add);
       __syncthreads();
     }
@@ -194,21 +217,43 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
   }
 }
 
+// How many rows and steps a block takes at a time, by the layout's type.
+template <class L, class T>
+struct Plan {
+  int chunk, staged;
+  Split split;
+
+  explicit Plan(const Problem& p)
+      : chunk(int(staged_chunk_of<T, L>(p.dim))), staged(Staged<T, L>::count(p.steps, chunk)),
+        split(split_rows<L>(p, most_partials(p))) {}
+};
+
 }  // namespace
 
+int64_t shared_backward_bytes(const Problem& p) {
+  int64_t bytes = 0;
+  with_backward_kernels(p, [&](auto zero, auto layout, auto, auto) {
+    using T = compute_t<decltype(zero)>;
+    const Plan<decltype(layout), T> plan(p);
+    const int chunks = int(ceil_div(p.steps, plan.chunk));
+    bytes = sizeof(T) * (partial_numbers(p, plan.split.programs) +
+                         KeptStarts<T>::numbers(p, plan.split.programs, chunks, plan.split.block_rows, p.dim));
+  });
+  return bytes;
+}
+
 void launch_shared_backward(const Backward& f, void* stream) {
-  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
+  with_backward_kernels(f.p, [&](auto zero, auto layout, auto activation, auto inverse) {
     using S = decltype(zero);
     using T = compute_t<S>;
     using L = decltype(layout);
     using F = decltype(activation);
-    const int64_t chunk = staged_chunk_of<T, L>(f.p.dim);
-    const int staged = Staged<T, L>::count(f.p.steps, chunk);
-    const Split split = split_rows<L>(f.p, most_partials(f.p));
-    launch(shared_backward_kernel<L, S, F>, "shared_backward_kernel", split.programs * f.p.sets, kThreads,
-           staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(split.block_rows, int(chunk)), stream,
-           SharedBackward<S, F>(f, split, int(chunk), staged));
-    launch_finish(f, split.programs, int(chunk), stream);
+    const Plan<L, T> plan(f.p);
+    launch(shared_backward_kernel<L, S, F, inverse.value>, "shared_backward_kernel", plan.split.programs * f.p.sets,
+           kThreads,
+           plan.staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(plan.split.block_rows, plan.chunk), stream,
+           SharedBackward<S, F>(f, plan.split, plan.chunk, plan.staged));
+    launch_finish(f, plan.split.programs, plan.chunk, stream);
   });
 }
 

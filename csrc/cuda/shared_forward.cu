@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
         w_after = read_row<Layout>(staged.w + second * Layout::columns);
         z = add(z, act.h, u_hat);
         a = (sum_lanes<Layout>(part) + q.b) + now.next * act.h;  // (27)
-        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, p.params.activation);
+        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, now.sunk, p.params.activation);
       }
     }
     if (!inside) continue;

@@ -1,5 +1,5 @@
 // The inverse of rows that share their parameters, docs/math.md (17): z in registers, one launch for all steps. A row's
-// lanes search for its root side by side, as they would wait otherwise. And what its backward starts with, (35).
+// lanes search for its root side by side, as they would wait otherwise.
 #include "staged.cuh"
 
 #include "../planar_root.h"  // last: it belongs to the lane type that is there
@@ -25,48 +25,6 @@ __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const Share
     Row<T, Layout> z = {};  // [columns]
     if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
     auto log_det = no_steps<Lane<T>>();
-    for (int first = (steps - 1) / p.staged * p.staged; first >= 0; first -= p.staged) {
-      const int count = p.staged < steps - first ? p.staged : steps - first;
-      if (fresh || p.staged < steps) {
-        if (!fresh) __syncthreads();  // the steps behind are done with
-        stage_steps<Layout>(p.params, set, first, count, staged);
-        __syncthreads();
-        fresh = false;
-      }
-      if (!working) continue;
-      for (int k = count - 1; k >= 0; --k) {
-        const auto q = staged.numbers[k];
-        const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + q.b;
-        T a;
-        solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
-        const auto act = activate<Lane<T>>(a, p.params.activation);
-        if (saves) store(p.a + (first + k) * p.rows + row, a);
-        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, p.params.activation);
-        z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
-      }
-    }
-    if (!inside) continue;
-    store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
-    if (lane_of_row<Layout>() == 0) store(p.log_det + row, -value<Lane<T>>(log_det));
-  }
-}
-
-template <class Layout, class T, class F>
-__global__ void __launch_bounds__(kThreads, 1)
-    shared_inverse_adjoint_kernel(const SharedView<InverseAdjointView<T, F>> p) {
-  const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
-  const int group = int(threadIdx.x) / Layout::lanes, dim = p.params.dim, steps = p.params.steps;
-  const Staged<T, Layout> staged(shared_memory(), p.staged);
-  bool fresh = true;  // nothing is staged yet
-  const int64_t stride = int64_t(p.split.programs) * p.split.block_rows;
-  for (int64_t first_row = program * p.split.block_rows; first_row < p.split.rows_per_set; first_row += stride) {
-    const bool working = group < p.split.block_rows;  // the same in all of a warp
-    const bool inside = working && first_row + group < p.split.rows_per_set;
-    const int64_t row = inside ? set + p.sets * (first_row + group) : set;
-    auto g = load_row<Layout>(p.grad_z.from(row * p.grad_z_row), dim);  // [columns]
-    const T lambda = p.grad_log_det[row * p.grad_log_det_stride];
-    const auto a_of = [&](int k) { return p.a[(k < steps ? k : steps - 1) * p.rows + row]; };
-    T next = a_of(0);
     for (int first = 0; first < steps; first += p.staged) {
       const int count = p.staged < steps - first ? p.staged : steps - first;
       if (fresh || p.staged < steps) {
@@ -77,15 +35,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (!working) continue;
       for (int k = 0; k < count; ++k) {
-        const auto act = activate<Lane<T>>(next, p.params.activation);
-        next = a_of(first + k + 1);
         const auto q = staged.numbers[k];
-        const T e = dot(g, read_row<Layout>(staged.u_hat + k * Layout::columns));
-        const T mu = root_gradient<Lane<T>>(e, lambda, act, q.c, q.s, p.params.activation);
-        g = add(g, mu, read_row<Layout>(staged.w + k * Layout::columns));
+        const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + q.b;
+        T a;
+        solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
+        const auto act = activate<Lane<T>>(a, p.params.activation);
+        if (saves) store(p.a + (first + k) * p.a_step + row, a);
+        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
+        z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
       }
     }
-    if (inside) store_gradients(p, row, g, lambda);
+    if (!inside) continue;
+    store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
+    if (lane_of_row<Layout>() == 0) store(p.log_det + row, -value<Lane<T>>(log_det));
   }
 }
 
@@ -100,18 +62,6 @@ void launch_shared_inverse(const Forward& f, void* stream) {
     const Split split = split_rows<L>(f.p, kMostInversePrograms);
     launch(shared_inverse_kernel<L, T, F>, "shared_inverse_kernel", split.programs * f.p.sets, kThreads,
            staged * Staged<T, L>::bytes_of_step, stream, SharedView<ForwardView<T, F>>(f, split, staged));
-  });
-}
-
-void launch_shared_inverse_adjoint(const InverseAdjoint& f, void* stream) {
-  with_any_formulas(f.p, [&](auto zero, auto layout, auto activation) {
-    using T = decltype(zero);
-    using L = decltype(layout);
-    using F = decltype(activation);
-    const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
-    const Split split = split_rows<L>(f.p, kMostInversePrograms);
-    launch(shared_inverse_adjoint_kernel<L, T, F>, "shared_inverse_adjoint_kernel", split.programs * f.p.sets, kThreads,
-           staged * Staged<T, L>::bytes_of_step, stream, SharedView<InverseAdjointView<T, F>>(f, split, staged));
   });
 }
 

@@ -11,6 +11,10 @@ constexpr int kThreads = 128;  // of a block of the direct kernels
 // Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
 constexpr int64_t kStagedBytes = 48 * 1024;
 
+// The inverse takes the steps from the last to the first: views of what is indexed by steps start there and go back.
+inline int64_t first_step(const Problem& p) { return p.inverse ? p.steps - 1 : 0; }
+inline int64_t onward(const Problem& p, int64_t step) { return p.inverse ? -step : step; }
+
 // u, w [sets, K, D] and b [sets, K], and the formulas as far as the kernel does not know them. F is planar_math.h's.
 template <class S, class F>
 struct ParamsView {
@@ -22,8 +26,10 @@ struct ParamsView {
   Constraint of_problem;
 
   explicit ParamsView(const Problem& p)
-      : u(rows_of<S>(p.u, p.dim)), w(rows_of<S>(p.w, p.dim)), b(static_cast<const S*>(p.b.data)), u_set(p.u.set),
-        u_step(p.u.step), w_set(p.w.set), w_step(p.w.step), b_set(p.b.set), b_step(p.b.step), dim(p.dim),
+      : u(rows_of<S>(p.u, p.dim).from(first_step(p) * p.u.step)),
+        w(rows_of<S>(p.w, p.dim).from(first_step(p) * p.w.step)),
+        b(static_cast<const S*>(p.b.data) + first_step(p) * p.b.step), u_set(p.u.set), u_step(onward(p, p.u.step)),
+        w_set(p.w.set), w_step(onward(p, p.w.step)), b_set(p.b.set), b_step(onward(p, p.b.step)), dim(p.dim),
         steps(p.steps), activation(F::of(p.formulas)), of_problem(p.formulas.constraint) {}
 
   // Kernels that know tanh have two constraints: the code of the third would lengthen every step.
@@ -41,10 +47,10 @@ template <class S, class F>
 struct ProblemView {
   ParamsView<S, F> params;
   Rows<S> z;
-  int64_t z_row, rows, sets;
+  int64_t z_row, rows, sets, a_step;  // a_step: from a step's pre-activations to the next one's
 
   explicit ProblemView(const Problem& p)
-      : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets) {}
+      : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets), a_step(onward(p, p.rows)) {}
 };
 
 template <class S, class F>
@@ -54,10 +60,9 @@ struct ForwardView : ProblemView<S, F> {
 
   explicit ForwardView(const Forward& f)
       : ProblemView<S, F>(f.p), z_K(static_cast<S*>(f.z_K)), log_det(static_cast<compute_t<S>*>(f.log_det)),
-        a(static_cast<compute_t<S>*>(f.a)) {}
+        a(f.a ? static_cast<compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows : nullptr) {}
 };
 
-// `Pass` is Backward or InverseAdjoint.
 template <class S, class F>
 struct BackwardView : ProblemView<S, F> {
   Rows<S> grad_z;
@@ -65,19 +70,10 @@ struct BackwardView : ProblemView<S, F> {
   const compute_t<S>*grad_log_det, *a;
   S* dz;
 
-  template <class Pass>
-  explicit BackwardView(const Pass& f)
+  explicit BackwardView(const Backward& f)
       : ProblemView<S, F>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
         grad_log_det_stride(f.grad_log_det_stride), grad_log_det(static_cast<const compute_t<S>*>(f.grad_log_det)),
-        a(static_cast<const compute_t<S>*>(f.a)), dz(static_cast<S*>(f.dz)) {}
-};
-
-template <class T, class F>
-struct InverseAdjointView : BackwardView<T, F> {
-  T *minus_dz, *minus_log_det;
-
-  explicit InverseAdjointView(const InverseAdjoint& f)
-      : BackwardView<T, F>(f), minus_dz(static_cast<T*>(f.minus_dz)), minus_log_det(static_cast<T*>(f.minus_log_det)) {}
+        a(static_cast<const compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows), dz(static_cast<S*>(f.dz)) {}
 };
 
 // The same for rows that share their parameters. `View` is one of those above, made of `Pass`.
@@ -90,16 +86,6 @@ struct SharedView : View {
   SharedView(const Pass& f, const Split& split, int staged) : View(f), split(split), staged(staged) {}
 };
 
-// g, the gradient of a row of z_K, and what (36) takes from it and from lambda.
-template <class Layout, class T, class F>
-__device__ __forceinline__ void store_gradients(const InverseAdjointView<T, F>& p, int64_t row, const Row<T, Layout>& g,
-                                                T lambda) {
-  const int dim = p.params.dim;
-  store_row<Layout>(p.dz + row * dim, g, dim, dim % 4 == 0);
-  store_row<Layout>(p.minus_dz + row * dim, add(Row<T, Layout>{}, T(-1), g), dim, dim % 4 == 0);
-  if (lane_of_row<Layout>() == 0) store(p.minus_log_det + row, -lambda);
-}
-
 // Where a backward's weight gradients go.
 template <class S>
 struct GradientsView {
@@ -107,9 +93,11 @@ struct GradientsView {
   int64_t du_set, du_step, dw_set, dw_step, db_set, db_step;
 
   explicit GradientsView(const Backward& f)
-      : du(static_cast<S*>(f.du.data)), dw(static_cast<S*>(f.dw.data)), db(static_cast<S*>(f.db.data)),
-        du_set(f.du.set), du_step(f.du.step), dw_set(f.dw.set), dw_step(f.dw.step), db_set(f.db.set),
-        db_step(f.db.step) {}
+      : du(static_cast<S*>(f.du.data) + first_step(f.p) * f.du.step),
+        dw(static_cast<S*>(f.dw.data) + first_step(f.p) * f.dw.step),
+        db(static_cast<S*>(f.db.data) + first_step(f.p) * f.db.step), du_set(f.du.set),
+        du_step(onward(f.p, f.du.step)), dw_set(f.dw.set), dw_step(onward(f.p, f.dw.step)), db_set(f.db.set),
+        db_step(onward(f.p, f.db.step)) {}
 
   __device__ __forceinline__ S* du_of(int64_t set, int64_t k) const { return du + set * du_set + k * du_step; }
   __device__ __forceinline__ S* dw_of(int64_t set, int64_t k) const { return dw + set * dw_set + k * dw_step; }
@@ -136,6 +124,7 @@ template <class T>
 struct Numbers {  // of one step
   T b, c, s;
   T next;  // u_hat_k . w_{k+1}: G of (27)
+  T sunk;
 };
 
 // `steps` consecutive steps of one set in shared memory.
@@ -176,7 +165,7 @@ __device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t s
     if (i < count) {
       write_row(to.w + i * columns, w);
       write_row(to.u_hat + i * columns, add(u, rho_over_n(q), w));
-      if (writes) to.numbers[i] = {widen(step.b), q.c, q.s, T(0)};
+      if (writes) to.numbers[i] = {widen(step.b), q.c, q.s, T(0), q.sunk};
     }
     if (!kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
   }

@@ -112,16 +112,10 @@ void write(Writer& to, std::initializer_list<const Bytes*> outputs) {
 
 int64_t computed_size(const Problem& p) { return p.dtype == Dtype::float64 ? 8 : 4; }
 
-// What a backward starts with.
-struct Incoming {
-  Matrix grad_z;
-  const void* grad_log_det;
-  int64_t grad_log_det_stride;
-};
-
 // dz, du, dw and db. Packed: the gradients of u, w and b of each set behind one another, as a linear head's output.
-void run_backward(Writer& to, const Problem& p, const Incoming& grads, const Bytes& a, const Bytes& dz, bool packed) {
+void run_backward(Writer& to, const Problem& p, const Inputs& inputs, const Bytes& a, bool packed) {
   const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
+  const Bytes dz = watched("dz", p.rows * D, size);
   const Bytes du = packed ? watched("dpacked", p.sets * K * (2 * D + 1), size) : watched("du", p.sets * K * D, size);
   const Bytes dw = watched("dw", packed ? 0 : p.sets * K * D, size), db = watched("db", packed ? 0 : p.sets * K, size);
   const auto gradients = [&](const Bytes& alone, int64_t before, int64_t step) {
@@ -131,46 +125,23 @@ void run_backward(Writer& to, const Problem& p, const Incoming& grads, const Byt
   const int64_t workspace_size = workspace_bytes(p);
   if (workspace_size % 4) throw std::runtime_error("the workspace is not of whole numbers");
   const Bytes workspace = watched("workspace", workspace_size / 4, 4, false);
+  const Input& grad_log_det = inputs.grad_log_det;
   run("backward", to, [&] {
-    launch_backward({p, grads.grad_z, grads.grad_log_det, grads.grad_log_det_stride, a.data(), dz.data(),
+    launch_backward({p, inputs.grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0], a.data(), dz.data(),
                      gradients(du, 0, D), gradients(dw, K * D, D), gradients(db, 2 * K * D, 1), workspace.data()},
                     nullptr);
   });
   write(to, {&dz, &du, &dw, &db});
 }
 
-void run_forward(Writer& to, const Problem& p, const Inputs& inputs, bool save, bool packed) {
+// The flow or its inverse, and the backward.
+void run_both(Writer& to, const Problem& p, const Inputs& inputs, bool save, bool packed) {
   const int64_t size = size_of(p.dtype), computed = computed_size(p), D = p.dim, K = p.steps;
   const Bytes z_K = watched("z_K", p.rows * D, size), log_det = watched("log_det", p.rows, computed),
               a = watched("a", save ? K * p.rows : 0, computed);
   run("forward", to, [&] { launch_forward({p, z_K.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
   write(to, {&z_K, &log_det, &a});
-  if (!save) return;
-  const Bytes dz = watched("dz", p.rows * D, size);
-  const Input& grad_log_det = inputs.grad_log_det;
-  run_backward(to, p, {inputs.grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0]}, a, dz, packed);
-}
-
-// As planar_inverse and planar_inverse_backward.
-void run_inverse(Writer& to, Problem p, const Inputs& inputs, bool save, bool packed) {
-  const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
-  const Bytes z_0 = watched("z_0", p.rows * D, size), log_det = watched("log_det", p.rows, size),
-              a = watched("a", save ? K * p.rows : 0, size);
-  run("inverse", to, [&] { launch_inverse({p, z_0.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
-  write(to, {&z_0, &log_det, &a});
-  if (!save) return;
-  const Bytes dz = watched("dz", p.rows * D, size), minus_dz = watched("minus_dz", p.rows * D, size),
-              minus_log_det = watched("minus_log_det", p.rows, size);
-  p.z = {nullptr, 0, 0};
-  run("inverse's adjoint", to, [&] {
-    launch_inverse_adjoint({p, inputs.grad_z.matrix(), inputs.grad_log_det.data(), inputs.grad_log_det.strides[0],
-                            a.data(), dz.data(), minus_dz.data(), minus_log_det.data()},
-                           nullptr);
-  });
-  write(to, {&dz});
-  p.z = {z_0.data(), D, 1};
-  const Bytes dz_0 = watched("dz_0", p.rows * D, size);
-  run_backward(to, p, {{minus_dz.data(), D, 1}, minus_log_det.data(), 1}, a, dz_0, packed);
+  if (save) run_backward(to, p, inputs, a, packed);
 }
 
 void run_problem(Reader& from, Writer& to) {
@@ -183,11 +154,12 @@ void run_problem(Reader& from, Writer& to) {
   p.dim = int(from.number()), p.steps = int(from.number());
   set_form(Form(from.number()));
   host::order_of_blocks = from.number();
-  const bool save = from.number() != 0, packed = from.number() != 0, inverse = from.number() != 0;
+  const bool save = from.number() != 0, packed = from.number() != 0;
+  p.inverse = from.number() != 0;
   const Inputs inputs(from);
   p.z = inputs.z.matrix(), p.u = inputs.u.params(), p.w = inputs.w.params(), p.b = inputs.b.params();
   if (!computes(p)) throw std::runtime_error("the kernels do not compute these formulas");
-  return inverse ? run_inverse(to, p, inputs, save, packed) : run_forward(to, p, inputs, save, packed);
+  run_both(to, p, inputs, save, packed);
 }
 
 }  // namespace
