@@ -121,7 +121,7 @@ template <class T, class Layout>
 constexpr bool kReadsAhead = Layout::numbers * sizeof(T) <= 64;
 
 template <class T>
-struct Numbers {  // of one step
+struct alignas(16) Numbers {  // of one step; what lies behind a few of them is aligned too
   T b, c, s;
   T next;  // u_hat_k . w_{k+1}: G of (27)
   T sunk;
