@@ -63,7 +63,7 @@ MUTANTS = [
         "a block asks for less memory than it uses",
         "shared_forward.cu",
         "staged * Staged<T, L>::bytes_of_step, stream",
-        "staged * Staged<T, L>::bytes_of_step - 16, stream",
+        "staged * Staged<T, L>::bytes_of_step - 32, stream",
         ("shared_forward.cu",),
         "address",
         "heap-buffer-overflow",
