@@ -27,7 +27,6 @@ from vvae_fast.kernels import (
     compact_gradients,
     direct_backward,
     direct_forward,
-    direct_inverse_adjoint,
     launch,
     planar,
 )
@@ -37,7 +36,6 @@ TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"
 LAUNCHING = (
     direct_forward,
     direct_backward,
-    direct_inverse_adjoint,
     compact_forward,
     compact_backward,
     compact_gradients,
@@ -94,7 +92,7 @@ def resources(compiled) -> dict[str, int]:
 
 def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, *formulas) -> list[tuple]:
     """What forward and backward of one problem launch in the form "direct" or "compact"; for "inverse" what the inverse
-    and its adjoint do, which are direct. `formulas` are those of `Formulas`."""
+    and its backward do, which are direct. `formulas` are those of `Formulas`."""
     _heuristics.is_compact = lambda *problem: form == "compact"
     recorder = Recorder()
     for module in LAUNCHING:
@@ -109,8 +107,8 @@ def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype:
     formulas = Formulas(*formulas)
     if form == "inverse":
         z_0, log_det, a = planar.planar_inverse(z, u, u, b, formulas, True)
-        planar.planar_inverse_backward(z, log_det, z_0, u, u, b, a, formulas)
-        return recorder.launches[:2]  # the others are the backward
+        planar.planar_inverse_backward(z_0, log_det, z, u, u, b, a, formulas)
+        return recorder.launches
     z_K, log_det, a = planar.planar_forward(z, u, u, b, formulas, True)
     planar.planar_backward(z_K, log_det, z, u, u, b, a, formulas)
     return recorder.launches

@@ -24,7 +24,6 @@ ORDER = [
     "kernels.root",
     "kernels.direct_forward",
     "kernels.direct_backward",
-    "kernels.direct_inverse_adjoint",
     "kernels.compact_chunk",
     "kernels.compact_forward",
     "kernels.compact_gradients",

@@ -21,7 +21,7 @@ from vvae_fast.kernels.compact_chunk import (
 )
 from vvae_fast.kernels.compact_gradients import launch_compact_gradients
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import Activation, activate, determinant_gradient, h_second
+from vvae_fast.kernels.math import Activation, activate, step_adjoint, unit
 from vvae_fast.shapes import Formulas
 
 
@@ -79,7 +79,7 @@ def compact_backward_kernel(
         left = tl.where(inside, num_steps - first, 0)  # [R]
         u_at = u + owner * u_set + (first + step)[:, None] * u_step  # [CHUNK, 1]
         w_at = w + owner * w_set + (first + step)[:, None] * w_step  # [CHUNK, 1]
-        c, s, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
+        c, s, _, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
         q = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
@@ -96,8 +96,9 @@ def compact_backward_kernel(
         delta_tile = delta_row[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
         a_tile = (a + first * rows + row)[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
         h, h_prime = activate(tl.load(a_tile, saved, F.absent), F)  # [R, CHUNK]
-        r = determinant_gradient(lambda_[:, None], h, h_prime, c[None, :], s[None, :], F)  # [R, CHUNK]
-        tl.store(delta_tile, q * h_prime + r * c[None, :] * h_second(h, h_prime, F), saved)
+        of_step = unit(s, CONSTRAINT)[None, :]
+        d, _ = step_adjoint(q, lambda_[:, None], h, h_prime, c[None, :], s[None, :], of_step, F)  # [R, CHUNK]
+        tl.store(delta_tile, d, saved)  # with q for e: the sum in (11) comes with the scan
         tl.store(slope[:, None] + step[None, :] * BLOCK_ROWS, h_prime)
         store_gram(scratch, gram)
         if block == 0:

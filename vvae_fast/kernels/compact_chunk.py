@@ -56,7 +56,7 @@ def constrain_chunk(
     CONSTRAINT: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """c, s and of_w [CHUNK], where u_hat = u + of_w w, docs/math.md (4), (5)."""
+    """c, s, sunk and of_w [CHUNK], where u_hat = u + of_w w, docs/math.md (4), (5), (38)."""
     alpha, n = tl.zeros([CHUNK], dtype), tl.zeros([CHUNK], dtype)
     for start in tl.range(0, D, BLOCK_D):
         at = start + tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -64,8 +64,8 @@ def constrain_chunk(
         w_k = load_params(w, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
         alpha += tl.sum(w_k * u_k, 1)
         n += tl.sum(w_k * w_k, 1)
-    c, s, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINT)
-    return c, s, rho * inv_n
+    c, s, sunk, rho, inv_n, _, _ = constrain(alpha, n, CONSTRAINT)
+    return c, s, sunk, rho * inv_n
 
 
 @triton.jit

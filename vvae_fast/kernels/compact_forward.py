@@ -85,7 +85,7 @@ def compact_forward_kernel(
     for first in tl.range(0, num_steps, CHUNK, num_stages=1):
         left = num_steps - first
         steps = step < left  # [CHUNK]
-        c, s, of_w = constrain_chunk(u, w, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
+        c, s, sunk, of_w = constrain_chunk(u, w, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
         p = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         if IN_REGISTERS:
@@ -111,7 +111,8 @@ def compact_forward_kernel(
         scan(a_row, scratch, rows, tl.where(inside, left, 0), F)
         tl.debug_barrier()
         h, h_prime = activate(tl.load(a_tile, saved, 0), F)  # [R, CHUNK]
-        logs = log_abs_determinant(h, h_prime, c[None, :], s[None, :], F)  # [R, CHUNK], 0 behind the last step
+        # [R, CHUNK], 0 behind the last step
+        logs = log_abs_determinant(h, h_prime, c[None, :], s[None, :], sunk[None, :], F)
         if F.eps > 0:
             logs = tl.where(steps[None, :], logs, 0)
         sum_of_logs += tl.sum(logs, 1)

@@ -9,7 +9,7 @@ from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides
-from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, determinant_gradient
+from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
 from vvae_fast.shapes import Formulas
 
 
@@ -21,7 +21,8 @@ def compact_gradients_kernel(
     a,  # [K, rows]
     delta,  # [K, rows]
     constraint,  # [sets, 3, K]: c and s, the third is not used here
-    partials,  # [sets, slices, K (2 D + K + 2)]: v and dw [K, D], S [K, K], db and gamma [K] behind one another
+    partials,  # [sets, slices, K (2 D + K + 2)]: v and dw [K, D], S [K, K], db and gamma [K] behind one another;
+    # gamma times unit(s)
     rows,
     rows_per_set,
     num_steps,
@@ -38,6 +39,7 @@ def compact_gradients_kernel(
     BLOCK_STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
+    CONSTRAINT: tl.constexpr,
     F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -73,8 +75,9 @@ def compact_gradients_kernel(
             if tile == 0:
                 lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0)  # [R]
                 db += tl.sum(d, 1)
-                r = determinant_gradient(lambda_[None, :], h, h_prime, c[:, None], s[:, None], F)  # [CHUNK, R]
-                gamma += tl.sum(r * h_prime, 1)
+                of_step = unit(s, CONSTRAINT)[:, None]
+                _, of_c = step_adjoint(d, lambda_[None, :], h, h_prime, c[:, None], s[:, None], of_step, F)
+                gamma += tl.sum(of_c, 1)
         at = step[:, None] * D + col[None, :]  # [CHUNK, BLOCK_D]
         params = steps[:, None] & (col < D)[None, :]  # [CHUNK, BLOCK_D]
         tl.store(partials + at, v, params)
@@ -167,7 +170,7 @@ def compact_finish_kernel(
         tl.debug_barrier()  # no thread adds the first slice any more, which v replaces
         tl.store(partials + k * D + at, v, mask)
     gamma = sum_slices(sums + num_steps, size, num_slices, 1, BLOCK_SLICES, k + one, one < 1)  # [1]
-    _, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [1]
+    _, _, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [1]
     dalpha, of_v, of_w_n = constrain_backward(rho, inv_n, rising, falling, q, gamma)  # [1]
     tl.debug_barrier()  # the slices are added by other threads than those that read v
 
@@ -226,7 +229,7 @@ def launch_compact_gradients(
         *(rows, rows_per_set, num_steps, num_sets, num_slices, config.num_blocks),
         *(*grad_z.stride(), *grad_log_det.stride(), *z.stride()),
         *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1),
-        *(Activation.of(formulas), config.precision),
+        *(formulas.constraint, Activation.of(formulas), config.precision),
         num_warps=config.num_warps,
         capped=True,
     )

@@ -1,5 +1,6 @@
-"""The backward in the direct form, docs/math.md (16): one launch, and one that adds the partial sums of shared
-parameters. A program writes to its own memory only, in a fixed order: no atomics, the same bits on every run."""
+"""The backward of the flow and of its inverse in the direct form, docs/math.md (16), (40): one launch, and one that
+adds the partial sums of shared parameters. A program writes to its own memory only, in a fixed order: no atomics, the
+same bits on every run."""
 
 import triton
 import triton.language as tl
@@ -8,14 +9,8 @@ from torch import Tensor
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
-from vvae_fast.kernels.math import (
-    Activation,
-    activate,
-    constrain,
-    constrain_backward,
-    determinant_gradient,
-    h_second,
-)
+from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
+from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
 from vvae_fast.shapes import Formulas
 
 
@@ -31,6 +26,7 @@ def direct_backward_kernel(
     du,  # [sets or programs, K, D], rows contiguous
     dw,  # [sets or programs, K, D], rows contiguous
     db,  # [sets or programs, K]
+    kept,  # [programs, K, BLOCK_ROWS, D] where parameters are shared, else [sets, K, D]: z_{k-1} of a block, may be dw
     rows,
     num_steps,
     num_sets,
@@ -51,31 +47,43 @@ def direct_backward_kernel(
     du_set: tl.constexpr,
     dw_set: tl.constexpr,
     db_set: tl.constexpr,
+    kept_set: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SHARED: tl.constexpr,
     CONSTRAINT: tl.constexpr,
     F: tl.constexpr,
+    INVERSE: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # there are several blocks
+    SWEEP: tl.constexpr,
+    WALK_BACK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS."""
+    """SWEEP keeps the z_{k-1} of a block of rows, WALK_BACK uses them. Parameters have one row where they are shared:
+    [S, BLOCK_D], S = 1 or BLOCK_ROWS. The inverse is a flow of its own, from its z_K and from the last step to the
+    first, docs/math.md (40)."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    sign: tl.constexpr = -1 if INVERSE else 1  # in which the sweep takes the steps
+    first_step = num_steps.to(tl.int64) - 1 if INVERSE else 0
+    end = -1 if INVERSE else num_steps.to(tl.int64)  # behind the last step
     if SHARED:
         owner = tl.zeros([1], tl.int64)  # [S]
         owned = tl.full([1], 1, tl.int1)  # [S]
         target = program * partial
+        kept_step: tl.constexpr = BLOCK_ROWS * D
+        kept += program * num_steps * kept_step + tl.arange(0, BLOCK_ROWS)[:, None] * D + col[None, :]  # [R, BLOCK_D]
     else:
         owner = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         owned = owner < num_sets
         target = 0
+        kept_step: tl.constexpr = D
+        kept += owner[:, None] * kept_set + col[None, :]  # [R, BLOCK_D]
     u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
     w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
-    end = num_steps.to(tl.int64)
-    du += target + owner[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D], behind the last step
+    du += target + owner[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D]
     dw += target + owner[:, None] * dw_set + end * D + col[None, :]  # [S, BLOCK_D]
     db += target + owner * db_set + end  # [S]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
@@ -89,61 +97,76 @@ def direct_backward_kernel(
             row = block * num_sets.to(tl.int64) + owner
             inside = owned
         mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
-        g = tl.load(grad_z + row[:, None] * grad_z_row + col[None, :] * grad_z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
-        lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0).to(dtype)  # [R]
-        z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
 
-        u_at, w_at, a_at = u, w, a + row  # where step k of a loop is
-        for _ in tl.range(num_steps, num_stages=STAGES):  # z_K from z_0, docs/math.md (10)
-            u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
-            w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
-            _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
-            h, _ = activate(tl.load(a_at, inside, F.absent), F)  # [R]
-            z_k += (u_k + (rho * inv_n)[:, None] * w_k) * h[:, None]
-            u_at += u_step
-            w_at += w_step
-            a_at += rows
+        if SWEEP:
+            z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
+            u_at, w_at = u + first_step * u_step, w + first_step * w_step  # where step k of a loop is
+            a_at, kept_at = a + row + first_step * rows, kept + first_step * kept_step
+            for _ in tl.range(num_steps, num_stages=STAGES):
+                tl.store(kept_at, z_k, mask)
+                u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
+                w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
+                _, _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
+                h, _ = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                z_k += (u_k + (rho * inv_n)[:, None] * w_k) * (sign * h)[:, None]
+                u_at += sign * u_step
+                w_at += sign * w_step
+                a_at += sign * rows
+                kept_at += sign * kept_step
+        if SWEEP and WALK_BACK:
+            tl.debug_barrier()  # another thread may read this z
 
-        du_at, dw_at, db_at = du, dw, db
-        for _ in tl.range(num_steps, num_stages=STAGES):
-            u_at -= u_step
-            w_at -= w_step
-            a_at -= rows
-            du_at -= D
-            dw_at -= D
-            db_at -= 1
-            u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
-            w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
-            alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
-            c, s, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [S]
-            u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-            h, h_prime = activate(tl.load(a_at, inside, F.absent), F)  # [R]
-            r = determinant_gradient(lambda_, h, h_prime, c, s, F)  # [R]
-            e = tl.sum(g * u_hat, 1)  # [R]
-            delta = e * h_prime + r * c * h_second(h, h_prime, F)  # [R]
-            z_k -= u_hat * h[:, None]  # z_{k-1}
-            v = g * h[:, None]  # [R, BLOCK_D]
-            dw_k = z_k * delta[:, None]  # [R, BLOCK_D]
-            db_k, gamma = delta, r * h_prime  # [R]
-            g += w_k * delta[:, None]
-            if SHARED:
-                v, dw_k = tl.sum(v, 0)[None, :], tl.sum(dw_k, 0)[None, :]  # [S, BLOCK_D]
-                db_k, gamma = tl.sum(db_k, 0, keep_dims=True), tl.sum(gamma, 0, keep_dims=True)  # [S]
-            # The constraint's adjoint (6) is linear: partial sums may go through it.
-            dalpha, of_v, of_w_n = constrain_backward(rho, inv_n, rising, falling, tl.sum(v * w_k, 1), gamma)
-            du_k = v + dalpha[:, None] * w_k
-            dw_k += of_v[:, None] * v + dalpha[:, None] * u_k + of_w_n[:, None] * (inv_n[:, None] * w_k)
-            if ACCUMULATE:
-                before = block > 0
-                du_k += tl.load(du_at, params & before, 0)
-                dw_k += tl.load(dw_at, params & before, 0)
-                db_k += tl.load(db_at, owned & before, 0)
-            tl.store(du_at, du_k, params)
-            tl.store(dw_at, dw_k, params)
-            tl.store(db_at, db_k, owned)
-        tl.store(dz + row[:, None] * D + col[None, :], g, mask)
+        if WALK_BACK:
+            at = row[:, None] * grad_z_row + col[None, :] * grad_z_col
+            g = tl.load(grad_z + at, mask, 0).to(dtype)  # [R, BLOCK_D]
+            lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0).to(dtype)  # [R]
+            u_at, w_at, a_at, kept_at = u + end * u_step, w + end * w_step, a + row + end * rows, kept + end * kept_step
+            du_at, dw_at, db_at = du, dw, db
+            for _ in tl.range(num_steps, num_stages=STAGES):
+                u_at -= sign * u_step
+                w_at -= sign * w_step
+                a_at -= sign * rows
+                kept_at -= sign * kept_step
+                du_at -= sign * D
+                dw_at -= sign * D
+                db_at -= sign
+                u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
+                w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
+                alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
+                c, s, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [S]
+                u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
+                h, h_prime = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                e = tl.sum(g * u_hat, 1)  # [R]
+                if INVERSE:
+                    delta, gamma = inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F)  # [R]
+                else:
+                    delta, gamma = step_adjoint(e, lambda_, h, h_prime, c, s, unit(s, CONSTRAINT), F)  # [R]
+                h = sign * h
+                v = g * h[:, None]  # [R, BLOCK_D]
+                dw_k = tl.load(kept_at, mask, 0) * delta[:, None]  # [R, BLOCK_D]
+                db_k, delta_h = delta, delta * h  # [R]
+                g += w_k * delta[:, None]
+                if SHARED:
+                    v, dw_k = tl.sum(v, 0)[None, :], tl.sum(dw_k, 0)[None, :]  # [S, BLOCK_D]
+                    db_k, gamma = tl.sum(db_k, 0, keep_dims=True), tl.sum(gamma, 0, keep_dims=True)  # [S]
+                    if INVERSE:
+                        delta_h = tl.sum(delta_h, 0, keep_dims=True)
+                # The constraint's adjoint (6) is linear: partial sums may go through it.
+                dalpha, of_v, of_w_n = constrain_backward(rho, inv_n, rising, falling, tl.sum(v * w_k, 1), gamma)
+                of_u = inverse_of_u(dalpha, delta_h, inv_n) if INVERSE else dalpha
+                du_k = v + dalpha[:, None] * w_k
+                dw_k += of_v[:, None] * v + of_u[:, None] * u_k + of_w_n[:, None] * (inv_n[:, None] * w_k)
+                if ACCUMULATE:
+                    before = block > 0
+                    du_k += tl.load(du_at, params & before, 0)
+                    dw_k += tl.load(dw_at, params & before, 0)
+                    db_k += tl.load(db_at, owned & before, 0)
+                tl.store(du_at, du_k, params)
+                tl.store(dw_at, dw_k, params)
+                tl.store(db_at, db_k, owned)
+            tl.store(dz + row[:, None] * D + col[None, :], g, mask)
         if ACCUMULATE:
-            tl.debug_barrier()  # another thread may read these sums in the next block
+            tl.debug_barrier()  # another thread may read these sums, or write the next z, in the next block
 
 
 @triton.jit(do_not_specialize=["num_partials", "matrix", "size", "blocks"])
@@ -190,8 +213,10 @@ def launch_direct_backward(
     dw: Tensor,
     db: Tensor,
     formulas: Formulas,
+    inverse: bool = False,
 ) -> None:
-    """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
+    """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous. The inverse's z is what
+    it was given, z_K, and a are its roots."""
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     shared = num_sets == 1
@@ -210,19 +235,28 @@ def launch_direct_backward(
         to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
     sets = tuple(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
     to_sets = (0, 0, 0) if shared else (partial,) * 3 if in_partials else sets
+    if shared:
+        kept, kept_set = a.new_empty(programs, num_steps, config.block_rows, dim), 0
+    elif num_blocks == 1 and dw.dtype == a.dtype:  # each dw_k takes the place of its z_{k-1}, read just before
+        kept, kept_set = dw, sets[1]
+    else:
+        kept, kept_set = a.new_empty(num_sets, num_steps, dim), num_steps * dim
     grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
-    launches = [(0, num_blocks)] if BARRIER_ORDERS_MEMORY else [(block, 1) for block in range(num_blocks)]
-    for first_block, of_launch in launches:
+    # (first block, blocks, SWEEP, WALK_BACK): a launch for what another thread may read, if a barrier orders nothing.
+    launches = [(0, num_blocks, True, True)]
+    if not BARRIER_ORDERS_MEMORY:
+        launches = [(block, 1, sweep, not sweep) for block in range(num_blocks) for sweep in (True, False)]
+    for first_block, of_launch, sweep, walk_back in launches:
         launch(
             direct_backward_kernel,
             (programs,),
             z,
-            *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db),
+            *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, kept),
             *(rows, num_steps, num_sets, first_block, of_launch, partial),
             *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-            *to_sets,
+            *(*to_sets, kept_set),
             *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
-            *(num_blocks > 1, config.num_stages),
+            *(inverse, num_blocks > 1, sweep, walk_back, config.num_stages),
             num_warps=config.num_warps,
             capped=True,
         )

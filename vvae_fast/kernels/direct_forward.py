@@ -46,7 +46,8 @@ def direct_forward_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_ROWS rows a program. Parameters have one row where they are shared: [S, BLOCK_D], S = 1 or BLOCK_ROWS. The
-    inverse takes z_K for z, the last step first, and leaves z_0 and the roots a of docs/math.md (17)."""
+    inverse takes z_K for z, the last step first, and leaves z_0 and the roots a of docs/math.md (17): a flow of its own
+    with -h in place of h, (40)."""
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -58,17 +59,13 @@ def direct_forward_kernel(
     else:
         owner = row % num_sets
         owned = inside
-    u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
-    w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
-    b += owner * b_set  # [S]
-    a += row  # [R]
+    sign: tl.constexpr = -1 if INVERSE else 1  # in which the steps are taken
+    first = num_steps.to(tl.int64) - 1 if INVERSE else 0
+    u += owner[:, None] * u_set + first * u_step + col[None, :] * u_col  # [S, BLOCK_D]
+    w += owner[:, None] * w_set + first * w_step + col[None, :] * w_col  # [S, BLOCK_D]
+    b += owner * b_set + first * b_step  # [S]
+    a += row + first * rows  # [R]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
-    if INVERSE:
-        last = num_steps.to(tl.int64) - 1
-        u += last * u_step
-        w += last * w_step
-        b += last * b_step
-        a += last * rows
 
     z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
     sum_of_logs = tl.zeros([BLOCK_ROWS], dtype)  # [R]
@@ -76,29 +73,19 @@ def direct_forward_kernel(
         u_k = tl.load(u, params, 0).to(dtype)  # [S, BLOCK_D]
         w_k = tl.load(w, params, 0).to(dtype)  # [S, BLOCK_D]
         b_k = tl.load(b, owned, 0).to(dtype)  # [S]
-        c, s, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
+        c, s, sunk, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
         a_k = tl.sum(z_k * w_k, 1) + b_k  # [R]
         if INVERSE:
             a_k = solve(a_k, c, s, F)
         h, h_prime = activate(a_k, F)
-        log_of_det = log_abs_determinant(h, h_prime, c, s, F)
-        u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
+        sum_of_logs += sign * log_abs_determinant(h, h_prime, c, s, sunk, F)
+        z_k += (u_k + (rho * inv_n)[:, None] * w_k) * (sign * h)[:, None]
         if SAVE:
             tl.store(a, a_k, inside)
-        if INVERSE:
-            sum_of_logs -= log_of_det
-            z_k -= u_hat * h[:, None]
-            u -= u_step
-            w -= w_step
-            b -= b_step
-            a -= rows
-        else:
-            sum_of_logs += log_of_det
-            z_k += u_hat * h[:, None]
-            u += u_step
-            w += w_step
-            b += b_step
-            a += rows
+        u += sign * u_step
+        w += sign * w_step
+        b += sign * b_step
+        a += sign * rows
     tl.store(z_K + row[:, None] * D + col[None, :], z_k, mask)
     tl.store(log_det + row, sum_of_logs, inside)
 

@@ -93,10 +93,11 @@ def log1p_of_positive(x):
 
 @triton.jit
 def constrain(alpha, n, CONSTRAINT: tl.constexpr):
-    """c, s, rho, inv_n, rising and falling, docs/math.md (4) to (6) or (29), (30), from alpha = w . u and n = |w|^2."""
+    """c, s, sunk, rho, inv_n, rising, falling from alpha = w . u and n = |w|^2, docs/math.md (4) to (6) or (29), (30).
+    sunk is what log s lies below the least s that is held, else 0, (38); rising is dc/dalpha over unit(s), (39)."""
     if CONSTRAINT == "none":
         zero = tl.zeros_like(alpha)
-        return alpha, 1 + alpha, zero, zero, zero + 1, zero
+        return alpha, 1 + alpha, zero, zero, zero, zero + 1, zero
     e, _ = exp_both(-tl.abs(alpha))
     log_term = log1p_of_positive(e)
     nonzero = n >= (2.2250738585072014e-308 if n.dtype == tl.float64 else 1.1754943508222875e-38)
@@ -112,14 +113,25 @@ def constrain(alpha, n, CONSTRAINT: tl.constexpr):
         s = log1p_of_positive(s)
         rho = s - (1 + alpha)
     s = tl.where(nonzero, s, 1)
+    least = -708.0 if alpha.dtype == tl.float64 else -87.0  # where exp_both stops falling
+    sunk = tl.where((alpha < least) & nonzero, alpha - least, 0)
     inv_n = tl.where(nonzero, 1 / tl.where(nonzero, n, 1), 0)
-    return s - 1, s, rho, inv_n, tl.where(nonzero, rising, 0), tl.where(nonzero, falling, 0)
+    return s - 1, s, sunk, rho, inv_n, tl.where(nonzero, rising / s, 0), tl.where(nonzero, falling, 0)
+
+
+@triton.jit
+def unit(s, CONSTRAINT: tl.constexpr):
+    """docs/math.md (39): where s is held, gradients of c are kept times this, for dL/dc itself grows as 1 / s."""
+    if CONSTRAINT == "none":
+        return tl.full(s.shape, 1, s.dtype)
+    else:
+        return s
 
 
 @triton.jit
 def constrain_backward(rho, inv_n, rising, falling, q, gamma):
     """dalpha, of_v and of_w_n: du = v + dalpha w, dw = of_v v + dalpha u + of_w_n (inv_n w), docs/math.md (6), from
-    q = v . w with v = dL/du_hat, and gamma = dL/dc."""
+    q = v . w with v = dL/du_hat, and gamma = dL/dc times unit(s)."""
     q_n = q * inv_n
     return gamma * rising - q_n * falling, rho * inv_n, -2 * rho * q_n
 
@@ -209,20 +221,31 @@ def determinant(h, h_prime, c, s, F: tl.constexpr):
 
 
 @triton.jit
-def log_abs_determinant(h, h_prime, c, s, F: tl.constexpr):
-    """docs/math.md (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both."""
+def log_abs_determinant(h, h_prime, c, s, sunk, F: tl.constexpr):
+    """docs/math.md (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both. sunk, (38),
+    is all of the determinant where nothing else is left of it."""
     x = c * h_prime
     det = determinant(h, h_prime, c, s, F)
     lossy = (x >= -0.5) & (x <= 1.152921504606847e18)  # no correction of infinity
-    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), 0)
+    log = tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), 0)
+    return log + tl.where(tl.abs(det) < 2 * s, sunk, 0)
 
 
 @triton.jit
-def determinant_gradient(lambda_, h, h_prime, c, s, F: tl.constexpr):
-    """docs/math.md (11): r from lambda, 0 where lambda is 0, as it is for rows behind the last: their determinant may
-    be 0. tanh's there is 1."""
-    r = lambda_ / determinant(h, h_prime, c, s, F)
+def inverse_determinant(lambda_, h, h_prime, c, s, F: tl.constexpr):
+    """1 / det for docs/math.md (11), 0 where lambda is 0, as it is for rows behind the last: their determinant may be
+    0. tanh's there is 1."""
+    inverse = 1 / determinant(h, h_prime, c, s, F)
     if F.kind == "tanh":
-        return r
+        return inverse
     else:
-        return tl.where(lambda_ == 0, lambda_, r)
+        return tl.where(lambda_ == 0, lambda_, inverse)
+
+
+@triton.jit
+def step_adjoint(e, lambda_, h, h_prime, c, s, unit, F: tl.constexpr):
+    """delta = dL/da and gamma = dL/dc times unit, docs/math.md (11), (12), (15), of one step from e = dL/dz_k . u_hat.
+    lambda comes last: what it multiplies stays in range, (39)."""
+    inverse = inverse_determinant(lambda_, h, h_prime, c, s, F)
+    delta = e * h_prime + lambda_ * (c * inverse * h_second(h, h_prime, F))
+    return delta, lambda_ * (unit * inverse * h_prime)

@@ -12,7 +12,6 @@ from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.kernels.direct_backward import launch_direct_backward
 from vvae_fast.kernels.direct_forward import launch_direct_forward
-from vvae_fast.kernels.direct_inverse_adjoint import launch_direct_inverse_adjoint
 from vvae_fast.shapes import Formulas
 
 
@@ -62,21 +61,12 @@ def planar_inverse(
 
 
 def planar_inverse_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z_0: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z_0."""
-    shapes.check_rows(z_0, u, w, b)
-    shapes.check_saved(grad_z, grad_log_det, z_0, a, u.shape[-2])
-    _check_direct(z_0)
-    dz, minus_dz = (torch.empty_like(grad_z, memory_format=torch.contiguous_format) for _ in range(2))
-    minus_log_det = torch.empty_like(grad_log_det, memory_format=torch.contiguous_format)
-    if _is_launched(z_0, u):
-        launch_direct_inverse_adjoint(grad_z, grad_log_det, u, w, a, dz, minus_dz, minus_log_det, formulas)
-    else:
-        for t in (dz, minus_dz):
-            t.copy_(grad_z)
-    _, du, dw, db = planar_backward(minus_dz, minus_log_det, z_0, u, w, b, a, formulas)
-    return dz, du, dw, db
+    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z, the inverse's own: in the direct form."""
+    _check_direct(z)
+    du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
+    return _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, inverse=True), du, dw, db
 
 
 def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,14 +108,18 @@ def _backward(
     dw: Tensor,
     db: Tensor,
     formulas: Formulas,
+    inverse: bool = False,
 ) -> Tensor:
     """Fills du, dw and db, in which a set's steps are contiguous, and returns dz."""
     shapes.check_rows(z, u, w, b)
     shapes.check_saved(grad_z, grad_log_det, z, a, u.shape[-2])
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if _is_launched(z, u):
-        launch_backward = launch_compact_backward if _is_compact(z, u) else launch_direct_backward
-        launch_backward(grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
+        arguments = (grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
+        if not inverse and _is_compact(z, u):
+            launch_compact_backward(*arguments)
+        else:
+            launch_direct_backward(*arguments, inverse)
     else:
         dz.copy_(grad_z)
         for t in (du, dw, db):

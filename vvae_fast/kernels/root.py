@@ -1,5 +1,7 @@
-"""The scalar equation of a step's inverse, docs/math.md (17) and (33) to (37), on Triton tensors: the twin of
-csrc/planar_root.h, same names, same order. Shapes: x and rhs [R], a row each; c, s [R], or [1] where they are shared.
+"""The scalar equation of a step's inverse, docs/math.md (17), (33) to (35), (37), (39), (40), on Triton tensors.
+
+The twin of csrc/planar_root.h, same names, same order. Shapes: x and rhs [R], a row each; c, s [R], or [1] where they
+are shared.
 """
 
 import triton
@@ -60,7 +62,9 @@ def search(rhs, c, s, F: tl.constexpr):
         size = magnitude(x, rhs, F)
         low = tl.where(residual <= 0, x, low)
         high = tl.where(residual >= 0, x, high)
-        halley = x - residual * det / (det * det - residual * (c * h_second(h, h_prime, F)) / 2)
+        inverse = 1 / det
+        newton = residual * inverse  # quotients: det * det would overflow
+        halley = x - newton / (1 - newton * (c * inverse * h_second(h, h_prime, F)) / 2)
         inside = (halley >= low) & (halley <= high)
         next = tl.where(inside, halley, (low + high) / 2)
         step = tl.where(inside, tl.abs(next - x), high - low)
@@ -85,7 +89,15 @@ def solve(rhs, c, s, F: tl.constexpr):
 
 
 @triton.jit
-def root_gradient(e, lambda_, h, h_prime, c, s, F: tl.constexpr):
-    """mu = dL/dR of one step of the inverse from e = dL/dz_{k-1} . u_hat, docs/math.md (35)."""
-    det = determinant(h, h_prime, c, s, F)
-    return -(e * h_prime + lambda_ * c * h_second(h, h_prime, F) / det) / det
+def inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F: tl.constexpr):
+    """mu = dL/dR of one step of the inverse and dL/dc times s from e = dL/dz_{k-1} . u_hat, docs/math.md (35), (39)."""
+    inverse = 1 / determinant(h, h_prime, c, s, F)
+    mu = -(e * h_prime + lambda_ * (c * inverse * h_second(h, h_prime, F))) * inverse
+    return mu, -(mu * s * h + lambda_ * (s * inverse * h_prime))
+
+
+@triton.jit
+def inverse_of_u(dalpha, delta_h, inv_n):
+    """What dw has of u, docs/math.md (6): where w = 0, also what makes z_k of (40) z_{k-1}. delta_h is the sum over a
+    set's rows of delta h, h that of the reversed flow."""
+    return tl.where(inv_n == 0, delta_h, dalpha)
