@@ -1,7 +1,7 @@
 """How many digits the kernels keep: python benchmarks/accuracy.py [--quick] [--backend cpp triton cuda]
 
-In float32, over the activations and the constraints that can be inverted: one step with w.u from -20 to 100, and up to 32
-steps in 2 to 40 dimensions with entries up to 2 N(0, 1), forward and inverse, each with its gradients. Every output and
+In float32, over the activations and the constraints that can be inverted: one step with w.u from -20 to 100, and up to
+32 steps in 2 to 40 dimensions with entries up to 2 N(0, 1), forward and inverse, each with its gradients. Every output and
 gradient has to be within 10 times the float32 reference's error or 2e-6, whichever is larger, relative L2, against the
 reference in float64. Prints the worst ratios, and exits with 1 and the smallest inputs where one is above.
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     failed = False
     for name in args.backend:
-        backend = sweep.Package(name)
+        backend = sweep.backend_of(name)
         start, counts = time.perf_counter(), sweep.Counts()
         findings = list(sweep.sweep([backend], sweep.inputs("quick" if args.quick else "full"), counts))
         print_table(findings)

@@ -1,18 +1,24 @@
 """Inputs from ordinary to extreme, and what float32 makes of them: the errors of the kernels beside those of the
 float32 reference, both against the reference in float64 with autograd's gradients. accuracy.py prints the table."""
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
+from unittest import mock
 
 import torch
 from problems import NAMES, Problem, on_each_isa
 from torch import Tensor
 
 import vvae_fast
+from vvae_fast import ops
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.shapes import ACTIVATIONS
+from vvae_fast.kernels import _heuristics
+from vvae_fast.shapes import ACTIVATIONS, Formulas
+
+Answer = tuple[Tensor, ...]  # the tensors of NAMES
 
 MOST_RATIO = 10.0  # of an error to the reference's, where the error is above
 FLOOR = 2e-6
@@ -49,10 +55,8 @@ class Input(NamedTuple):
         direction = "inverse" if self.inverse else "forward"
         what = f"scale {self.scale:g}" if self.alpha is None else f"w.u {self.alpha:g}, z {self.scale:g} N(0, 1)"
         where = ", z an image" if self.image else ""
-        return (
-            f"{self.activation} {self.constraint} {direction} {self.kind} K {self.num_steps} D {self.dim} {what}{where} "
-            f"seed {self.seed}"
-        )
+        size = f"K {self.num_steps} D {self.dim}"
+        return f"{self.activation} {self.constraint} {direction} {self.kind} {size} {what}{where} seed {self.seed}"
 
     def problem(self) -> Problem:
         g = torch.Generator().manual_seed(self.seed)
@@ -90,7 +94,7 @@ class Input(NamedTuple):
 class Backend(Protocol):
     """What is judged: several answers to a problem, by name, each the six tensors of NAMES."""
 
-    def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, tuple[Tensor, ...]]]: ...
+    def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]: ...
 
 
 class Finding(NamedTuple):
@@ -153,7 +157,7 @@ def inputs(size: str) -> list[Input]:
     return [*steps(ACTIVATIONS, (2,), (-10.0, 1.0, 100.0), 1), *flows(ACTIVATIONS, [(8, 3)], (2.0,), 1)]
 
 
-def run(p: Problem, it: Input, backend: str) -> tuple[Tensor, ...]:
+def run(p: Problem, it: Input, backend: str) -> Answer:
     """z, log_det, dz, du, dw, db of the package."""
     if it.kind == "packed" and backend != "reference":
         return _run_packed(p, it, backend)
@@ -163,7 +167,7 @@ def run(p: Problem, it: Input, backend: str) -> tuple[Tensor, ...]:
     return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, (p.grad_z, p.grad_log_det))
 
 
-def _run_packed(p: Problem, it: Input, backend: str) -> tuple[Tensor, ...]:
+def _run_packed(p: Problem, it: Input, backend: str) -> Answer:
     packed = torch.cat([p.u.flatten(-2), p.w.flatten(-2), p.b], -1)
     leaves = [t.detach().requires_grad_() for t in (p.z, packed)]
     outputs = packed_planar_flow(*leaves, it.num_steps, it.dim, backend=backend, **it.formulas)
@@ -173,18 +177,68 @@ def _run_packed(p: Problem, it: Input, backend: str) -> tuple[Tensor, ...]:
 
 
 class Package:
-    """A backend of the package; the C++ one on each instruction set that this machine has."""
+    """A backend of the package: the C++ one on each instruction set that this machine has, those for GPUs in the compact
+    form too where they may take it."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        self.name, self.device = name, device
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.device = "cuda" if name != "cpp" and torch.cuda.is_available() else "cpu"
 
-    def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, tuple[Tensor, ...]]]:
+    def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]:
         return [self._answer(it, p.to(self.device)) for it, p in zip(inputs, problems, strict=True)]
 
-    def _answer(self, it: Input, p: Problem) -> dict[str, tuple[Tensor, ...]]:
+    def _answer(self, it: Input, p: Problem) -> dict[str, Answer]:
         if self.name == "cpp":
             return {f"cpp {isa}": got for isa, got in on_each_isa(lambda: run(p, it, "cpp")).items()}
-        return {self.name: tuple(t.cpu() for t in run(p, it, self.name))}
+        named = {self.name: run(p, it, self.name)}
+        if may_be_compact(it):
+            with self._compact():
+                named[f"{self.name} compact"] = run(p, it, self.name)
+        return {name: tuple(t.cpu() for t in got) for name, got in named.items()}
+
+    @contextlib.contextmanager
+    def _compact(self) -> Iterator[None]:
+        if self.name == "triton":
+            with mock.patch.object(_heuristics, "is_compact", lambda *shape: True):
+                yield
+        else:
+            ops.set_cuda_form("compact")
+            yield
+            ops.set_cuda_form("automatic")
+
+
+class CudaOnHost:
+    """The CUDA kernels as tests/cuda_host.py runs them where there is no GPU."""
+
+    def __init__(self) -> None:
+        import cuda_host
+
+        self.host, self.program = cuda_host, cuda_host.build(("plain",))["plain"]
+
+    def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]:
+        cases, names = [], []
+        for i, (it, p) in enumerate(zip(inputs, problems, strict=True)):
+            case = self.host.Case(p, Formulas(**it.formulas), packed=it.kind == "packed", inverse=it.inverse)
+            forms = ("direct", "compact") if may_be_compact(it) else ("direct",)
+            cases += [case._replace(form=form) for form in forms]
+            names += [(i, form) for form in forms]
+        done = self.host.run(self.program, cases)
+        named = [{} for _ in inputs]
+        for (i, form), answer in zip(names, done.answers, strict=True):
+            if answer.error:
+                raise RuntimeError(f"{inputs[i]}: {answer.error}")
+            named[i]["cuda" if form == "direct" else f"cuda {form}"] = answer.tensors
+        return named
+
+
+def may_be_compact(it: Input) -> bool:
+    """Whether a problem with more rows would take the compact form on a GPU."""
+    return it.kind in ("shared", "sets") and not it.inverse and it.dim >= 32 and it.num_steps <= it.dim
+
+
+def backend_of(name: str) -> Backend:
+    """cpp, triton or cuda, on a GPU where there is one."""
+    return CudaOnHost() if name == "cuda" and not torch.cuda.is_available() else Package(name)
 
 
 class Truth:
@@ -202,7 +256,7 @@ class Truth:
         ]
         self.reference = self.errors(loop)
 
-    def errors(self, got: tuple[Tensor, ...]) -> list[float | None]:
+    def errors(self, got: Answer) -> list[float | None]:
         """Relative L2 of the entries that count, inf where one is not finite, None where there are none."""
         return [_error(x, y, counts) for x, y, counts in zip(got, self.wanted, self.counts, strict=True)]
 
@@ -231,7 +285,7 @@ def sweep(backends: list[Backend], inputs: list[Input], counts: Counts, batch: i
                 yield from judge_again(backend, it, p, found, counts) if doubtful else found
 
 
-def _look(backend: str, it: Input, truth: Truth, got: tuple[Tensor, ...], counts: Counts) -> Iterator[Finding]:
+def _look(backend: str, it: Input, truth: Truth, got: Answer, counts: Counts) -> Iterator[Finding]:
     for name, ours, loop, mask in zip(NAMES, truth.errors(got), truth.reference, truth.counts, strict=True):
         counts.empty += ours is None
         counts.partly += ours is not None and not bool(mask.all())
@@ -244,8 +298,8 @@ def _look(backend: str, it: Input, truth: Truth, got: tuple[Tensor, ...], counts
 
 
 def judge_again(backend: Backend, it: Input, p: Problem, found: list[Finding], counts: Counts) -> Iterator[Finding]:
-    """The findings with the medians over the input and its neighbours: a single draw's error can be small by luck, or large
-    where a row lies at a kink; near it all draws are equally hard."""
+    """The findings with the medians over the input and its neighbours: a single error can be small by luck, or large where
+    a row lies at a kink; near it all inputs are equally hard."""
     counts.judged_again += 1
     problems = [p, *(neighbour(p, seed) for seed in range(NEIGHBOURS))]
     truths = [Truth(it, q) for q in problems]
