@@ -140,11 +140,11 @@ def run_commands(commands: list[list]) -> None:
 
 
 @functools.cache
-def build() -> dict[str, Path]:
+def build(sanitizers: tuple[str, ...] = tuple(SANITIZERS)) -> dict[str, Path]:
     """The program for each sanitizer that there is, in a folder with its object files; csrc lies beside them."""
     root = Path(_temporary().name)
     csrc = copy_sources(root)
-    folders = {sanitizer: root / sanitizer for sanitizer in SANITIZERS if has_runtime(sanitizer)}
+    folders = {sanitizer: root / sanitizer for sanitizer in sanitizers if has_runtime(sanitizer)}
     for path in folders.values():
         path.mkdir()
     longest_first = sorted([*sources(csrc), HERE / "cuda_on_host" / "run.cpp"], key=lambda path: -path.stat().st_size)

@@ -30,7 +30,7 @@ def test_float64_is_the_oracle(isa, activation, constraint):
 @pytest.mark.parametrize(("num_steps", "dim"), [(16, 6), (32, 64)])
 @pytest.mark.parametrize("activation", ["leaky_relu", "elu", "sigmoid", "linear"])
 def test_float32_accuracy(activation, num_steps, dim, params):
-    assert_accuracy_rule((200, num_steps, dim, 0.3, params), mean=1.6, most=4.0, activation=activation, slope=SLOPE)
+    assert_accuracy_rule((200, num_steps, dim, 0.3, params), activation=activation, slope=SLOPE)
 
 
 @each_pair

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import Problem, on_each_isa, random_problem, relative_errors
+from problems import Problem, assert_accuracy_rule, on_each_isa, random_problem, relative_errors
+from problems import invert as run
 from test_autograd import CASES, float64_inputs
 from test_planar_flow import BATCHES, EDGES, EMPTY_OR_SMALL, strided_views
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -14,13 +15,6 @@ from vvae_fast.shapes import Formulas
 
 INVERTIBLE = Formulas().numbers()[:3]
 STEPS_AND_DIMS = [(1, 1), (3, 2), (5, 8), (17, 5), (1, 300)]  # few: the reference's search is slow
-
-
-def run(p: Problem, backend: str, **formulas) -> tuple[torch.Tensor, ...]:
-    """z_0, log_det, dz, du, dw, db of the inverse."""
-    inputs = [t.detach().clone().requires_grad_() for t in p.inputs]
-    outputs = vvae_fast.planar_flow_inverse(*inputs, backend=backend, **formulas)
-    return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))
 
 
 def assert_close_to_reference(p: Problem, tolerance: float, **formulas) -> None:
@@ -63,39 +57,23 @@ def test_many_steps(params):
         assert_close_to_reference(random_problem((21,), num_steps, dim, params, 0.5, torch.float64), 1e-10)
 
 
-def error_ratios(num_steps, dim, params, scale, draws, **formulas):
-    """[draws, 6]: float32 errors against the float64 reference, over those of the reference in float32."""
-    ratios = []
-    for seed in range(draws):
-        p = random_problem((200,), num_steps, dim, params, scale, seed=seed)
-        wanted = run(p.to(torch.float64), "reference", **formulas)
-        ours, loop = (relative_errors(run(p, backend, **formulas), wanted) for backend in ("cpp", "reference"))
-        ratios.append([x / max(y, 2e-7) for x, y in zip(ours, loop, strict=True)])
-    return torch.tensor(ratios, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("params", [(), (200,)])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (20, 5), (32, 64)])
 @pytest.mark.parametrize("scale", [0.3, 0.7])
 def test_float32_accuracy(params, num_steps, dim, scale):
     """As the forward's rule, against the reference's inverse in float32."""
-    ratios = error_ratios(num_steps, dim, params, scale, draws=8)
-    assert (ratios.log().mean(0).exp() <= 1.6).all(), ratios
-    assert (ratios <= 4.0).all(), ratios
+    assert_accuracy_rule((200, num_steps, dim, scale, params), inverse=True)
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "elu", "sigmoid", "linear"])
 def test_float32_accuracy_of_each_activation(activation):
-    ratios = error_ratios(20, 5, (), 0.3, draws=8, activation=activation)
-    assert (ratios.log().mean(0).exp() <= 1.6).all(), ratios
-    assert (ratios <= 4.0).all(), ratios
+    assert_accuracy_rule((200, 20, 5, 0.3, ()), inverse=True, activation=activation)
 
 
 @pytest.mark.parametrize("params", [(), (200,)])
 def test_amplifying_flows(params):
-    """Many more steps than dimensions: rounding grows fifty times, and a single draw scatters in any order of sums."""
-    ratios = error_ratios(100, 4, params, 0.7, draws=8)
-    assert (ratios.log().mean(0).exp() <= 1.6).all(), ratios
+    """Many more steps than dimensions: rounding grows fifty times."""
+    assert_accuracy_rule((200, 100, 4, 0.7, params), inverse=True)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float64, 1e-13)])

@@ -18,11 +18,9 @@ from problems import (
 from test_fused_inverse import run as invert
 from test_planar_flow import (
     ACCURACY_CASES,
-    AMPLIFYING_CASES,
     BATCHES,
     EDGES,
     EMPTY_OR_SMALL,
-    SMALL_DIM_CASES,
     STEPS_AND_DIMS,
     edge_problem,
     expand_cases,
@@ -88,7 +86,7 @@ def test_every_formula_of_the_cuda_kernels(batch, params, activation):
 
 @pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))
 def test_float32_accuracy(on_gpu, case):
-    assert_accuracy_rule(case, mean=1.6, most=4.0, **on_gpu)
+    assert_accuracy_rule(case, **on_gpu)
 
 
 COMPACT_CASES = pytest.mark.parametrize(
@@ -107,14 +105,14 @@ COMPACT_CASES = pytest.mark.parametrize(
 def test_float32_accuracy_of_the_compact_form(case, monkeypatch):
     """Its matrix products are three in tf32 each."""
     monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: True)
-    assert_accuracy_rule(case, mean=1.6, most=4.0, backend="triton", device="cuda")
+    assert_accuracy_rule(case, backend="triton", device="cuda")
 
 
 @CUDA_FORMS
 @COMPACT_CASES
 def test_float32_accuracy_of_the_cuda_forms(case, form, set_cuda_form):
     set_cuda_form(form)
-    assert_accuracy_rule(case, mean=1.6, most=4.0, backend="cuda", device="cuda")
+    assert_accuracy_rule(case, backend="cuda", device="cuda")
 
 
 @CUDA_FORMS
@@ -128,16 +126,6 @@ def test_float32_of_the_cuda_forms_in_every_width(batch, params, dim, form, set_
         p = random_problem(batch, num_steps, dim, params, scale=0.5)
         errors = relative_errors(run(p.to("cuda"), backend="cuda"), oracle(p.to(torch.float64)))
         assert max(errors) < 2e-5, (num_steps, errors)
-
-
-@pytest.mark.parametrize("case", expand_cases(SMALL_DIM_CASES))
-def test_float32_accuracy_in_few_dimensions(on_gpu, case):
-    assert_accuracy_rule(case, mean=2.5, most=10.0, **on_gpu)
-
-
-@pytest.mark.parametrize("case", expand_cases(AMPLIFYING_CASES))
-def test_amplifying_flows(on_gpu, case):
-    assert_accuracy_rule(case, mean=1.6, most=float("inf"), draws=16, **on_gpu)
 
 
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])

@@ -63,17 +63,18 @@ def test_many_rows(isa, params):
 
 
 # (rows, K, D, scales). At scale 1.2 the flow itself amplifies rounding, tenfold and, with K well above D, a
-# thousandfold: there single draws of any two summation orders scatter, and only the mean says something.
+# thousandfold: there single draws of any two summation orders scatter.
 ACCURACY_CASES = [
     (64, 8, 4, (0.3, 0.7)),
     (100, 16, 8, (0.3, 0.7)),
-    (128, 80, 40, (0.3, 0.7)),
-    (200, 32, 64, (0.3, 0.7)),
-    (300, 20, 5, (0.3, 0.7)),
-    (64, 100, 4, (0.3,)),
+    (128, 80, 40, (0.3, 0.7, 1.2)),
+    (200, 32, 64, (0.3, 0.7, 1.2)),
+    (300, 20, 5, (0.3, 0.7, 1.2)),
+    (64, 100, 4, (0.3, 1.2)),
+    (200, 8, 2, (0.3, 0.7)),
+    (128, 128, 2, (0.7,)),
+    (100, 32, 3, (0.3, 0.7)),
 ]
-SMALL_DIM_CASES = [(200, 8, 2, (0.3, 0.7)), (128, 128, 2, (0.7,)), (100, 32, 3, (0.3, 0.7))]
-AMPLIFYING_CASES = [(64, 100, 4, (1.2,)), (300, 20, 5, (1.2,)), (128, 80, 40, (1.2,)), (200, 32, 64, (1.2,))]
 
 
 def expand_cases(cases):
@@ -87,17 +88,7 @@ def expand_cases(cases):
 
 @pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))
 def test_float32_accuracy(case):
-    assert_accuracy_rule(case, mean=1.6, most=4.0)
-
-
-@pytest.mark.parametrize("case", expand_cases(SMALL_DIM_CASES))
-def test_float32_accuracy_in_few_dimensions(case):
-    assert_accuracy_rule(case, mean=2.5, most=10.0)
-
-
-@pytest.mark.parametrize("case", expand_cases(AMPLIFYING_CASES))
-def test_amplifying_flows(case):
-    assert_accuracy_rule(case, mean=1.6, most=float("inf"), draws=16)
+    assert_accuracy_rule(case)
 
 
 EDGES = [-80.0, -50.0, -20.0, -5.0, -1.0, 0.0, 0.5413, 1.0, 10.0, 50.0, 89.0, 100.0]

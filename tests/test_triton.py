@@ -87,9 +87,9 @@ def test_programs_that_take_several_blocks_of_rows(monkeypatch, most):
 
 
 @pytest.mark.parametrize("params", [(), (9,)])
-@pytest.mark.parametrize(("num_steps", "dim", "mean", "most"), [(8, 4, 1.6, 4.0), (6, 20, 1.6, 4.0), (8, 2, 2.5, 10.0)])
-def test_float32_accuracy(num_steps, dim, mean, most, params):
-    assert_accuracy_rule((9, num_steps, dim, 0.7, params), mean, most, **ON_DEVICE)
+@pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (6, 20), (8, 2)])
+def test_float32_accuracy(num_steps, dim, params):
+    assert_accuracy_rule((9, num_steps, dim, 0.7, params), **ON_DEVICE)
 
 
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])

@@ -75,7 +75,7 @@ def test_saving_nothing_changes_nothing(name):
 def test_float32_accuracy(num_steps, dim, params, monkeypatch):
     """The rule of the direct form. On a GPU tl.dot is three products in tf32."""
     monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: True)
-    assert_accuracy_rule((8, num_steps, dim, 0.7, params), 1.6, 4.0, backend="triton", device=DEVICE)
+    assert_accuracy_rule((8, num_steps, dim, 0.7, params), backend="triton", device=DEVICE)
 
 
 @pytest.mark.parametrize("name", ["three chunks, ragged rows and columns", "columns in several tiles, z in memory"])

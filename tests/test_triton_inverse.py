@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import Problem, random_problem, relative_errors
+from problems import Problem, assert_accuracy_rule, random_problem, relative_errors
 from test_fused_inverse import edge_points
 from test_fused_inverse import run as run_inverse
 from test_planar_flow import EDGES, strided_views
@@ -60,15 +60,7 @@ def test_the_parameters_gradients_in_the_compact_form(monkeypatch):
 @pytest.mark.parametrize("params", [(), (16,)])
 def test_float32_accuracy(params):
     """As the forward's rule, against the reference's inverse in float32."""
-    ratios = []
-    for seed in range(8):
-        p = random_problem((16,), 6, 5, params, 0.5, seed=seed)
-        wanted = run_inverse(p.to(torch.float64), "reference")
-        ours, loop = relative_errors(answer(p), wanted), relative_errors(run_inverse(p, "reference"), wanted)
-        ratios.append([x / max(y, 2e-7) for x, y in zip(ours, loop, strict=True)])
-    ratios = torch.tensor(ratios, dtype=torch.float64)
-    assert (ratios.log().mean(0).exp() <= 1.6).all(), ratios
-    assert (ratios <= 4.0).all(), ratios
+    assert_accuracy_rule((16, 6, 5, 0.5, params), backend="triton", device=DEVICE, inverse=True)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])

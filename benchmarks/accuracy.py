@@ -1,0 +1,51 @@
+"""How many digits the kernels keep: python benchmarks/accuracy.py [--quick] [--backend cpp triton cuda]
+
+In float32, over the activations and the constraints that can be inverted: one step with w.u from -20 to 100, and up
+to 32 steps in 2 to 40 dimensions with entries up to 2 N(0, 1); forward and inverse, with the gradients of both. The
+truth is the reference in float64 with autograd. What is held: every output and every gradient within 10 times the error
+of the float32 reference or within 2e-6, whichever is larger, relative L2. Prints the worst ratios of what is above
+2e-6, and where one is above 10, the smallest input of each kind; then it exits with 1.
+
+sweep.py says which entries count, and what is done about a reference that is exact by luck. Without a GPU, triton runs
+in its interpreter and cuda on the host, built with g++ in two minutes or more; both take fewer inputs.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, whatever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # problems, and the harness of cuda
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # read by the imports below
+
+import sweep
+from accuracy_table import breaches, summary, table
+from sweep_inputs import inputs
+
+BACKENDS = ("cpp", "triton", "cuda")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The errors of the kernels beside those of the float32 reference.")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="default: all three")
+    parser.add_argument("--quick", action="store_true", help="few inputs: a minute for cpp")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    broken = False
+    for name in args.backend:
+        start, counts = time.perf_counter(), sweep.Counts()
+        slow = name != "cpp" and not torch.cuda.is_available()
+        size = ("least", "quick")[not args.quick] if slow else ("quick", "full")[not args.quick]
+        findings = list(sweep.sweep([sweep.backend_of(name)], inputs(size), counts))
+        print("\n".join([*table(findings), summary(counts, time.perf_counter() - start), *breaches(findings), ""]))
+        broken |= bool(breaches(findings))
+    print("broken" if broken else "held", f"within {sweep.MOST_RATIO:g} times the reference's error or {sweep.FLOOR:g}")
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
