@@ -56,10 +56,15 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
+def installer() -> str:
+    """What installs packages where the build was started: uv's environments have no pip."""
+    return "uv pip install" if "UV" in os.environ else "pip install"
+
+
 def install_tools() -> str:
-    """The arguments of pip that install the build's tools."""
+    """The command that installs the build's tools."""
     names = [f"{name}>={'.'.join(map(str, oldest))}" if oldest else name for name, oldest in requirements().items()]
-    return " ".join(f"'{name}'" if ">" in name else name for name in names)
+    return " ".join([installer(), *(f"'{name}'" if ">" in name else name for name in names)])
 
 
 def check_tools(*wanted: str) -> None:
@@ -75,7 +80,7 @@ def check_tools(*wanted: str) -> None:
         if numbers(found) < oldest:
             faults.append(f"{name} {found} is older than {'.'.join(map(str, oldest))}")
     if faults:
-        stop(f"without isolation the build needs its tools: {', '.join(faults)}. Run: pip install {install_tools()}")
+        stop(f"without isolation the build needs its tools: {', '.join(faults)}. Run: {install_tools()}")
 
 
 def check_ninja() -> None:
@@ -83,7 +88,7 @@ def check_ninja() -> None:
     if shutil.which("ninja") is None:
         os.environ["PATH"] = os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), os.environ.get("PATH")]))
         if shutil.which("ninja") is None:
-            stop(f"ninja, which runs the compilers, is missing. Run: pip install {install_tools()}")
+            stop(f"ninja, which runs the compilers, is missing. Run: {install_tools()}")
 
 
 def check_folder() -> None:

@@ -9,10 +9,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from build_tools.environment import ROOT, install_tools, numbers, stop
+from build_tools.environment import ROOT, install_tools, installer, numbers, stop
 
 OLDEST = (2, 11)
-REMEDY = f"pip install 'torch>={'.'.join(map(str, OLDEST))}'"
+
+
+def remedy() -> str:
+    return f"{installer()} 'torch>={'.'.join(map(str, OLDEST))}'"
 
 
 def front_end() -> str | None:
@@ -90,17 +93,17 @@ def find_torch() -> None:
             import torch
     except Exception as error:  # a broken installation raises anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        stop(f"the torch that is installed does not import ({reason}). Repair it: {REMEDY} --force-reinstall")
+        stop(f"the torch that is installed does not import ({reason}). Repair it: {remedy()} --force-reinstall")
     if numbers(torch.__version__) < OLDEST:
-        stop(f"building needs torch {'.'.join(map(str, OLDEST))} or newer, got {torch.__version__}. Run: {REMEDY}")
+        stop(f"building needs torch {'.'.join(map(str, OLDEST))} or newer, got {torch.__version__}. Run: {remedy()}")
 
 
 def stop_without_torch(searched: list[str]) -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stop(
         f"building needs PyTorch first, and there is none for Python {version} in"
-        f" {', '.join(dict.fromkeys(searched))}. Where it is not installed: {REMEDY}. Where it is in another folder,"
-        f" the build's isolation hides it: activate its environment, or pip install {install_tools()} there, then"
+        f" {', '.join(dict.fromkeys(searched))}. Where it is not installed: {remedy()}. Where it is in another folder,"
+        f" the build's isolation hides it: activate its environment, or run there {install_tools()} and then"
         " pip install --no-build-isolation ., uv pip install --no-build-isolation . or"
         " python -m build --wheel --no-isolation"
     )

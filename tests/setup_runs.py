@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))
 from build_tools import compiler, environment  # noqa: E402, next to setup.py, and installed nowhere
 
 CUDA_VARIABLES = ("FORCE_CUDA", "NO_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
-VARIABLES = (*CUDA_VARIABLES, *compiler.VARIABLES, "CC", "MAX_JOBS", "TORCH_DONT_CHECK_COMPILER_ABI")
+VARIABLES = (*CUDA_VARIABLES, *compiler.VARIABLES, "CC", "MAX_JOBS", "TORCH_DONT_CHECK_COMPILER_ABI", "UV")
 
 
 def fake_compiler(file: Path, macros: str = "#define __GNUC__ 12", complaint: str = "") -> str:
