@@ -1,52 +1,24 @@
 """What setup.py decides to build, and what it says where it cannot: with stand-ins for torch's CUDA and for nvcc."""
 
 import os
-import runpy
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
+from setup_runs import ends_with, fact, setup_runs, toolkit
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent
-VARIABLES = ("FORCE_CUDA", "NO_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
-# setup.py imports it
+# setup.py asks for it
 pytest.importorskip("pybind11", reason="pybind11 is not installed")
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs setup.py without building anything: the arguments of setup(), under the variables given."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in VARIABLES})
-
-    def run_setup(**variables: str) -> dict[str, object]:
-        seen = {}
-        os.environ.update(variables)
-        monkeypatch.setattr(setuptools, "setup", seen.update)
-        runpy.run_path(str(ROOT / "setup.py"))
-        return seen
-
-    return run_setup
-
-
-def toolkit(folder: Path, version: str = "13.0", library: bool = True) -> Path:
-    """A folder that looks like CUDA's toolkit, with a compiler that only answers questions."""
-    (folder / "bin").mkdir(parents=True)
-    (folder / "lib64").mkdir()
-    if library:
-        (folder / "lib64" / "libcudart.so").touch()
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.write_text(
-        "#!/bin/sh\n"
-        f'if [ "$1" = --version ]; then echo "Cuda compilation tools, release {version}, V{version}.88"\n'
-        "else echo compute_75 compute_80 compute_89 compute_90; fi\n"
-    )
-    nvcc.chmod(0o755)
-    return folder
+def run(monkeypatch, tmp_path):
+    with setup_runs(monkeypatch, tmp_path) as run_setup:
+        yield run_setup
 
 
 @pytest.fixture
@@ -59,18 +31,6 @@ def cuda_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
     return home, gpus
-
-
-def fact(extension: setuptools.Extension, name: str) -> str:
-    return dict(extension.define_macros)[name].strip('"')
-
-
-def ends_with(run, **variables: str) -> str:
-    """The one line that setup.py ends with."""
-    with pytest.raises(SystemExit) as end:
-        run(**variables)
-    assert "\n" not in str(end.value)
-    return str(end.value)
 
 
 @pytest.fixture
@@ -124,12 +84,13 @@ def test_force_and_no_contradict_each_other(run, cuda_torch):
     ("version", "library", "reason"),
     [
         ("12.4", True, "nvcc 12.4 is not of CUDA 13.0, which torch was built with"),
-        ("13.0", False, "no CUDA toolkit, a folder with bin/nvcc and libcudart.so, was found"),
+        ("13.0", False, "no CUDA toolkit, a folder with bin/nvcc and libcudart.so, was found in CUDA_HOME ({home})"),
     ],
 )
 def test_a_toolkit_that_does_not_serve(run, cuda_torch, tmp_path, monkeypatch, version, library, reason):
     home = toolkit(tmp_path / "other", version, library)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
+    reason = reason.format(home=home)
     (extension,) = run(CUDA_HOME=str(home))["ext_modules"]
     assert fact(extension, "VVAE_FAST_CUDA_BUILD") == f"not built: {reason}"
     message = ends_with(run, CUDA_HOME=str(home), FORCE_CUDA="1")
@@ -149,6 +110,14 @@ def test_a_toolkit_that_does_not_serve(run, cuda_torch, tmp_path, monkeypatch, v
         ([(8, 9), (7, 5), (8, 9)], None, "8.0;9.0+PTX;8.9"),  # 7.5 lacks the instructions,
         ([(12, 0)], None, "8.0;9.0+PTX"),  # unknown to this nvcc: the PTX serves it
         ([(8, 9)], "native", "8.0;9.0+PTX;8.9"),
+        ([], "9.0a", "9.0a"),
+        ([], "Hopper", "Hopper"),
+        ([], "8.0 10.0a", "8.0 10.0a"),
+        # what lacks the instructions is left out, however it is written
+        ([], "7.5;8.0;9.0+PTX", "8.0;9.0+PTX"),
+        ([], "8.0;7.5+PTX", "8.0"),
+        ([], "7.0 7.5 8.6", "8.6"),
+        ([], "Pascal;Volta+Tegra;Turing;Ampere", "Ampere"),
     ],
 )
 def test_architectures(run, cuda_torch, gpus, variable, wanted):
@@ -158,7 +127,22 @@ def test_architectures(run, cuda_torch, gpus, variable, wanted):
     assert cpp_extension._get_cuda_arch_flags()  # torch understands it
 
 
-@pytest.mark.parametrize("variable", ["garbage", "90", "sm_90", "8.0,9.0", "8.0;;9.0", "7.0", "8.0;7.5+PTX"])
+def test_architectures_left_out_are_named(run, cuda_torch, capsys):
+    run(TORCH_CUDA_ARCH_LIST="7.5;8.0;Turing;9.0+PTX")
+    assert (
+        "TORCH_CUDA_ARCH_LIST: 7.5, Turing left out, the CUDA kernels need compute capability 8.0"
+        in capsys.readouterr().err
+    )
+
+
+def test_architectures_that_this_nvcc_does_not_know(run, cuda_torch):
+    message = ends_with(run, TORCH_CUDA_ARCH_LIST="8.0;12.0+PTX")
+    assert "TORCH_CUDA_ARCH_LIST names 12.0+PTX, which this nvcc does not know; it knows compute_100, " in message
+
+
+@pytest.mark.parametrize(
+    "variable", ["garbage", "90", "sm_90", "8.0,9.0", "8.0;;9.0", ";", "7.0", "Turing", "7.5;garbage", "8.0;native"]
+)
 def test_architectures_that_cannot_be(run, cuda_torch, variable):
     message = ends_with(run, TORCH_CUDA_ARCH_LIST=variable)
     assert "TORCH_CUDA_ARCH_LIST must name compute capabilities from 8.0 on, such as '8.0;9.0+PTX', got " in message
@@ -175,3 +159,52 @@ def test_a_compiler_that_does_not_run(run, cuda_torch):
 def test_a_source_archive_needs_no_torch(run, monkeypatch, cuda_torch):
     monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
     assert run(FORCE_CUDA="1", NO_CUDA="1") == {}
+
+
+def test_nvcc_that_refuses_the_compiler(run, cuda_torch, tmp_path, monkeypatch):
+    complaint = "error: -- unsupported GNU version! gcc versions later than 15 are not supported!"
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit(tmp_path / "other", complaint=complaint)))
+    reason = f"nvcc 13.0 does not compile an empty file ({complaint})"
+    (extension,) = run()["ext_modules"]
+    assert text_of(extension, "VVAE_FAST_CUDA_BUILD") == f"not built: {reason}"
+    assert f"FORCE_CUDA was set, but {reason}. Remedy: set CC to a C++ compiler" in ends_with(run, FORCE_CUDA="1")
+
+
+def text_of(extension: setuptools.Extension, name: str) -> str:
+    """The macro's text, as C++ reads it."""
+    return re.sub(r"(\\\d{3})+", lambda match: decoded(match[0]), fact(extension, name))
+
+
+def decoded(octal: str) -> str:
+    return bytes(int(digits, 8) for digits in octal.split("\\")[1:]).decode()
+
+
+def test_a_reason_with_odd_characters_reaches_the_compiler_whole(run, cuda_torch, tmp_path, monkeypatch):
+    home = str(tmp_path / """a "b' é $HOME \\n""")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    (extension,) = run(CUDA_HOME=home)["ext_modules"]
+    macro = dict(extension.define_macros)["VVAE_FAST_CUDA_BUILD"]
+    assert re.fullmatch(r'"[\w .,:;+()/\\-]*"', macro, re.ASCII)
+    assert text_of(extension, "VVAE_FAST_CUDA_BUILD").endswith(f"was found in CUDA_HOME ({home})")
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "False", "no", "OFF", " 0 "])
+def test_a_switch_that_is_off(run, cuda_torch, value):
+    assert len(run(NO_CUDA=value, FORCE_CUDA=value)["ext_modules"]) == 2
+
+
+@pytest.mark.usefixtures("cpu_torch")
+@pytest.mark.parametrize("value", ["", "0", "false", "no", "off"])
+def test_cuda_is_not_forced_where_the_switch_is_off(run, value):
+    assert len(run(FORCE_CUDA=value)["ext_modules"]) == 1
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_a_switch_that_is_on(run, cuda_torch, value):
+    assert len(run(NO_CUDA=value)["ext_modules"]) == 1
+    assert "contradict each other" in ends_with(run, NO_CUDA=value, FORCE_CUDA=value)
+
+
+@pytest.mark.parametrize("variable", ["NO_CUDA", "FORCE_CUDA"])
+def test_a_switch_that_is_neither(run, cuda_torch, variable):
+    assert ends_with(run, **{variable: "maybe"}).startswith(f"vvae_fast: {variable} must be 1 or 0, got 'maybe'")
