@@ -1,11 +1,12 @@
-# make demo | test | lint | bench | bench-quick | report | results: each makes .venv when missing and rebuilds what changed only.
+# make demo | test | lint | peers-tests | bench | bench-quick | report | results: each makes .venv when missing and rebuilds
+# what changed only.
 # make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench bench-quick report results gpu clean
+.PHONY: demo test lint peers-tests bench bench-quick report results gpu clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -16,6 +17,10 @@ test: .venv/built
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# normflows', pythae's, Pyro's and PyTorch's own tests with this package's classes: PEERS=folders with their checkouts.
+peers-tests: .venv/built
+	$(BIN)/python benchmarks/peers_tests.py $(PEERS)
 
 # On an idle machine. DEVICE=cpu or cuda; by default a GPU where there is one.
 BENCH := $(BIN)/python -m pytest benchmarks -q -p no:cacheprovider -o python_files="bench_*.py" -o python_functions="bench_*" \

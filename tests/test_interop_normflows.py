@@ -1,6 +1,7 @@
 """vvae_fast.interop.normflows against normflows."""
 
 import copy
+import pickle
 import statistics
 import time
 
@@ -240,3 +241,70 @@ def test_state_dicts_that_do_not_fit(error, message, changes):
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_fused_models_files_are_normflows(tmp_path):
+    """Their model.save and model.load know no stacks; a state_dict of stacks is loaded too."""
+    model = model_of((2, 3))
+    fused, path = from_normflows(copy.deepcopy(model)), tmp_path / "model.pt"
+    fused.save(path)
+    other = model_of((2, 3), seed=1)
+    other.load(path)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in model.state_dict().items())
+    model_of((2, 3), seed=2).save(path)
+    fused.load(path)
+    z = torch.randn(8, 2, 3)
+    wanted = model_of((2, 3), seed=2).forward_and_log_det(z)
+    for copied in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert list(copied.state_dict()) == list(model.state_dict())
+        for got, value in zip(copied.forward_and_log_det(z), wanted, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
+    stacked = {f"flows.0.{name}": value + 1 for name, value in fused.flows[0].state_dict().items()}
+    fused.load_state_dict(stacked, strict=False)  # without the base's
+    assert torch.equal(fused.flows[0].u, stacked["flows.0.u"])
+
+
+def test_a_fused_models_state_dict_is_a_view_as_any():
+    fused = from_normflows(model_of((2,)))
+    fused.state_dict()["flows.3.u"].zero_()
+    assert not fused.flows[0].u[3].any()
+    assert fused.state_dict(keep_vars=True)["flows.3.u"].requires_grad
+    state = {name: value + 1 for name, value in fused.state_dict().items()}
+    fused.load_state_dict({name: value.double() for name, value in state.items()}, assign=True)
+    assert fused.flows[0].w.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"Missing key.*\"flows\.2\.w\"", {"flows.2.w": None}),
+        (r"Unexpected key.*\"flows\.1\.v\"", {"flows.1.v": torch.zeros(1)}),
+        (r"Unexpected key.*\"flows\.6\.u\"", {"flows.6.u": torch.zeros(1, 2)}),
+        (r"size mismatch for flows\.1\.u: got \(1, 3\), the model has \(1, 2\)", {"flows.1.u": torch.zeros(1, 3)}),
+        (r"size mismatch for flows\.1\.u: got float", {"flows.1.u": 1.0}),
+    ],
+)
+def test_a_fused_models_load_state_dict_names_theirs(message, changes):
+    flows = [nf.flows.Planar((2,)), nf.flows.Planar((2,)), nf.flows.Planar((2,)), nf.flows.Radial((2,))]
+    model = from_normflows(
+        nf.NormalizingFlow(nf.distributions.DiagGaussian(2), [*flows, *map(copy.deepcopy, flows[:2])])
+    )
+    assert [type(flow).__name__ for flow in model.flows] == ["PlanarStack", "Radial", "PlanarStack"]
+    state = model.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    state = {name: value for name, value in (state | changes).items() if value is not None}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+    model.load_state_dict(state, strict=False) if "size" not in message else None
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_list_made_by_hand_is_converted_too():
+    """Nothing marks it as fused: its own state_dict stays, the functions give theirs."""
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(2), [PlanarStack(2, 3), Planar(2)])
+    theirs = to_normflows_state_dict(model)
+    assert {name for name in theirs if name.startswith("flows")} == {f"flows.{k}.{p}" for k in range(4) for p in "uwb"}
+    load_normflows_state_dict(model, {name: value + 1 for name, value in theirs.items()})
+    assert torch.equal(model.flows[0].u[2:], theirs["flows.2.u"] + 1)
+    assert "flows.2.u" not in model.state_dict()

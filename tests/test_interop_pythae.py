@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from likeness import assert_alike
 from problems import random_problem
 
+import vvae_fast.interop.pythae
 from vvae_fast.interop.pythae import (
     PlanarFlow,
     PlanarStack,
@@ -23,10 +24,12 @@ from vvae_fast.interop.pythae import (
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pythae's own
     pytest.importorskip("pythae")
-    from pythae.models import VAE_LinNF, VAE_LinNF_Config
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import AutoModel, VAE_LinNF, VAE_LinNF_Config
     from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.normalizing_flows import BaseNF, NFModel, PlanarFlowConfig
     from pythae.models.normalizing_flows import PlanarFlow as TheirPlanarFlow
-    from pythae.models.normalizing_flows import PlanarFlowConfig
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
 STEPS, DIM = 11, 5
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -173,6 +176,79 @@ def test_vae_lin_nf(flows):
         load_pythae_state_dict(ours, {n: v for n, v in state.items() if n != "net.1.u"})
 
 
+def test_the_public_surface_is_theirs():
+    """Every public name of their class, whose `activation` and its derivative are functions: see docs/interop.md."""
+    config = PlanarFlowConfig(input_dim=(2, 3))
+    ours, theirs = PlanarFlow(config), TheirPlanarFlow(config)
+    assert isinstance(ours, BaseNF)
+    assert {name for name in dir(theirs) if not name.startswith("_")} - set(dir(ours)) == {"activation_derivative"}
+    assert (ours.input_dim, ours.model_config, ours.model_name) == (6, config, "PlanarFlow")
+    assert vvae_fast.interop.pythae.PlanarFlowConfig is PlanarFlowConfig
+    for error in (AttributeError, ValueError):  # theirs, and this package's
+        with pytest.raises(error, match="input_dim must be the shape"):
+            PlanarFlow(PlanarFlowConfig())
+
+
+def same_state(one, other):
+    assert list(one.state_dict()) == list(other.state_dict())
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_files_are_theirs(tmp_path):
+    """Ours and theirs read what either wrote, AutoModel too."""
+    config = PlanarFlowConfig(input_dim=(2, 3), activation="elu")
+    ours, theirs = PlanarFlow(config), TheirPlanarFlow(config)
+    for layer, folder in ((ours, str(tmp_path / "ours")), (theirs, str(tmp_path / "theirs"))):
+        layer.save(folder)
+        for load in (PlanarFlow.load_from_folder, TheirPlanarFlow.load_from_folder, AutoModel.load_from_folder):
+            loaded = load(folder)
+            assert same_state(loaded, layer)
+            assert loaded.model_config == config
+    assert type(PlanarFlow.load_from_folder(folder)) is PlanarFlow
+    with pytest.raises(
+        TypeError, match="model_config must be pythae's PlanarFlowConfig to be saved, got SimpleNamespace"
+    ):
+        PlanarFlow(SimpleNamespace(input_dim=2, activation="tanh")).save(folder)
+
+
+def trained(model, data, tmp_path):
+    """What pythae's trainer leaves of a model: itself, and the folder of its final one."""
+    dataset = BaseDataset(data, torch.ones(len(data)))
+    config = BaseTrainerConfig(str(tmp_path), num_epochs=2, steps_saving=1, per_device_train_batch_size=4, no_cuda=True)
+    trainer = BaseTrainer(model, dataset, dataset, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    (run,) = tmp_path.iterdir()
+    assert {path.name for path in run.iterdir()} == {"checkpoint_epoch_1", "checkpoint_epoch_2", "final_model"}
+    return trainer._best_model, run
+
+
+def test_their_trainer_saves_what_auto_model_loads(tmp_path):
+    prior = torch.distributions.MultivariateNormal(torch.zeros(DIM), torch.eye(DIM))
+    model = NFModel(prior, PlanarFlow(PlanarFlowConfig(input_dim=(DIM,))))
+    best, run = trained(model, torch.randn(8, DIM), tmp_path)
+    assert same_state(AutoModel.load_from_folder(str(run / "final_model")), best.flow)
+
+
+@pytest.mark.parametrize("flows", [["Planar"] * 3, ["Planar", "Radial", "Planar", "Planar", "Radial"]])
+def test_a_fused_vae_is_trained_saved_and_loaded_by_pythae(flows, tmp_path):
+    model = from_pythae(vae(*flows))
+    best, run = trained(model, torch.rand(8, 1, 4, 4), tmp_path)
+    loaded = AutoModel.load_from_folder(str(run / "final_model"))
+    assert len(loaded.net) == len(flows)
+    assert same_state(loaded, best)
+    again = from_pythae(copy.deepcopy(loaded))
+    assert [type(layer) for layer in again.net] == [type(layer) for layer in best.net]
+    data = {"data": torch.rand(4, 1, 4, 4)}
+    losses = []
+    for each in (best, loaded, again):
+        torch.manual_seed(0)
+        losses.append(each.eval()(data).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[2], losses[0])
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
@@ -210,8 +286,16 @@ sys.modules["pythae"] = None
 import torch
 from types import SimpleNamespace
 from vvae_fast.interop.pythae import PlanarFlow
-output = PlanarFlow(SimpleNamespace(input_dim=3, activation="tanh"))(torch.randn(5, 3))
+flow = PlanarFlow(SimpleNamespace(input_dim=3, activation="tanh"))
+output = flow(torch.randn(5, 3))
 assert output.out is output["out"] is output[0] is output.to_tuple()[0]
 assert output.log_abs_det_jac.shape == (5,)
+for call in (flow.save, PlanarFlow.load_from_folder):
+    try:
+        call("folder")
+    except ImportError as error:
+        assert "pip install pythae" in str(error)
+    else:
+        raise AssertionError(call)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

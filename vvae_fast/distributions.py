@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
 from vvae_fast import shapes
 from vvae_fast.autograd import needs_plain_torch
@@ -17,9 +19,21 @@ class _Call(NamedTuple):
     """The log-determinant of one call, and what has to be unchanged for it to hold."""
 
     log_det: Tensor  # [*batch]
-    tensors: tuple[Tensor, ...]  # held, so that another tensor cannot pass for one of them
+    tensors: tuple[Tensor, ...]  # x, y and the sources; held, so that another tensor cannot pass for one of them
     versions: tuple[tuple[int, int, bool], ...]
+    values: tuple[Tensor, ...]  # of the sources
+    mode: tuple
     with_grad: bool
+
+
+class _Inverse(_InverseTransform):
+    """torch's inverse, which its own copies and pickles separate from its transform; these are the inverse of one."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.inv, "inv")
+
+    def __copy__(self) -> Transform:
+        return copy.copy(self.inv).inv
 
 
 class CachedPlanar(Transform):
@@ -44,6 +58,27 @@ class CachedPlanar(Transform):
     def _sources(self) -> tuple[Tensor, ...] | None:
         """The tensors that the parameters come from; None where they are not known, and nothing is cached."""
         raise NotImplementedError
+
+    def _mode(self) -> tuple:
+        """What else the result depends on."""
+        return tuple(self.options.values())
+
+    @property
+    def inv(self) -> Transform:
+        """The inverse transform; its own `inv` is this one."""
+        if self._inv is None:
+            self._inv = _Inverse(self)
+        return self._inv
+
+    def with_cache(self, cache_size: int = 1) -> CachedPlanar:
+        """This transform where it has that cache_size, else one that shares its tensors, and has it."""
+        if cache_size == self._cache_size:
+            return self
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1, got {cache_size}")
+        other = copy.copy(self)
+        other._cache_size = cache_size
+        return other
 
     @property
     def bijective(self) -> bool:
@@ -116,7 +151,9 @@ class CachedPlanar(Transform):
         tensors = self._watched(x, y)
         same = tensors is not None and len(tensors) == len(call.tensors)
         same = same and all(a is b for a, b in zip(tensors, call.tensors, strict=True))
-        if not same or _versions(tensors) != call.versions:
+        if not same or _versions(tensors) != call.versions or self._mode() != call.mode:
+            return None
+        if not _still(tensors[2:], call.values):
             return None
         # A call under no_grad has no graph: its answer would be a constant to the parameters.
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -130,7 +167,8 @@ class CachedPlanar(Transform):
             self.clear_cache()
             return
         self._cached_x_y = x, y
-        self._cached_call = _Call(log_det, tensors, _versions(tensors), torch.is_grad_enabled())
+        values = tuple(t.detach().clone() for t in tensors[2:])
+        self._cached_call = _Call(log_det, tensors, _versions(tensors), values, self._mode(), torch.is_grad_enabled())
 
     def clear_cache(self) -> None:
         """Forgets the last call, and what its graph holds; Pyro's distributions call it."""
@@ -146,8 +184,9 @@ class CachedPlanar(Transform):
         return x, y, *sources
 
     def __getstate__(self) -> dict[str, object]:
-        state = super().__getstate__()
-        return {**state, "_cached_x_y": (None, None), "_cached_call": None}  # graphs can be neither copied nor pickled
+        # The inverse is that of this transform and not of its copy, and graphs can be neither copied nor pickled. Not
+        # left to the base class: Pyro replaces its __getstate__.
+        return {**self.__dict__, "_inv": None, "_cached_x_y": (None, None), "_cached_call": None}
 
 
 class PlanarTransform(CachedPlanar):
@@ -159,8 +198,8 @@ class PlanarTransform(CachedPlanar):
         activation, slope, constraint: as `planar_flow`'s. `bijective` is False for constraint="none": no inverse is
             guaranteed, and only a sample's own log_prob is known, with cache_size=1.
         cache_size: 1 keeps x, y and log_det of the last call, so that the log_prob of a sample inverts nothing; 0, the
-            default, keeps nothing. A change of x, y, u, w or b, in place too, makes the cache void, and so does asking
-            with gradients for what was drawn without. Writes through `.data` are not seen, by PyTorch's own rule.
+            default, keeps nothing. Any change of u, w or b makes the cache void, whoever writes it, and so does one of
+            x or y, save by a write through `.data`, and asking with gradients for what was drawn without.
 
     Raises TypeError or ValueError where u, w, b or a name do not fit, as `planar_flow`; NotImplementedError where an
     inverse is asked for that is not guaranteed.
@@ -186,12 +225,6 @@ class PlanarTransform(CachedPlanar):
 
     def _sources(self) -> tuple[Tensor, ...]:
         return self.u, self.w, self.b
-
-    def with_cache(self, cache_size: int = 1) -> PlanarTransform:
-        """This transform where it has that cache_size, else one of the same tensors that has it."""
-        if cache_size == self._cache_size:
-            return self
-        return type(self)(self.u, self.w, self.b, **self.options, cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -255,8 +288,15 @@ def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:
-    """Every write in place raises a version, and module.to() moves the memory."""
+    """A write in place raises a version, and module.to() moves the memory."""
     return tuple((t._version, t.data_ptr(), t.requires_grad) for t in tensors)
+
+
+def _still(tensors: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors have these values: PyTorch's fused optimizers and Pyro's ClippedAdam raise no version."""
+    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        return True  # comparing would wait for the GPU, which a capture forbids
+    return all(t.is_meta or torch.equal(t, value) for t, value in zip(tensors, values, strict=True))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -1,11 +1,13 @@
 """Runs of equal planar layers in another package's list of layers, and the names of their parameters."""
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Stack(nn.Module):
@@ -47,16 +49,21 @@ def fuse(
     key_of: Callable[[nn.Module], Hashable | None],
     build: Callable[[nn.Module], Stack],
 ) -> None:
-    """Replaces, in the list itself, each run of layers of one key by a stack; `build` makes one like a layer."""
+    """Replaces, in the list itself, each run of layers of one key by a stack; `build` makes one like a layer.
+
+    The list's state_dict stays the other package's.
+    """
     fused = []
     for run_key, run in itertools.groupby(layers, key=key_of):
         run = list(run)
         if run_key is None or (len(run) == 1 and isinstance(run[0], Stack)):
             fused += run
         else:
-            fused.append(_joined(run, build(run[0])))
+            fused.append(_joined(run, without_drawing(build, run[0])))
     del layers[:]
     layers.extend(fused)
+    if any(isinstance(layer, Stack) for layer in fused):
+        _keep_their_names(layers)
 
 
 def _joined(run: list[nn.Module], stack: Stack) -> Stack:
@@ -67,45 +74,118 @@ def _joined(run: list[nn.Module], stack: Stack) -> Stack:
     return stack.train(run[0].training)
 
 
+def without_drawing(make: Callable[..., nn.Module], *args: object) -> nn.Module:
+    """A module whose parameters are placeholders, to be replaced by copies: the global generator stays where it was."""
+    with torch.device("meta"):
+        return make(*args)
+
+
 def unfused_state_dict(model: nn.Module, attribute: str) -> dict[str, Tensor]:
     """The model's state_dict as it would be with one layer for each step in the list `attribute`; copies."""
-    prefix, spans = f"{attribute}.", list(_spans(getattr(model, attribute)))
-    result = {}
-    for name, value in model.state_dict().items():
-        if not name.startswith(prefix):
-            result[name] = value.clone()
-            continue
-        position, rest = name[len(prefix) :].split(".", 1)
-        first, steps = spans[int(position)]
-        for k in range(steps or 1):
-            result[f"{prefix}{first + k}.{rest}"] = (value[k : k + 1] if steps else value).clone()
-    return result
+    with _their_names(getattr(model, attribute)):
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def load_unfused_state_dict(model: nn.Module, attribute: str, state_dict: dict[str, Tensor]) -> None:
     """Loads what `unfused_state_dict` gives. Raises TypeError for what is no state_dict, ValueError for a step that is
     missing or has another shape, and load_state_dict's errors."""
     check_state_dict(state_dict)
-    prefix, spans = f"{attribute}.", list(_spans(getattr(model, attribute)))
-    rest, result = dict(state_dict), {}
-    for name, own_value in model.state_dict().items():
-        names = [name]
-        steps = None
-        if name.startswith(prefix):
-            position, own = name[len(prefix) :].split(".", 1)
-            first, steps = spans[int(position)]
-            names = [f"{prefix}{first + k}.{own}" for k in range(steps or 1)]
-        missing = [n for n in names if n not in rest]
-        if missing:
-            raise ValueError(
-                f"state_dict must have {', '.join(missing)} for the model's {name}, got none: load a state_dict of the "
-                "model as it was before its layers were fused"
-            )
-        values = [rest.pop(n) for n in names]
-        if steps:
-            check_rows(dict(zip(names, values, strict=True)), (1, *own_value.shape[1:]))
-        result[name] = torch.cat(values) if steps else values[0]
-    model.load_state_dict({**rest, **result})  # what is left over is its error
+    layers, prefix = getattr(model, attribute), f"{attribute}."
+    stacked = list(_stacked(layers, prefix))
+    missing = [name for name in unfused_state_dict(model, attribute) if name not in state_dict]
+    if missing:
+        own = {row: name for name, rows, _ in stacked for row in rows}
+        of = dict.fromkeys(own.get(name, name) for name in missing)
+        raise ValueError(
+            f"state_dict must have {', '.join(missing)} for the model's {', '.join(of)}, got none: load a state_dict "
+            "of the model as it was before its layers were fused"
+        )
+    for _, rows, value in stacked:
+        check_rows({row: state_dict[row] for row in rows}, (1, *value.shape[1:]))
+    with _their_names(layers):
+        model.load_state_dict(state_dict)  # what is left over is its error
+
+
+@contextlib.contextmanager
+def _their_names(layers: nn.ModuleList) -> Iterator[None]:
+    """The list's state_dict is, for now or as ever, the other package's."""
+    handles = _keep_their_names(layers)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_their_names(layers: nn.ModuleList) -> list[RemovableHandle]:
+    """Makes the list's state_dict that of the unfused list: what else saves and loads the model knows no stacks.
+
+    Returns the handles of the hooks that this takes, none where the list has them.
+    """
+    if _unfuse in layers._state_dict_hooks.values():
+        return []
+    return [layers.register_state_dict_post_hook(_unfuse), layers.register_load_state_dict_pre_hook(_refuse)]
+
+
+def _unfuse(layers: nn.ModuleList, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Gives each step of a stack, in the list's own state_dict, its own entries."""
+    own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    for position, (first, steps) in enumerate(_spans(layers)):
+        start = f"{prefix}{position}."
+        entries = {name.removeprefix(start): value for name, value in own.items() if name.startswith(start)}
+        for k in range(steps or 1):
+            for name, value in entries.items():
+                state_dict[f"{prefix}{first + k}.{name}"] = value[k : k + 1] if steps else value
+
+
+def _refuse(
+    layers: nn.ModuleList,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Undoes `_unfuse` in a state_dict that is about to be loaded. One that holds stacks already stays as it is."""
+    positions = {name: _position(name, prefix) for name in state_dict}
+    if max((p for p in positions.values() if p is not None), default=-1) < len(layers):
+        return
+    theirs = {name: state_dict.pop(name) for name, position in positions.items() if position is not None}
+    for position, (first, steps) in enumerate(_spans(layers)):
+        if steps is None:
+            start = f"{prefix}{first}."
+            for name in [name for name in theirs if name.startswith(start)]:
+                state_dict[f"{prefix}{position}.{name.removeprefix(start)}"] = theirs.pop(name)
+    for name, rows, value in _stacked(layers, prefix):
+        joined = list(value.detach().split(1))
+        for k, row in enumerate(rows):
+            if row not in theirs:
+                missing.append(row)
+                continue
+            given = theirs.pop(row)
+            if not isinstance(given, Tensor) or given.shape != joined[k].shape:
+                got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                errors.append(f"size mismatch for {row}: got {got}, the model has {tuple(joined[k].shape)}")
+                continue
+            joined[k] = given
+        devices = {row.device for row in joined}
+        state_dict[name] = torch.cat(joined if len(devices) == 1 else [row.to(value.device) for row in joined])
+    unexpected += theirs
+
+
+def _position(name: str, prefix: str) -> int | None:
+    """The position in the list that a name of a state_dict is for; None of any other name."""
+    position = name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
+    return int(position) if position.isdecimal() else None
+
+
+def _stacked(layers: nn.ModuleList, prefix: str) -> Iterator[tuple[str, list[str], Tensor]]:
+    """Of each parameter of each stack its name, the names of its rows in the unfused list, and its value."""
+    for position, (first, steps) in enumerate(_spans(layers)):
+        for name, value in layers[position].named_parameters() if steps else ():
+            yield f"{prefix}{position}.{name}", [f"{prefix}{first + k}.{name}" for k in range(steps)], value
 
 
 def check_state_dict(state_dict: object) -> None:

@@ -46,10 +46,15 @@ class PlanarStack(_runs.Stack):
 
     def reset_parameters(self) -> None:
         """Draws u and w uniformly between +-sqrt(2) and +-sqrt(2 / D), D the event's size, and sets b to 0."""
-        limit = math.sqrt(2 / math.prod(self.shape))
-        nn.init.uniform_(self.u, -math.sqrt(2), math.sqrt(2))
-        nn.init.uniform_(self.w, -limit, limit)
-        nn.init.zeros_(self.b)
+        for name in ("u", "w", "b"):
+            self._reset(name)
+
+    def _reset(self, name: str) -> None:
+        if name == "b":
+            nn.init.zeros_(self.b)
+            return
+        limit = math.sqrt(2) if name == "u" else math.sqrt(2 / math.prod(self.shape))
+        nn.init.uniform_(getattr(self, name), -limit, limit)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, *shape], log_det [*batch] in nats) for z [*batch, *shape]; errors as `planar_flow`'s."""
@@ -96,14 +101,16 @@ class Planar(PlanarStack):
         w: Tensor | None = None,
         b: Tensor | None = None,
     ) -> None:
-        super().__init__(shape, 1, act)
+        _runs.without_drawing(super().__init__, shape, 1, act)
         for name, value in (("u", u), ("w", w), ("b", b)):
-            if value is None:
+            wanted = getattr(self, name).shape
+            if value is None:  # drawn in normflows' order, so that a seed gives normflows' layer
+                setattr(self, name, nn.Parameter(torch.empty(wanted)))
+                self._reset(name)
                 continue
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name} must be a floating torch.Tensor, got {got}")
-            wanted = getattr(self, name).shape
             if value.shape != wanted:
                 raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(value.shape)}: reshape it")
             setattr(self, name, nn.Parameter(value))

@@ -1,27 +1,35 @@
 """Pyro's planar transforms, and one fused transform for a stack of them."""
 
-import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vvae_fast import shapes
+from vvae_fast import reference, shapes
 from vvae_fast.distributions import CachedPlanar, flow_options
-from vvae_fast.interop._runs import check_rows, check_state_dict, is_class
+from vvae_fast.interop._runs import check_rows, check_state_dict, is_class, without_drawing
 
-try:  # Pyro's conditional distributions take nothing but its own class
+try:  # Pyro's conditional distributions take nothing but its own class, and its users ask for these
+    from pyro.distributions import TransformModule as _ModuleBase
     from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
 except ImportError:
-    _ConditionalBase = nn.Module
+    _ModuleBase = _ConditionalBase = nn.Module
 
 
-class _PlanarModule(CachedPlanar, nn.Module):
-    """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
+class _PyroPlanar(CachedPlanar):
+    """Pyro's formulas: tanh, and u constrained."""
 
     def __init__(self, cache_size: int = 1) -> None:
         super().__init__(flow_options("tanh"), cache_size)
+
+    def u_hat(self, u: Tensor, w: Tensor) -> Tensor:
+        """The u_hat [*params, D] with w . u_hat > -1 that the flow uses, for u and w [*params, D]."""
+        return reference.constrain(u, w, self.options["constraint"]).u_hat
+
+
+class _PlanarModule(_PyroPlanar, _ModuleBase):
+    """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
 
     __hash__ = nn.Module.__hash__
 
@@ -32,16 +40,6 @@ class _PlanarModule(CachedPlanar, nn.Module):
 
     def _sources(self) -> tuple[Tensor, ...]:
         return self.u, self.w, self.bias
-
-    def with_cache(self, cache_size: int = 1):
-        """This transform where it has that cache_size, else one that shares its parameters and has it."""
-        if cache_size == self._cache_size:
-            return self
-        if cache_size not in (0, 1):
-            raise ValueError(f"cache_size must be 0 or 1, got {cache_size}")
-        other = copy.copy(self)
-        other._cache_size = cache_size
-        return other
 
 
 class PlanarStack(_PlanarModule):
@@ -134,17 +132,17 @@ class Planar(_PlanarModule):
         return f"input_dim={self.input_dim}"
 
 
-class ConditionedPlanar(CachedPlanar):
+class ConditionedPlanar(_PyroPlanar):
     """One planar step whose parameters a function computes at every call, as Pyro's does.
 
     Args:
         nn: maps context to (bias [*params, 1], u [*params, D], w [*params, D]). The cache sees a change of a module's
-            parameters and buffers; of any other callable nothing is cached, and every log_prob inverts.
+            parameters, buffers and mode; of any other callable nothing is cached, and every log_prob inverts.
         context: a tensor.
     """
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], context: Tensor, cache_size: int = 1):
-        super().__init__(flow_options("tanh"), cache_size)
+        super().__init__(cache_size)
         _check_callable(nn)
         self.nn, self.context = nn, context
 
@@ -163,12 +161,11 @@ class ConditionedPlanar(CachedPlanar):
             return None
         return self.context, *self.nn.parameters(), *self.nn.buffers()
 
+    def _mode(self) -> tuple:
+        return tuple(module.training for module in self.nn.modules())
+
     def _shape(self, name: str, shape: torch.Size) -> torch.Size:
         return shape  # as Pyro's, which asks nn for nothing and samples as many as there are contexts
-
-    def with_cache(self, cache_size: int = 1) -> "ConditionedPlanar":
-        """This transform where it has that cache_size, else another of the same nn and context."""
-        return self if cache_size == self._cache_size else ConditionedPlanar(self.nn, self.context, cache_size)
 
 
 class ConditionalPlanar(_ConditionalBase):
@@ -221,9 +218,30 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
         "w": torch.cat([layer.w.detach().reshape(-1, dim) for layer in layers]),
         "bias": torch.cat([layer.bias.detach() for layer in layers]),
     }
-    stack = PlanarStack(dim, len(joined["bias"])).to(joined["u"])
-    stack.load_state_dict(joined)
+    stack = without_drawing(PlanarStack, dim, len(joined["bias"]))
+    stack.load_state_dict(joined, assign=True)
     return stack
+
+
+def planar(input_dim: int) -> Planar:
+    """Pyro's helper: `Planar(input_dim)`."""
+    return Planar(input_dim)
+
+
+def conditional_planar(input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None) -> ConditionalPlanar:
+    """Pyro's helper: `ConditionalPlanar` of Pyro's DenseNN, which maps a context [*params, context_dim].
+
+    hidden_dims are the sizes of its hidden layers, 10 input_dim twice by default. Raises TypeError or ValueError where
+    a size is none of at least 1, ImportError where Pyro is not installed.
+    """
+    from pyro.nn import DenseNN
+
+    hidden_dims = [input_dim * 10, input_dim * 10] if hidden_dims is None else list(hidden_dims)
+    for name, size in (("input_dim", input_dim), ("context_dim", context_dim)):
+        shapes.check_size(name, size, 1)
+    for size in hidden_dims:
+        shapes.check_size("hidden_dims' sizes", size, 1)
+    return ConditionalPlanar(DenseNN(context_dim, hidden_dims, param_dims=[1, input_dim, input_dim]))
 
 
 def _check_callable(nn: object) -> None:

@@ -1,6 +1,5 @@
-"""pythae's planar flow, and one fused layer for a run of them. Of pythae only its output class is used, where it is."""
+"""pythae's planar flow, and one fused layer for a run of them. pythae's own base and output classes where they are."""
 
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,14 +30,27 @@ class _StandIn(OrderedDict):
         return tuple(self.values())
 
 
-@functools.cache
-def _output_class() -> type:
-    """pythae's own where pythae is there; asked for at the first call, since importing pythae takes seconds."""
-    try:
-        from pythae.models.base.base_utils import ModelOutput
-    except ImportError:
-        return _StandIn
-    return ModelOutput
+class _WithoutPythae(nn.Module):
+    """pythae's BaseNF where pythae is not installed, whose configurations a file of its would hold."""
+
+    def save(self, dir_path: str) -> None:
+        raise ImportError("pythae must be installed to save a layer in its format: pip install pythae")
+
+    @classmethod
+    def load_from_folder(cls, dir_path: str) -> "PlanarFlow":
+        raise ImportError("pythae must be installed to load a layer of its format: pip install pythae")
+
+
+try:
+    from pythae.models.base.base_utils import ModelOutput as _Output
+    from pythae.models.normalizing_flows import BaseNF as _Base
+    from pythae.models.normalizing_flows import PlanarFlowConfig as PlanarFlowConfig
+except ImportError:
+    _Output, _Base = _StandIn, _WithoutPythae
+
+
+class _NoInputDim(AttributeError, ValueError):
+    """pythae's error for a configuration without input_dim, and this package's."""
 
 
 class PlanarStack(_runs.Stack):
@@ -57,16 +69,22 @@ class PlanarStack(_runs.Stack):
     def __init__(
         self, dim: int, num_steps: int, activation: str = "tanh", *, log_det_eps: float = _LOG_DET_EPS
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not pythae's, which takes a configuration
         shapes.check_size("dim", dim, 1)
         shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
         shapes.check_formulas(shapes.Formulas("none", activation, log_det_eps=log_det_eps))
         self.input_dim, self.activation, self.log_det_eps = dim, activation, log_det_eps
-        self.w = nn.Parameter(torch.randn(num_steps, dim))
-        self.u = nn.Parameter(torch.randn(num_steps, dim))
-        self.b = nn.Parameter(torch.randn(num_steps))
+        self.w = nn.Parameter(torch.empty(num_steps, dim))
+        self.u = nn.Parameter(torch.empty(num_steps, dim))
+        self.b = nn.Parameter(torch.empty(num_steps))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws w, u and b from N(0, 1)."""
+        for parameter in (self.w, self.u, self.b):
+            nn.init.normal_(parameter)
 
     def forward(self, x: Tensor, **kwargs: object):
         """An output with out [B, D] and log_abs_det_jac [B] for x [B, *input_dim]; errors as `planar_flow`'s."""
@@ -83,7 +101,7 @@ class PlanarStack(_runs.Stack):
             constraint="none",
             log_det_eps=self.log_det_eps,
         )
-        return _output_class()(out=out, log_abs_det_jac=log_det)
+        return _Output(out=out, log_abs_det_jac=log_det)
 
     def inverse(self, y: Tensor, **kwargs: object):
         """Raises NotImplementedError, as pythae's."""
@@ -96,23 +114,40 @@ class PlanarStack(_runs.Stack):
         return f"input_dim={self.input_dim}, num_steps={self.num_steps}, activation={self.activation!r}"
 
 
-class PlanarFlow(PlanarStack):
-    """pythae's `PlanarFlow(config)`: w, u [1, D] and b [1], its state_dict and its output.
+class PlanarFlow(PlanarStack, _Base):
+    """pythae's `PlanarFlow(config)`: w, u [1, D] and b [1], its state_dict, its output, and its files.
+
+    A BaseNF of pythae's where pythae is installed: `NFModel` and pythae's trainers take it, `save(folder)` writes what
+    pythae writes, and `PlanarFlow.load_from_folder(folder)` reads what either wrote, as pythae's `AutoModel` does.
 
     Args:
         model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
 
-    Raises ValueError where input_dim is None, TypeError where it is no shape, and as PlanarStack.
+    Raises an AttributeError that is a ValueError too where input_dim is None, TypeError where it is no shape, and as
+    PlanarStack; ImportError where it is to be saved or loaded without pythae.
     """
 
     def __init__(self, model_config) -> None:
         size = model_config.input_dim
         if size is None:
-            raise ValueError("model_config.input_dim must be the shape of a data point, got None: set it")
+            raise _NoInputDim("model_config.input_dim must be the shape of a data point, got None: set it")
         if not isinstance(size, (int, Sequence)) or isinstance(size, str):
             raise TypeError(f"model_config.input_dim must be a shape or an int, got {type(size).__name__}")
         super().__init__(size if isinstance(size, int) else math.prod(size), 1, model_config.activation)
+        self.reset_parameters()  # once more, as pythae does: a seed gives pythae's layer
         self.model_config, self.model_name = model_config, "PlanarFlow"
+
+    def save(self, dir_path: str) -> None:
+        """Writes pythae's model.pt, model_config.json and environment.json into a folder, which is made where missing.
+
+        Raises TypeError where model_config is none of pythae's.
+        """
+        if _Base is not _WithoutPythae and not hasattr(self.model_config, "save_json"):
+            got = type(self.model_config).__name__
+            raise TypeError(
+                f"model_config must be pythae's PlanarFlowConfig to be saved, got {got}: make the layer with it"
+            )
+        super().save(dir_path)
 
 
 def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Module:
