@@ -13,7 +13,7 @@ from torch import nn
 from vvae_fast.nn import VAE, Gaussian, Standardised, mlp_decoder, mlp_encoder
 from vvae_fast.train import runs
 from vvae_fast.train.cli import main
-from vvae_fast.train.data import DataError, Dataset, load_dataset
+from vvae_fast.train.data import DataError, Dataset, load_dataset, make_loaders
 from vvae_fast.train.networks import FAN_IN, build_optimizer, build_vae
 from vvae_fast.train.runconfig import RunConfig, data_digest
 from vvae_fast.train.statistics import statistics
@@ -130,6 +130,7 @@ STEPS = np.arange(600.0)
         (with_column(1.7e9 + STEPS), ["column 3", "tell apart", "subtract its mean"]),
         (with_column(1e6 + 1e-3 * STEPS), ["column 3", "tell apart"]),
         (with_column(1e33 * STEPS), ["column 3", "scale it"]),
+        (with_column(1e30 * (STEPS > 300)), ["column 3", "scale it"]),  # float32 makes it larger
         (with_column(1e-35 * STEPS), ["column 3", "scale it"]),
         (with_column(np.where(STEPS == 4, np.nan, STEPS)), ["1 NaN or infinite, the first at [4, 3]"]),
         (with_column(np.where(STEPS == 4, -np.inf, STEPS)), ["1 NaN or infinite, the first at [4, 3]"]),
@@ -146,7 +147,7 @@ def test_columns_that_cannot_be_standardised_are_named(tmp_path, capsys, x, word
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("column", [1e4 + STEPS, -1e7 + 1e3 * STEPS, 1e-28 * STEPS, 1e27 * STEPS, 1e30 * (STEPS > 300)])
+@pytest.mark.parametrize("column", [1e4 + STEPS, -1e7 + 1e3 * STEPS, 1e-28 * STEPS, 1e27 * STEPS, 9e29 * (STEPS > 300)])
 def test_columns_at_the_edge_of_that_train(tmp_path, column):
     np.save(tmp_path / "x.npy", with_column(column))
     dataset = load_dataset(str(tmp_path / "x.npy"))
@@ -217,18 +218,27 @@ def grey(size: int, low: float, levels: int | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("low", "levels"), [(0.0, None), (0.0, 255), (-1.0, None)], ids=["bits", "counts", "reals"])
-@pytest.mark.parametrize("model", ["vanilla", "amortized"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_large_images_train_at_the_defaults(tmp_path, low, levels, model, seed):
-    """Nothing explodes in the first epochs: the KL stays that of a few latent dimensions."""
-    np.save(tmp_path / "x.npy", grey(160, low, levels))
+@pytest.mark.parametrize(("model", "num_steps"), [("vanilla", 0), ("amortized", 16)])
+def test_large_images_train_at_the_defaults(tmp_path, low, levels, model, num_steps):
+    """Nothing explodes in the first steps: the KL stays that of a few latent dimensions, and -ELBO falls."""
+    np.save(tmp_path / "x.npy", grey(192, low, levels))
     dataset = load_dataset(str(tmp_path / "x.npy"))
-    steps = 0 if model == "vanilla" else 16
-    settings = {"hidden": (100,), "latent_dim": 8, "epochs": 5, "batch_size": 10, "seed": seed}
-    config = config_of(dataset, model=model, num_steps=steps, **settings)
-    result = runs.run(config, dataset, tmp_path / "run")
-    assert max(record["val_kl"] for record in result["history"]) < 1000
-    assert result["history"][-1]["val_neg_elbo"] < 1.2 * result["history"][0]["val_neg_elbo"]
+    config = config_of(dataset, model=model, num_steps=num_steps, hidden=(100,), latent_dim=8)
+    vae = build_vae(config, dataset)
+    optimizer = build_optimizer(config, vae)
+    train, _, _ = make_loaders(dataset, 8, 0)
+    neg_elbo, kl = [], []
+    for epoch in range(4):
+        train.set_epoch(epoch)
+        for x in train:
+            terms = vae(x)
+            optimizer.zero_grad()
+            terms.neg_elbo.mean().backward()
+            optimizer.step()
+            neg_elbo.append(terms.neg_elbo.mean().item())
+            kl.append(terms.kl.mean().item())
+    assert max(kl) < 1000
+    assert max(neg_elbo[-3:]) < 1.1 * neg_elbo[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])

@@ -229,7 +229,8 @@ def _array_file(path: Path, array: str | None, likelihood: str | None) -> Datase
         shapes = {name: list(x.shape) for name, x in arrays.items()}
         raise DataError(f"{path}: wanted rows of one shape, got {shapes}; make all sizes but the first agree")
     if model.likelihood == GAUSSIAN:
-        statistics(original, str(path))  # before time is lost: float32 has rounded what the file holds
+        for rows in (original, parts[0]):  # before time is lost, and what the file held before float32 rounded it too
+            statistics(rows, str(path))
     if model.dynamic:
         parts = [parts[0], *_draw_bits(*parts[1:])]
     tensors = [torch.from_numpy(x) for x in parts]
