@@ -105,7 +105,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = load_study(arguments.config)
-    dataset = load_dataset(study.settings["data"], arguments.root)
+    choices = {name: study.settings.get(name) for name in ("array", "likelihood")}
+    dataset = load_dataset(study.settings["data"], arguments.root, **choices)
     content = measure(study.base(dataset), dataset, study.models, arguments.rounds, arguments.steps)
     out = arguments.out or FOLDER / study.name
     make_folder(out)

@@ -122,6 +122,13 @@ def test_unusable_arguments(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_numbers_are_read_as_people_write_them():
+    read = cli._parser().parse_args(["compare", "--epochs", "2e2", "--lr", "1e-3", "--seeds", "1e1", "2.0"])
+    assert (read.epochs, read.lr, read.seeds) == (200, 1e-3, [10, 2])
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["compare", "--epochs", "2.5"])
+
+
 def test_info_names_every_backend(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

@@ -122,7 +122,19 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
         ({"epochs": 0}, "epochs must be a positive int, got 0; correct the file"),
         ({"epochs": None}, "epochs must be a positive int, got None; correct the file"),
         ({"batch_size": "many"}, "batch_size must be a positive int, got 'many'"),
-        ({"lr": "1e-3"}, "lr must be a positive number, got '1e-3'"),
+        ({"lr": "0,001"}, "lr must be a positive number, got '0,001'; correct the file"),
+        ({"lr": "1e3x"}, "lr must be a positive number, got '1e3x'"),
+        ({"lr": True}, "lr must be a positive number, got True"),
+        ({"lr": "1e4"}, "lr must be a positive number up to 1000, got '1e4'"),
+        ({"lr": float("nan")}, "lr must be a positive number, got nan"),
+        ({"epochs": "1.5e0"}, "epochs must be a positive int, got '1.5e0'"),
+        ({"epochs": "1e300"}, "epochs must be at most 10000000, got '1e300'"),
+        ({"epochs": True}, "epochs must be a positive int, got True"),
+        ({"seeds": ["1e1", "1e99"]}, r"seeds must be a list of ints from 0 to 2\^32 - 1, each at most 4294967295"),
+        ({"splits": {"train": "8e1", "val": 10, "test": "many"}}, "splits must be rows of train, val, test, got"),
+        ({"data": 1e3}, "data must be a name or a path, got 1000.0"),
+        ({"array": 3}, "array must be the name of an archive's array, got 3"),
+        ({"likelihood": "poisson"}, "likelihood must be one of bernoulli, binomial, gaussian, got 'poisson'"),
         ({"network": "transformer"}, "network must be one of mlp, gated-mlp, gated-conv, got 'transformer'"),
         ({"network": "gated-conv"}, "gated-conv has its own widths; remove hidden"),
         ({"network": "gated-conv", "hidden": None}, "wants grey images of 28 x 28"),
@@ -131,7 +143,7 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
         ({"models": {"vanilla": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"sylvester": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"shared": [0]}}, "models must be"),
-        ({"learning_rate": 0.1}, "unknown setting learning_rate; known are batch_size"),
+        ({"learning_rate": 0.1}, "unknown setting learning_rate; known are array, batch_size"),
     ],
 )
 def test_files_that_cannot_be_run(write, tmp_path, capsys, changes, message):
@@ -141,6 +153,48 @@ def test_files_that_cannot_be_run(write, tmp_path, capsys, changes, message):
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert not list(out.glob("*/result.json"))
+
+
+NUMBERS = {
+    **{
+        "lr": "1e-2",
+        "epochs": "2e0",
+        "batch_size": 40.0,
+        "latent_dim": "2",
+        "hidden": ["6", 5.0],
+        "num_samples": "0.7e1",
+    },
+    **{
+        "warmup_epochs": "1",
+        "patience": 3.0,
+        "seeds": ["4e0", 2],
+        "splits": {"train": "8e1", "val": 10.0, "test": "10"},
+    },
+    "models": {"vanilla": ["0"], "shared": [3.0], "amortized": ["1e0", 2]},
+}
+
+
+def test_numbers_are_read_as_people_write_them(write):
+    """1e-3 is a string to PyYAML."""
+    plain, written = load_study(write()), write(**NUMBERS)
+    assert "lr: 1e-2\n" in written.read_text()
+    read = load_study(written)
+    assert read == plain
+    assert {name: type(value) for name, value in read.settings.items()} == {
+        name: type(value) for name, value in plain.settings.items()
+    }
+
+
+def test_array_and_likelihood_are_settings_too(write, tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 2, (100, 16))
+    np.savez(tmp_path / "two.npz", bits=x, labels=np.arange(100)[:, None])
+    changes = {"data": str(tmp_path / "two.npz"), "array": "bits", "likelihood": "gaussian", "models": {"vanilla": [0]}}
+    out = tmp_path / "out"
+    assert main(["compare", "--config", str(write(**changes, seeds=[0])), "--out", str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    assert (content["config"]["array"], content["config"]["likelihood"]) == ("bits", "gaussian")
+    assert (content["dataset"]["arrays"], content["dataset"]["likelihood"]) == (["bits"], "gaussian")
+    assert "gaussian likelihood: asked for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["- 1\n", "a: [\n", "\x00", "1: 2\n"])

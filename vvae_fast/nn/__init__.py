@@ -1,6 +1,6 @@
 """Modules: planar flows, the VAE, its likelihoods and MLP builders."""
 
-from vvae_fast.nn.likelihoods import Bernoulli, Binomial, Gaussian, Likelihood, make_likelihood
+from vvae_fast.nn.likelihoods import Bernoulli, Binomial, Gaussian, Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn.vae import VAE, ElboTerms, Posterior, PosteriorSample
@@ -16,6 +16,7 @@ __all__ = [
     "PlanarFlow",
     "Posterior",
     "PosteriorSample",
+    "Standardised",
     "make_likelihood",
     "mlp_decoder",
     "mlp_encoder",

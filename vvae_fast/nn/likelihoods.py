@@ -3,8 +3,8 @@
 Every likelihood works on flat data: x is [*batch, P] and the decoder's outputs are params [*samples, *batch,
 num_params * P], where leading sample dimensions share x. VAE flattens images for you.
 
-Data are not checked in log_prob, which runs every training step and would stall a GPU; `check_data` does it, once for a
-data set.
+Data are not checked in log_prob, which runs every training step and would stall a GPU; `check_batch` does it, which VAE
+calls for the first batch that it trains on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vvae_fast.shapes import check_size
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
+# Operations of autograd's graph: those that give probabilities or their logarithms, and those that only move numbers.
+SQUASHING = {
+    f"{name}Backward0": name.lower() for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Softmax", "LogSoftmax")
+}
+SAME_VALUES = {
+    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1"),
+    *("UnsqueezeBackward0", "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0"),
+    *("ExpandBackward0", "AliasBackward0", "SliceBackward0"),
+}
 
 
 class Likelihood:
@@ -27,10 +36,12 @@ class Likelihood:
     Attributes:
         name: the name `make_likelihood` knows it by.
         num_params: outputs the decoder must give for each data dimension.
+        takes_logits: whether those outputs are logits, which no sigmoid has squashed.
     """
 
     name: str
     num_params: int
+    takes_logits: bool = False
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         """log p(x | params) summed over the data dimensions, in nats.
@@ -57,8 +68,18 @@ class Likelihood:
         raise NotImplementedError
 
     def check_data(self, x: Tensor) -> None:
-        """Raise ValueError where x (any shape) holds a value of zero probability, NaN included."""
-        raise NotImplementedError
+        """Raise ValueError where x (any shape) holds a value of zero probability, by default NaN and inf."""
+        if not x.isfinite().all():
+            self._refuse(x, "finite numbers", "clean them")
+
+    def check_batch(self, x: Tensor, params: Tensor) -> None:
+        """`check_data`, and ValueError where the decoder's outputs params are not what the likelihood takes."""
+        self.check_data(x)
+        if self.takes_logits and (squashed := _squashed_by(params)):
+            raise ValueError(
+                f"decoder must give logits for the {self.name} likelihood, any real numbers, got the outputs of a "
+                f"{squashed}; remove it from the decoder's end, log_prob applies a sigmoid itself"
+            )
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         raise NotImplementedError
@@ -71,9 +92,12 @@ class Likelihood:
                 f"({self.name}: {self.num_params} a data dimension), got {tuple(params.shape)}"
             )
 
-    def _refuse(self, x: Tensor, wanted: str) -> None:
+    def _refuse(self, x: Tensor, wanted: str, remedy: str) -> None:
         low, high = (f"{value:g}" for value in (x.min().item(), x.max().item()))
-        raise ValueError(f"x must hold {wanted} for the {self.name} likelihood, got values from {low} to {high}")
+        came = f"values from {low} to {high}"
+        if x.isnan().any():
+            came, remedy = "NaN", "clean them"
+        raise ValueError(f"x must hold {wanted} for the {self.name} likelihood, got {came}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,7 @@ class Bernoulli(Likelihood):
 
     name = "bernoulli"
     num_params = 1
+    takes_logits = True
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         return _cross_entropy(x, params).neg()
@@ -94,7 +119,8 @@ class Bernoulli(Likelihood):
 
     def check_data(self, x: Tensor) -> None:
         if not ((x >= 0) & (x <= 1)).all():
-            self._refuse(x, "values in [0, 1]")
+            remedy = "scale them to [0, 1], or choose likelihood=Binomial(n) for counts up to n, Gaussian() for others"
+            self._refuse(x, "values in [0, 1]", remedy)
 
 
 @dataclass(frozen=True)
@@ -108,6 +134,7 @@ class Binomial(Likelihood):
 
     name = "binomial"
     num_params = 1
+    takes_logits = True
 
     def __post_init__(self):
         check_size("total_count", self.total_count, 1)
@@ -126,7 +153,10 @@ class Binomial(Likelihood):
 
     def check_data(self, x: Tensor) -> None:
         if not ((x >= 0) & (x <= self.total_count) & (x == x.round())).all():
-            self._refuse(x, f"whole numbers in [0, {self.total_count}]")
+            remedy = (
+                "pass the counts themselves, not scaled, or choose likelihood=Binomial(n) with the n they can reach"
+            )
+            self._refuse(x, f"whole numbers in [0, {self.total_count}]", remedy)
 
 
 @dataclass(frozen=True)
@@ -179,9 +209,54 @@ class Gaussian(Likelihood):
         mean, log_var = params.chunk(2, -1)
         return mean, log_var.clamp(min=self.MIN_LOG_VAR)
 
-    def check_data(self, x: Tensor) -> None:
-        if not x.isfinite().all():
-            self._refuse(x, "finite numbers")
+
+class Standardised(Likelihood, nn.Module):
+    """A Gaussian of y = (x - shift) / scale; log-densities are those of x, docs/math.md (50), means and draws too.
+
+    The decoder gives the parameters of y, which are of the size that networks are initialised for whatever the units of
+    x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it.
+
+    Args:
+        shift, scale: for each data dimension, [P], or one for all, []. scale is positive.
+        base: the Gaussian of y.
+
+    Raises:
+        ValueError: shapes that differ or have more than one dimension, or a scale that is not positive.
+    """
+
+    name = "gaussian"
+
+    def __init__(self, shift: Tensor, scale: Tensor, base: Gaussian | None = None):
+        super().__init__()
+        if shift.shape != scale.shape or shift.ndim > 1:
+            raise ValueError(f"shift and scale must both be [P] or [], got {tuple(shift.shape)}, {tuple(scale.shape)}")
+        if not (scale > 0).all():
+            raise ValueError("scale must be positive, got a value that is not; leave constant dimensions out")
+        self.base = Gaussian() if base is None else base
+        self.register_buffer("shift", shift.clone())
+        self.register_buffer("scale", scale.clone())
+
+    @property
+    def num_params(self) -> int:
+        return self.base.num_params
+
+    def mean(self, params: Tensor) -> Tensor:
+        return self.shift + self.scale * self.base.mean(params)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.shift + self.scale * self.base.sample(params, generator)
+
+    def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        log_volume = self.scale.log().expand(x.shape[-1:]).sum()
+        return self.base.log_prob((x - self.shift) / self.scale, params) - log_volume
+
+
+def _squashed_by(params: Tensor) -> str | None:
+    """The name of the sigmoid or softmax that made params [*, P], as the graph of their gradients has it."""
+    node = params.grad_fn
+    while node is not None and node.name() in SAME_VALUES:
+        node = node.next_functions[0][0]
+    return None if node is None else SQUASHING.get(node.name())
 
 
 def _cross_entropy(probability: Tensor, logits: Tensor) -> Tensor:

@@ -59,7 +59,12 @@ class VAE(nn.Module):
         TypeError: where encoder, decoder or flow is not a module, or a dimension is not an int.
 
     Methods that draw samples take a `generator` on the module's device, by default torch's global one.
+
+    The first batch that is trained on, outside torch.compile, is checked by `Likelihood.check_batch`: ValueError where
+    its values cannot be drawn from the likelihood, or where it takes logits and the decoder ends with a sigmoid.
     """
+
+    _is_checked = False  # an attribute of the class too, for pickles of older versions
 
     def __init__(
         self,
@@ -246,7 +251,11 @@ class VAE(nn.Module):
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), [*S, B], for x [B, *data] and z [*S, B, D]."""
         params = self.decode(z).flatten(z.ndim - 1)  # [*S, B, num_params * P]
-        return self.likelihood.log_prob(x.flatten(1), params)
+        x = x.flatten(1)  # [B, P]
+        if _trains_eagerly(x) and self.training and not self._is_checked:
+            self.likelihood.check_batch(x, params)
+            self._is_checked = len(x) > 0
+        return self.likelihood.log_prob(x, params)
 
     def _log_weights(self, x: Tensor, posterior: Posterior, noise: Tensor, rows: slice) -> Tensor:
         """log p(x, z_K) - log q_K(z_K | x) of some rows of x, [S, rows], for noise [S, B, D]."""
@@ -265,6 +274,19 @@ class VAE(nn.Module):
             raise ValueError(f"x must be on {weight.device} like the VAE, got {x.device}; move one of them")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x must be {weight.dtype} like the VAE, got {x.dtype}; convert one of them")
+
+
+def _trains_eagerly(x: Tensor) -> bool:
+    """Whether gradients are wanted and the numbers of x may be looked at, as they may not be in a graph or a trace."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(x, torch._subclasses.FakeTensor)
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import vvae_fast
 from vvae_fast import backends
+from vvae_fast.train.data import LIKELIHOODS, summary
 from vvae_fast.train.density import FitConfig
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
+from vvae_fast.train.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.runconfig import CHOICES, GATED_CONV
 
 BAD_INPUT = 2  # exit codes
 INTERRUPTED = 130
-MOST = 10**7  # bounds that keep a typing error from filling the memory
-MOST_LR = 1e3
 STEPS = [4, 16]  # flow lengths that compare takes where neither options nor a file name any
 HIDDEN = [100]
 
@@ -113,6 +113,8 @@ def _train(arguments: argparse.Namespace) -> None:
         if arguments.fresh and first:
             remove_run(out)
         processes.wait_for_all()
+        if first:
+            print(summary(dataset), flush=True)
         with Progress(1, config.epochs, quiet=not first) as progress:
             progress.start(f"{model.label}, seed {config.seed}")
             result = run(config, dataset, out, progress.update)
@@ -124,7 +126,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from vvae_fast.train import processes
     from vvae_fast.train.checkpoints import load_checkpoint
-    from vvae_fast.train.data import load_dataset
+    from vvae_fast.train.data import LikelihoodError, load_dataset
     from vvae_fast.train.module import CHECKPOINT_KEY
     from vvae_fast.train.runconfig import RunConfig, data_digest
     from vvae_fast.train.runs import evaluate, vae_of_checkpoint
@@ -132,11 +134,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _check_backend()
     checkpoint = load_checkpoint(arguments.checkpoint)
     config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
-    dataset = load_dataset(arguments.data or config.data, arguments.root)
+    choices = {"array": config.array or None, "likelihood": config.likelihood or None}
+    other = f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
+    try:
+        dataset = load_dataset(arguments.data or config.data, arguments.root, **choices)
+    except LikelihoodError as error:
+        raise RunError(other) from error
     if data_digest(dataset) != config.data_digest:
-        raise RunError(
-            f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
-        )
+        raise RunError(other)
     vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
     with processes.connected():
         scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
@@ -161,7 +166,7 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
     from vvae_fast.train.data import load_dataset
     from vvae_fast.train.runconfig import RunConfig, data_digest
 
-    dataset = load_dataset(arguments.data, arguments.root)
+    dataset = load_dataset(arguments.data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)
     if arguments.study is not None and arguments.data == arguments.study.settings.get("data", arguments.data):
         arguments.study.check_splits(dataset)
     if arguments.network == GATED_CONV and arguments.hidden:
@@ -175,6 +180,8 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
         seed=seed,
         data=dataset.name,
         data_digest=data_digest(dataset),
+        likelihood=dataset.likelihood,
+        array=arguments.array or "",
         hidden=() if arguments.network == GATED_CONV else tuple(arguments.hidden or HIDDEN),
         **settings,
     )
@@ -255,6 +262,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=_path, help="a study's YAML file, see configs/: its settings replace these options' defaults")
     add("--data", type=_text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
+    add("--array", type=_text, metavar="NAME", help="the array of a .npz file to split, where it holds several")
+    add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
     add("--root", type=_path, help="MNIST's folder, with its original .gz files")
     add("--epochs", type=_positive, default=200)
     add("--batch-size", type=_positive, default=100)
@@ -276,32 +285,27 @@ def _unique(values: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _int_within(text: str, least: int, most: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-    if value > most:
-        raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
-    return value
-
-
 def _natural(text: str) -> int:
-    return _int_within(text, 0, MOST)
+    return _number(as_int, text, 0)
 
 
 def _positive(text: str) -> int:
-    return _int_within(text, 1, MOST)
+    return _number(as_int, text, 1)
 
 
 def _seed(text: str) -> int:
-    return _int_within(text, 0, 2**32 - 1)
+    return _number(as_int, text, 0, MOST_SEED)
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= MOST_LR:  # false for nan
-        raise argparse.ArgumentTypeError(f"must be a positive number up to {MOST_LR:g}, got {text}")
-    return value
+    return _number(as_positive_float, text)
+
+
+def _number(read: Callable, text: str, *bounds: int) -> int | float:
+    try:
+        return read(text, *bounds)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {error}, got {text}") from error
 
 
 def _text(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vvae_fast.train import processes
-from vvae_fast.train.data import Dataset
+from vvae_fast.train.data import Dataset, describe, summary
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import make_folder, write_json
@@ -64,7 +64,7 @@ def compare(
         fresh: delete these runs' folders first.
 
     Returns:
-        {"data", "config", "environment", "runs": a record for each run}, as in results.json.
+        {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
 
     Raises:
         RunError: before anything is trained, where a folder belongs to another configuration.
@@ -81,6 +81,8 @@ def compare(
             remove_run(out / config.name)
         processes.wait_for_all()
         check_folder(config, out / config.name)
+    if processes.is_first():
+        print(summary(dataset), flush=True)
     results: dict[Model, list[dict]] = {model: [] for model in models}
     with Progress(len(runs), base.epochs, quiet=not processes.is_first()) as progress:
         for model, config in runs:
@@ -90,6 +92,7 @@ def compare(
             results[model].append(result)
     content = {
         "data": base.data,
+        "dataset": describe(dataset),
         "config": _shared_settings(base),
         "environment": describe_environment(),
         "runs": [{key: result[key] for key in RECORD} for rows in results.values() for result in rows],

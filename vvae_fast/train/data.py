@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import tokenize
-import zipfile
-import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vvae_fast.shapes import check_size
+from vvae_fast.train.arrays import SPLITS, read_arrays, too_large
 from vvae_fast.train.extras import require
 from vvae_fast.train.idx import DataError, read_idx
 from vvae_fast.train.loaders import BinarizedRows, EpochSampler, EvalLoader, StaticRows, TrainLoader
+from vvae_fast.train.statistics import statistics
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["DataError", "Dataset", "load_dataset", "make_loaders"]
+__all__ = [
+    "LIKELIHOODS",
+    "SPLITS",
+    "DataError",
+    "Dataset",
+    "LikelihoodError",
+    "describe",
+    "load_dataset",
+    "make_loaders",
+    "summary",
+]
 
+BERNOULLI, BINOMIAL, GAUSSIAN = LIKELIHOODS = ("bernoulli", "binomial", "gaussian")
 SPLIT_SEED = 20150521  # the day "Variational Inference with Normalizing Flows" appeared on arXiv
 BITS_SEED = 777  # of the protocol: validation and test bits are drawn once from it
 DIGITS_HELD_OUT = 200  # rows each of validation and test, of 1,797
@@ -31,9 +42,19 @@ MNIST_FILES = {  # name: sizes
     "t10k-images-idx3-ubyte.gz": [10_000, 28, 28],
 }
 MAX_COUNT = 2**24 - 1  # beyond, float32 rounds integers
-SPLITS = ("train", "val", "test")
-# What numpy lets through from an array file that it cannot read; zipfile raises RuntimeError for unknown flags.
-DAMAGED = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
+
+
+class LikelihoodError(DataError):
+    """Values that the likelihood which is asked for cannot have."""
+
+
+class Model(NamedTuple):
+    """What the decoder's outputs stand for, and why: see Dataset."""
+
+    likelihood: str
+    total_count: int | None
+    dynamic: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,10 @@ class Dataset:
         total_count: the largest possible count for "binomial", None otherwise.
         image_shape: (height, width) when a row is a grey image, None otherwise.
         dynamic: train holds probabilities, and its bits are redrawn for each batch; val and test hold bits.
+        why: the reason for the likelihood, in words.
+        source: the file or folder that it was read from.
+        arrays: the names of the file's arrays that it was made of.
+        value_range: the least and the greatest value of the source; None for those of the splits.
     """
 
     name: str
@@ -57,9 +82,15 @@ class Dataset:
     total_count: int | None
     image_shape: tuple[int, int] | None
     dynamic: bool
+    why: str = "given"
+    source: str = "memory"
+    arrays: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
 
 
-def load_dataset(name_or_path: str, root: Path | str | None = None) -> Dataset:
+def load_dataset(
+    name_or_path: str, root: Path | str | None = None, *, array: str | None = None, likelihood: str | None = None
+) -> Dataset:
     """Load a data set into memory. Nothing is downloaded.
 
     Args:
@@ -69,26 +100,33 @@ def load_dataset(name_or_path: str, root: Path | str | None = None) -> Dataset:
             train, its last 10,000 validate, the 10,000 of the test file test. The bits of validation, then
             test, are drawn once from ``numpy.random.RandomState(777)``, a stream that numpy has frozen.
             A path to a .npy array [N, *shape], split 80 / 10 / 10 in a fixed random order, or to a .npz archive with
-            the arrays train, val and test, or with one to be split: "x", else the first.
-            Their likelihood follows from the values of all splits: only 0 and 1, Bernoulli; within [0, 1],
-            Bernoulli and dynamic, as for MNIST (its density is one of bits, not of grey levels); non-negative
-            integers, binomial with the largest as total count; anything else, Gaussian.
+            the arrays train, val and test, or with one to be split: its only one, or "x". Any other archive is refused.
         root: MNIST's folder; for array files, where a relative path starts. Digits ignore it.
+        array: the name of the archive's array to split.
+        likelihood: "bernoulli", "binomial" or "gaussian". By default it follows from the values of all splits:
+            only 0 and 1, Bernoulli; within [0, 1], Bernoulli and dynamic, as for MNIST (its density is one of bits,
+            not of grey levels); non-negative integers, binomial with the largest as total count; anything else,
+            Gaussian.
 
     Raises:
-        DataError: unknown name, missing folder or file, damaged file, or unusable values.
+        DataError: unknown name, missing folder or file, damaged file, an archive that can be read in several ways,
+            unusable values, values that the likelihood cannot have, or more than the memory holds.
         ModuleNotFoundError: numpy or scikit-learn is not installed.
     """
-    if name_or_path == "digits":
-        return _digits()
-    if name_or_path == "mnist":
-        return _mnist(root)
     path = Path(name_or_path)
-    if path.suffix not in (".npy", ".npz"):
-        raise DataError(
-            f"data: wanted 'digits', 'mnist' or the path of a .npz or .npy file, got '{name_or_path}'; check the name"
-        )
-    return _array_file(path if root is None else Path(root) / path)
+    try:
+        if name_or_path in ("digits", "mnist"):
+            if array is not None:
+                raise DataError(f"{name_or_path}: wanted an archive to take '{array}' from, got no file; leave it out")
+            return _digits(likelihood) if name_or_path == "digits" else _mnist(root, likelihood)
+        if path.suffix not in (".npy", ".npz"):
+            raise DataError(
+                f"data: wanted 'digits', 'mnist' or the path of a .npz or .npy file, got '{name_or_path}'; "
+                "check the name"
+            )
+        return _array_file(path if root is None else Path(root) / path, array, likelihood)
+    except MemoryError as error:
+        raise too_large(str(path), str(error) or "no memory") from error
 
 
 def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoader, EvalLoader, EvalLoader]:
@@ -101,21 +139,59 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
     Raises:
         TypeError: batch_size or seed is not an int.
         ValueError: batch_size is not positive or seed is negative.
+        DataError: the memory cannot hold the thresholds of a dynamic data set.
     """
     check_size("batch_size", batch_size, 1)
     check_size("seed", seed, 0)
-    rows = BinarizedRows(dataset.train, seed) if dataset.dynamic else StaticRows(dataset.train)
+    try:
+        rows = BinarizedRows(dataset.train, seed) if dataset.dynamic else StaticRows(dataset.train)
+    except MemoryError as error:
+        raise too_large(dataset.name, str(error) or "no memory") from error
     train = TrainLoader(rows, EpochSampler(len(dataset.train), batch_size, seed))
     return train, EvalLoader(dataset.val, batch_size), EvalLoader(dataset.test, batch_size)
 
 
-def _digits() -> Dataset:
-    x = require("sklearn.datasets").load_digits().images  # [1797, 8, 8]
-    parts = _split(torch.from_numpy(x).float(), DIGITS_HELD_OUT)
-    return Dataset("digits", *parts, likelihood="binomial", total_count=16, image_shape=(8, 8), dynamic=False)
+def describe(dataset: Dataset) -> dict[str, object]:
+    """What was understood of a data set, as files record it."""
+    splits = {name: getattr(dataset, name) for name in SPLITS}
+    low, high = dataset.value_range or _range([x.numpy() for x in splits.values()])
+    return {
+        "source": dataset.source,
+        "arrays": list(dataset.arrays),
+        "rows": {name: len(x) for name, x in splits.items()},
+        "row_shape": list(dataset.train.shape[1:]),
+        "least": low,
+        "greatest": high,
+        "likelihood": dataset.likelihood,
+        "total_count": dataset.total_count,
+        "dynamic": dataset.dynamic,
+        "why": dataset.why,
+    }
 
 
-def _mnist(root: Path | str | None) -> Dataset:
+def summary(dataset: Dataset) -> str:
+    """What `describe` says, in one line."""
+    seen = describe(dataset)
+    arrays = f", array{'s' * (len(dataset.arrays) > 1)} {', '.join(dataset.arrays)}" if dataset.arrays else ""
+    rows = ", ".join(f"{count} {name}" for name, count in seen["rows"].items())
+    count = f"({dataset.total_count})" if dataset.likelihood == BINOMIAL else ""
+    line = (
+        f"data: {seen['source']}{arrays}; rows of {seen['row_shape']}: {rows}; values {seen['least']:g} to "
+        f"{seen['greatest']:g}; {dataset.likelihood}{count} likelihood: {dataset.why}"
+    )
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def _digits(likelihood: str | None) -> Dataset:
+    x = require("sklearn.datasets").load_digits().images.astype("float32")  # [1797, 8, 8]
+    model = _choose_likelihood([x], likelihood, "digits")
+    parts = [torch.from_numpy(x[rows]) for rows in _split_order(len(x), DIGITS_HELD_OUT)]
+    return _make("digits", parts, model, source="digits of scikit-learn", value_range=_range([x]))
+
+
+def _mnist(root: Path | str | None, likelihood: str | None) -> Dataset:
+    if likelihood not in (None, BERNOULLI):
+        raise DataError(f"mnist: wanted the likelihood {BERNOULLI}, its protocol's, got {likelihood}; leave it out")
     if root is None:
         raise DataError(f"mnist: wanted the folder with {' and '.join(MNIST_FILES)}, got none; pass root (--root DIR)")
     folder = Path(root)
@@ -129,93 +205,109 @@ def _mnist(root: Path | str | None) -> Dataset:
         x = read_idx(folder / name, rank=3)  # [N, 28, 28]
         if list(x.shape) != sizes:
             raise DataError(f"{folder / name}: wanted sizes {sizes}, got {list(x.shape)}; fetch the original file")
-        images.append(x.float() / 255)
+        images.append(x.float().div_(255).numpy())
     train_file, test = images
     train, val = train_file[:-MNIST_VALIDATION], train_file[-MNIST_VALIDATION:]
-    val, test = _draw_bits(val, test)
-    return Dataset("mnist", train, val, test, "bernoulli", total_count=None, image_shape=(28, 28), dynamic=True)
+    parts = [torch.from_numpy(x) for x in (train, *_draw_bits(val, test))]
+    model = Model(BERNOULLI, None, dynamic=True, why="grey levels over 255 are probabilities of bits, drawn anew")
+    return _make("mnist", parts, model, source="MNIST's original files", value_range=_range(images))
 
 
-def _array_file(path: Path) -> Dataset:
-    arrays = {name: _checked(array, path, name) for name, array in _read_arrays(path).items()}
-    if len(arrays) == 1:
-        (x,) = arrays.values()
-        if len(x) < len(SPLITS):
-            raise DataError(f"{path}: wanted at least {len(SPLITS)} rows to split, got {len(x)}; add rows")
-        parts = _split(x, max(1, len(x) // 10))
-    else:
-        parts = tuple(arrays[name] for name in SPLITS)
-        shapes = {name: list(array.shape) for name, array in arrays.items()}
-        if len({x.shape[1:] for x in parts}) > 1:
-            raise DataError(f"{path}: wanted rows of one shape, got {shapes}; make all sizes but the first agree")
-    likelihood, total_count, dynamic = _infer_likelihood(parts, path)
-    if dynamic:
-        parts = (parts[0], *_draw_bits(*parts[1:]))
-    return Dataset(path.name, *parts, likelihood, total_count, _image_shape(parts[0]), dynamic)
+def _array_file(path: Path, array: str | None, likelihood: str | None) -> Dataset:
+    arrays = read_arrays(path, array)
+    parts = [_as_float32(x, f"{path}, array '{name}'") for name, x in arrays.items()]
+    model = _choose_likelihood(parts, likelihood, str(path))
+    train, original = parts[0], next(iter(arrays.values()))
+    value_range = _range(arrays.values())
+    if len(parts) == 1:
+        if len(train) < len(SPLITS):
+            raise DataError(f"{path}: wanted at least {len(SPLITS)} rows to split, got {len(train)}; add rows")
+        order = _split_order(len(train), max(1, len(train) // 10))
+        parts = [train[rows] for rows in order]
+        original = original[order[0]] if model.likelihood == GAUSSIAN else original
+    elif len({x.shape[1:] for x in parts}) > 1:
+        shapes = {name: list(x.shape) for name, x in arrays.items()}
+        raise DataError(f"{path}: wanted rows of one shape, got {shapes}; make all sizes but the first agree")
+    if model.likelihood == GAUSSIAN:
+        for rows in (original, parts[0]):  # before time is lost, and what the file held before float32 rounded it too
+            statistics(rows, str(path))
+    if model.dynamic:
+        parts = [parts[0], *_draw_bits(*parts[1:])]
+    tensors = [torch.from_numpy(x) for x in parts]
+    return _make(path.name, tensors, model, str(path.resolve()), tuple(arrays), value_range)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The splits train, val and test, or one array under its own name."""
+def _make(
+    name: str,
+    parts: Sequence[Tensor],
+    model: Model,
+    source: str,
+    arrays: tuple[str, ...] = (),
+    value_range: tuple[float, float] | None = None,
+) -> Dataset:
+    likelihood, total_count, dynamic, why = model
+    shape = _image_shape(parts[0])
+    return Dataset(name, *parts, likelihood, total_count, shape, dynamic, why, source, arrays, value_range)
+
+
+def _as_float32(array: np.ndarray, where: str) -> np.ndarray:
+    """The array as float32 [N, *shape], all finite."""
     np = require("numpy")
-    if not path.is_file():
-        raise DataError(f"{path}: wanted an array file, got no such file; check the path")
-    try:
-        with path.open("rb") as file:  # opened here, since np.load leaves it open when it fails
-            content = np.load(file, allow_pickle=False)
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                return {path.stem: content}
-            return {name: content[name] for name in _wanted_keys(content.files, path)}
-    except DataError:
-        raise
-    except DAMAGED as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: wanted numbers as numpy.save or numpy.savez write them, got something else or a damaged file "
-            f"({reason}); save it again, without objects"
-        ) from error
-
-
-def _wanted_keys(keys: list[str], path: Path) -> list[str]:
-    if not keys:
-        raise DataError(f"{path}: wanted the arrays train, val and test, or one to split, got none; save it again")
-    missing = [name for name in SPLITS if name not in keys]
-    if not missing:
-        return list(SPLITS)
-    if len(missing) < len(SPLITS):
-        raise DataError(f"{path}: wanted train, val and test, got no {' and no '.join(missing)}; add what is missing")
-    return ["x"] if "x" in keys else keys[:1]
-
-
-def _checked(array: np.ndarray, path: Path, name: str) -> Tensor:
-    """The array as a float32 tensor [N, *shape] with at least one element, all finite."""
-    np = require("numpy")
-    where = f"{path}, array '{name}'"
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{where}: wanted booleans, integers or real numbers, got {array.dtype}; convert it")
-    if array.ndim < 2:
-        raise DataError(f"{where}: wanted rank 2 or more [N, *shape], got sizes {list(array.shape)}; reshape it")
-    if array.size == 0:
-        raise DataError(f"{where}: wanted at least one element, got sizes {list(array.shape)}; add rows")
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(array, dtype=np.float32)
-    bad = x.size - np.count_nonzero(np.isfinite(x))
+    finite = np.isfinite(x)
+    bad = x.size - np.count_nonzero(finite)
     if bad:
-        raise DataError(f"{where}: wanted values that are finite in float32, got {bad} NaN or infinite; clean it")
-    return torch.from_numpy(x)
+        first = [int(i) for i in np.unravel_index(np.argmin(finite), x.shape)]
+        raise DataError(
+            f"{where}: wanted values that are finite in float32, got {bad} NaN or infinite, the first at {first}; "
+            "clean it"
+        )
+    return x
 
 
-def _infer_likelihood(parts: tuple[Tensor, ...], path: Path) -> tuple[str, int | None, bool]:
-    """(likelihood, total_count, dynamic) from the values of all splits."""
-    low = min(x.min().item() for x in parts)
-    high = max(x.max().item() for x in parts)
+def _choose_likelihood(parts: Sequence[np.ndarray], asked: str | None, where: str) -> Model:
+    """The likelihood that is asked for, else the one that follows from the values of all splits."""
+    if asked not in (None, *LIKELIHOODS):
+        raise DataError(f"likelihood: wanted one of {', '.join(LIKELIHOODS)}, got '{asked}'; check the name")
+    low, high = _range(parts)
     whole = all(bool((x == x.round()).all()) for x in parts)
-    if low >= 0 and high <= 1:
-        return "bernoulli", None, not whole
-    if low < 0 or not whole:
-        return "gaussian", None, False
-    if high > MAX_COUNT:
-        raise DataError(f"{path}: wanted counts up to {MAX_COUNT}, got {high:.0f}; divide them by a scale")
-    return "binomial", int(high), False
+    within = f"values from {low:g} to {high:g}{'' if whole else ', not all whole'}"
+    inferred = BERNOULLI if low >= 0 and high <= 1 else BINOMIAL if low >= 0 and whole else GAUSSIAN
+    chosen = asked or inferred
+    if chosen == BERNOULLI:
+        if inferred != BERNOULLI:
+            raise LikelihoodError(
+                f"{where}: wanted values in [0, 1] for {BERNOULLI}, got {within}; {_remedy(inferred)}"
+            )
+        why = "all values are 0 or 1" if whole else "values in [0, 1] are probabilities of bits, drawn anew"
+        model = Model(BERNOULLI, None, dynamic=not whole, why=why)
+    elif chosen == BINOMIAL:
+        if low < 0 or high < 1 or not whole:
+            raise LikelihoodError(f"{where}: wanted counts from 0 for {BINOMIAL}, got {within}; {_remedy(inferred)}")
+        if high > MAX_COUNT:
+            raise DataError(
+                f"{where}: wanted counts up to {MAX_COUNT}, got {high:.0f}; divide them by a scale, or ask for the "
+                f"likelihood {GAUSSIAN}"
+            )
+        model = Model(BINOMIAL, int(high), dynamic=False, why="all values are whole numbers from 0")
+    else:
+        why = "there are negative values" if low < 0 else "there are values above 1 that are not whole"
+        model = Model(GAUSSIAN, None, dynamic=False, why=why)
+    return model if asked is None else model._replace(why=f"asked for{_and_bits(model)}")
+
+
+def _and_bits(model: Model) -> str:
+    return "; values are probabilities of bits, drawn anew" if model.dynamic else ""
+
+
+def _remedy(likelihood: str) -> str:
+    return f"change the values, or ask for the likelihood {likelihood}, which has them"
+
+
+def _range(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
+    arrays = list(arrays)
+    return min(float(x.min()) for x in arrays), max(float(x.max()) for x in arrays)
 
 
 def _image_shape(x: Tensor) -> tuple[int, int] | None:
@@ -225,14 +317,14 @@ def _image_shape(x: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _split(x: Tensor, held_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(train, val, test) in a fixed random order, held_out rows in each of the last two."""
-    order = torch.from_numpy(require("numpy").random.RandomState(SPLIT_SEED).permutation(len(x)))
-    train, val, test = order.split([len(x) - 2 * held_out, held_out, held_out])
-    return x[train], x[val], x[test]
+def _split_order(num_rows: int, held_out: int) -> list[np.ndarray]:
+    """The rows of train, val and test in a fixed random order, held_out of them in each of the last two."""
+    np = require("numpy")
+    order = np.random.RandomState(SPLIT_SEED).permutation(num_rows)
+    return np.split(order, [num_rows - 2 * held_out, num_rows - held_out])
 
 
-def _draw_bits(*parts: Tensor) -> tuple[Tensor, ...]:
+def _draw_bits(*parts: np.ndarray) -> list[np.ndarray]:
     """Bits of probabilities, drawn once and in this order, float32 of the same shapes."""
     stream = require("numpy").random.RandomState(BITS_SEED)
-    return tuple((torch.from_numpy(stream.random_sample(x.shape)) < x).float() for x in parts)
+    return [(stream.random_sample(x.shape) < x).astype("float32") for x in parts]

@@ -71,7 +71,8 @@ class BinarizedRows:
 
     def __init__(self, p: Tensor, seed: int) -> None:
         self.seed = seed
-        self.thresholds = p.flatten(1).mul(LEVELS).round().int().numpy().astype("uint16")  # [N, prod(shape)]
+        levels = p.flatten(1).numpy() * require("numpy").float32(LEVELS)  # [N, prod(shape)]
+        self.thresholds = levels.round(out=levels).astype("uint16")
 
     def __call__(self, draw: Draw) -> Tensor:
         np = require("numpy")

@@ -118,7 +118,8 @@ class VAEModule(lightning.LightningModule):
         self._started = time.perf_counter()
         torch.manual_seed(zlib.crc32(f"{config.seed} {epoch}".encode()))
         for group in self.optimizers().param_groups:
-            group["lr"] = config.lr * lr_factor(epoch, config.epochs, config.schedule)
+            share = group.get("lr_share", 1.0)  # an older version's checkpoint has one group without it
+            group["lr"] = config.lr * lr_factor(epoch, config.epochs, config.schedule) * share
         self._record = {"epoch": epoch, "beta": kl_weight(epoch, config.warmup_epochs)}
         self._train_mean = _RunningMean()
 

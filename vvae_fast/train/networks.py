@@ -13,25 +13,35 @@ from vvae_fast.nn.gated import (
     gated_mlp_decoder,
     gated_mlp_encoder,
 )
-from vvae_fast.nn.likelihoods import make_likelihood
+from vvae_fast.nn.likelihoods import Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train.data import Dataset
+from vvae_fast.train.data import GAUSSIAN, Dataset
 from vvae_fast.train.files import RunError
 from vvae_fast.train.runconfig import ADAMAX, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
+from vvae_fast.train.statistics import statistics
+
+FAN_IN = 1024  # inputs of a linear layer from which on its learning rate falls
 
 
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
     """The VAE of a configuration, freshly initialised from torch's global generator.
 
-    Raises RunError where the network does not fit the data.
+    Raises RunError where the network does not fit the data, DataError where Gaussian data cannot be standardised.
     """
-    likelihood = make_likelihood(dataset.likelihood, total_count=dataset.total_count)
+    likelihood, rescale = _likelihood(dataset)
     encoder, decoder, feature_dim = _networks(config, dataset, likelihood.num_params)
-    encoder = nn.Sequential(_Rescale(*_data_scale(dataset)), *encoder)
     flow = _build_flow(config, feature_dim)
-    return VAE(encoder, decoder, config.latent_dim, flow, likelihood, feature_dim)
+    return VAE(nn.Sequential(rescale, *encoder), decoder, config.latent_dim, flow, likelihood, feature_dim)
+
+
+def _likelihood(dataset: Dataset) -> tuple[Likelihood, nn.Module]:
+    """The data's likelihood, and what brings the encoder's inputs to the size that layers are initialised for."""
+    if dataset.likelihood == GAUSSIAN:
+        mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in statistics(dataset.train.numpy(), dataset.name))
+        return Standardised(mean, std), _Standardise(mean, std)
+    return make_likelihood(dataset.likelihood, total_count=dataset.total_count), _Rescale(dataset.total_count or 1)
 
 
 def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.Sequential, nn.Module, int]:
@@ -60,26 +70,47 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or Adamax (Kingma & Ba 2015) with torch's defaults and the learning rate of the first epoch."""
+    """Adam or Adamax (Kingma & Ba 2015) with torch's defaults and the learning rate of the first epoch.
+
+    Either moves every weight by about the learning rate, and so a linear layer's outputs by that times the sum of its
+    inputs' sizes. Beyond FAN_IN inputs its weight's learning rate falls in proportion, so that a step moves the outputs
+    for a large image no further than for a small one: a group's "lr_share" is what it has of the learning rate.
+    """
     optimizer = torch.optim.Adamax if config.optimizer == ADAMAX else torch.optim.Adam
-    return optimizer(model.parameters(), lr=config.lr)
-
-
-def _data_scale(dataset: Dataset) -> tuple[float, float]:
-    """(shift, scale) that bring the encoder's inputs to the size that linear layers are initialised for."""
-    if dataset.likelihood == "binomial":
-        return 0.0, float(dataset.total_count)
-    if dataset.likelihood == "gaussian":
-        return dataset.train.mean().item(), dataset.train.std().item() or 1.0
-    return 0.0, 1.0
+    groups: dict[float, list[nn.Parameter]] = {}
+    wide = {
+        layer.weight: FAN_IN / layer.in_features
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer.in_features > FAN_IN
+    }
+    for parameter in model.parameters():
+        groups.setdefault(wide.get(parameter, 1.0), []).append(parameter)
+    return optimizer(
+        [
+            {"params": parameters, "lr": config.lr * share, "lr_share": share}
+            for share, parameters in sorted(groups.items(), reverse=True)
+        ]
+    )
 
 
 class _Rescale(nn.Module):
-    """x -> (x - shift) / scale."""
+    """x -> x / scale."""
 
-    def __init__(self, shift: float, scale: float):
+    def __init__(self, scale: float):
         super().__init__()
-        self.shift, self.scale = shift, scale
+        self.scale = float(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self.shift) / self.scale if (self.shift, self.scale) != (0.0, 1.0) else x
+        return x / self.scale if self.scale != 1.0 else x
+
+
+class _Standardise(nn.Module):
+    """x [B, P] -> (x - shift) / scale; shift and scale, [P] or [], belong to its state_dict."""
+
+    def __init__(self, shift: torch.Tensor, scale: torch.Tensor):
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.shift) / self.scale

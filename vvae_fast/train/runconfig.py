@@ -22,8 +22,13 @@ CHOICES = {
 # Keys of a result and of an epoch's record in its history.
 SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
 RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch")
-RESULT_KEYS = {*RECORD, "best_epoch", "history"}
-ADDED = {"gap", "active_units", "num_parameters"}  # the first results had none; a finished run is evaluated for them
+RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset"}
+ADDED = {
+    "gap",
+    "active_units",
+    "num_parameters",
+    "dataset",
+}  # the first results had none; a finished run is evaluated for them
 EPOCH_KEYS = {"epoch", "beta", "seconds", "train_neg_elbo", "val_neg_elbo", "val_reconstruction", "val_kl"}
 
 
@@ -50,6 +55,8 @@ class RunConfig:
     network: str = MLP
     optimizer: str = ADAM
     schedule: str = COSINE  # of the learning rate
+    likelihood: str = ""  # the data's; what an older version left to the digest
+    array: str = ""  # the archive's array that was asked for
 
     @property
     def name(self) -> str:

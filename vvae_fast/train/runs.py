@@ -17,7 +17,7 @@ from vvae_fast.config import local_processes
 from vvae_fast.nn.vae import VAE
 from vvae_fast.train import processes
 from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
-from vvae_fast.train.data import Dataset, make_loaders
+from vvae_fast.train.data import Dataset, describe, make_loaders
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.evaluation import evaluate
 from vvae_fast.train.extras import require
@@ -49,7 +49,8 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
 
     Returns:
         the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
-        seconds_per_epoch (the median time of a training epoch), best_epoch and history (see VAEModule).
+        seconds_per_epoch (the median time of a training epoch), best_epoch, history (see VAEModule) and dataset, what
+        was understood of the data (see data.describe).
 
     Raises:
         RunError: where the folder holds another run or another process works in it, and where training diverged.
@@ -94,6 +95,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
         "best_epoch": best_epoch,
         "history": history,
+        "dataset": describe(dataset),
     }
 
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vvae_fast.train.compare import Model
-from vvae_fast.train.data import SPLITS, Dataset
+from vvae_fast.train.data import LIKELIHOODS, SPLITS, Dataset
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import RunError
-from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest, is_number
+from vvae_fast.train.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
+from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16]}"
-# The settings of a file, each as the command line's option of that name: what it holds, and how it is told.
-SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
-    **dict.fromkeys(("epochs", "batch_size", "latent_dim", "num_samples"), (lambda x: _is_int(x, 1), "a positive int")),
-    **dict.fromkeys(("warmup_epochs", "patience"), (lambda x: _is_int(x, 0), "an int of at least 0")),
-    "data": (lambda x: isinstance(x, str) and x != "", "a name or a path"),
-    "lr": (lambda x: is_number(x) and 0 < x < float("inf"), "a positive number"),
-    "hidden": (lambda x: _is_list(x, 1), "a list of positive ints"),
+# The settings of a file, each as the command line's option of that name: its reader, which raises ValueError, and how
+# what it reads is told.
+SETTINGS: dict[str, tuple[Callable[[object], object], str]] = {
+    **dict.fromkeys(
+        ("epochs", "batch_size", "latent_dim", "num_samples"), (lambda value: as_int(value, 1), "a positive int")
+    ),
+    **dict.fromkeys(("warmup_epochs", "patience"), (lambda value: as_int(value, 0), "an int of at least 0")),
+    "data": (lambda value: _text(value), "a name or a path"),
+    "array": (lambda value: _text(value), "the name of an archive's array"),
+    "lr": (as_positive_float, "a positive number"),
+    "hidden": (lambda value: as_ints(value, 1), "a list of positive ints"),
     **{
-        name: (lambda x, name=name: isinstance(x, str) and x in CHOICES[name], f"one of {', '.join(CHOICES[name])}")
-        for name in ("network", "optimizer", "schedule")
+        name: (lambda value, choices=choices: _one_of(value, choices), f"one of {', '.join(choices)}")
+        for name, choices in {**CHOICES, "likelihood": LIKELIHOODS}.items()
+        if name != "model"
     },
 }
+OPTIONAL = {"array", "likelihood"}  # left out, the data decide
 OTHERS = {"protocol", "splits", "models", "seeds"}
 
 
@@ -50,7 +57,8 @@ class Study:
 
     def base(self, dataset: Dataset) -> RunConfig:
         """The configuration of the vanilla VAE with the first seed; the other runs differ in model and seed alone."""
-        settings = {**self.settings, "hidden": tuple(self.settings.get("hidden", ())), "data": dataset.name}
+        hidden = tuple(self.settings.get("hidden", ()))
+        settings = {**self.settings, "hidden": hidden, "data": dataset.name, "likelihood": dataset.likelihood}
         return RunConfig(VANILLA, 0, self.seeds[0], data_digest=data_digest(dataset), **settings)
 
     def check_splits(self, dataset: Dataset) -> None:
@@ -66,19 +74,21 @@ def load_study(path: Path) -> Study:
     unknown = content.keys() - SETTINGS.keys() - OTHERS
     if unknown:
         raise RunError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(sorted({*SETTINGS, *OTHERS}))}")
-    if content.get("network") == GATED_CONV and "hidden" in content:
+    conv = content.get("network") == GATED_CONV
+    if conv and "hidden" in content:
         raise RunError(f"{path}: {GATED_CONV} has its own widths; remove hidden")
-    names = [name for name in SETTINGS if name != "hidden" or content.get("network") != GATED_CONV]
-    settings = {name: content.get(name) for name in names}
-    for name, value in settings.items():
-        is_valid, wanted = SETTINGS[name]
-        _check(is_valid(value), path, name, wanted, value)
-    protocol, splits = content.get("protocol", ""), content.get("splits")
-    _check(isinstance(protocol, str), path, "protocol", "a line of text", protocol)
-    _check(splits is None or _are_splits(splits), path, "splits", f"rows of {', '.join(SPLITS)}", splits)
-    seeds = content.get("seeds")
-    _check(_is_list(seeds, 0) and max(seeds) < 2**32, path, "seeds", "a list of ints from 0 to 2^32 - 1", seeds)
-    models = _models(path, content.get("models"))
+    left_out = {name for name in OPTIONAL if name not in content} | ({"hidden"} - content.keys() if conv else set())
+    settings = {
+        name: _read_as(*kind, path, name, content.get(name)) for name, kind in SETTINGS.items() if name not in left_out
+    }
+    protocol, splits, seeds = content.get("protocol", ""), content.get("splits"), content.get("seeds")
+    _read_as(lambda value: _text(value, least=0), "a line of text", path, "protocol", protocol)
+    splits = None if splits is None else _read_as(_splits, f"rows of {', '.join(SPLITS)}", path, "splits", splits)
+    seeds = _read_as(
+        lambda value: as_ints(value, 0, MOST_SEED), "a list of ints from 0 to 2^32 - 1", path, "seeds", seeds
+    )
+    wanted = f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}"
+    models = _read_as(_models, wanted, path, "models", content.get("models"))
     return Study(path.stem, " ".join(protocol.split()), settings, splits, models, list(dict.fromkeys(seeds)))
 
 
@@ -93,27 +103,38 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _models(path: Path, content: object) -> list[Model]:
-    wanted = f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}"
-    is_valid = isinstance(content, dict) and len(content) > 0
-    _check(is_valid and content.keys() <= set(MODELS), path, "models", wanted, content)
-    for kind, lengths in content.items():
-        _check(lengths == [0] if kind == VANILLA else _is_list(lengths, 1), path, "models", wanted, content)
-    return [Model(kind, num_steps) for kind, lengths in content.items() for num_steps in dict.fromkeys(lengths)]
+def _read_as(read: Callable[[object], object], wanted: str, path: Path, name: str, value: object):
+    """What `read` makes of a value. Raises RunError where it raises ValueError."""
+    try:
+        return read(value)
+    except TooLarge as error:
+        wanted = f"{wanted}, each {error}" if isinstance(value, (list, dict)) else str(error)
+    except ValueError:
+        pass
+    raise RunError(f"{path}: {name} must be {wanted}, got {value!r}; correct the file")
 
 
-def _check(is_valid: bool, path: Path, name: str, wanted: str, value: object) -> None:
-    if not is_valid:
-        raise RunError(f"{path}: {name} must be {wanted}, got {value!r}; correct the file")
+def _models(content: object) -> list[Model]:
+    if not isinstance(content, dict) or not content or not content.keys() <= set(MODELS):
+        raise ValueError
+    read = {VANILLA: lambda lengths: as_ints(lengths, 0, 0)}
+    lengths_of = {kind: read.get(kind, lambda lengths: as_ints(lengths, 1))(content[kind]) for kind in content}
+    return [Model(kind, num_steps) for kind, lengths in lengths_of.items() for num_steps in dict.fromkeys(lengths)]
 
 
-def _are_splits(content: object) -> bool:
-    return isinstance(content, dict) and set(content) == set(SPLITS) and _is_list(list(content.values()), 1)
+def _splits(content: object) -> dict[str, int]:
+    if not isinstance(content, dict) or content.keys() != set(SPLITS):
+        raise ValueError
+    return {name: as_int(count, 1) for name, count in content.items()}
 
 
-def _is_list(content: object, least: int) -> bool:
-    return isinstance(content, list) and len(content) > 0 and all(_is_int(item, least) for item in content)
+def _text(value: object, least: int = 1) -> str:
+    if not isinstance(value, str) or len(value) < least or "\0" in value:
+        raise ValueError
+    return value
 
 
-def _is_int(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
+def _one_of(value: object, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError
+    return value
