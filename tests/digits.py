@@ -46,7 +46,13 @@ def one_step(alpha: float, rows: int = 50, dtype: torch.dtype = torch.float32) -
 
 
 def inverse_of_one_step() -> list[Problem]:
-    kinds = [("leaky_relu", -5.0), ("leaky_relu", -10.0), ("leaky_relu", -15.0), ("leaky_relu", -20.0), ("leaky_relu", -40.0)]
+    kinds = [
+        ("leaky_relu", -5.0),
+        ("leaky_relu", -10.0),
+        ("leaky_relu", -15.0),
+        ("leaky_relu", -20.0),
+        ("leaky_relu", -40.0),
+    ]
     kinds += [("linear", -15.0), ("elu", -10.0), ("tanh", -5.0), ("sigmoid", -15.0)]
     found = []
     for activation, alpha in kinds:
@@ -75,7 +81,9 @@ def inverse_of_many_steps() -> list[Problem]:
 
 def growing_flows() -> list[Problem]:
     return [
-        Problem(wide(40, 32, dim, 2.0, params, seed=1), {"activation": activation}, False, f"{activation}-{dim}-{params}")
+        Problem(
+            wide(40, 32, dim, 2.0, params, seed=1), {"activation": activation}, False, f"{activation}-{dim}-{params}"
+        )
         for activation in ("leaky_relu", "elu", "linear")
         for dim in (2, 8)
         for params in ((), (40,), (8,))
@@ -84,7 +92,8 @@ def growing_flows() -> list[Problem]:
 
 def assert_digits(problem: Problem, got: tuple[Tensor, ...], level: str) -> None:
     """Within 10 times the error of the reference in float32 or 2e-6, against the reference in float64. The reference
-    counts with its worst error over the problem and neighbours that differ in the last places: it can be exact by luck."""
+    counts with its worst error over the problem and neighbours that differ in the last places: it can be exact by luck.
+    """
     ours = relative_errors(got, run(problem, "reference", torch.float64))
     allowed = [FLOOR] * len(ours)
     for p in neighbours(problem):

@@ -9,9 +9,9 @@
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The inverse's a are the same pre-activations, and its z is its own argument, z_K. *formulas are `shapes.Formulas.numbers()`,
-for the inverse without the last. The operators of the other backends are named triton_planar_forward,
-cuda_planar_forward and so on.
+have the dtype of computation. The inverse's a are the same pre-activations, and its z is what it was given, z_K.
+*formulas are `shapes.Formulas.numbers()`, for the inverse without the last. The operators of the other backends are
+named triton_planar_forward, cuda_planar_forward and so on.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vvae_fast.activations import activate, log_abs_determinant, solve, step_adjoint
 
-
 LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38): csrc/exponential.h
 
 
@@ -68,7 +67,7 @@ def _constraint_slopes(alpha: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
 def constrain_backward(
     v: Tensor, gamma: Tensor, u: Tensor, w: Tensor, at: Constrained, constraint: str
 ) -> tuple[Tensor, Tensor]:
-    """du and dw [*params, K, D] from v = dL/du_hat [*params, K, D] and gamma = dL/dc unit [*params, K], docs/math.md (6)."""
+    """du, dw [*params, K, D] from v = dL/du_hat [*params, K, D], gamma = dL/dc unit [*params, K], docs/math.md (6)."""
     if constraint == "none":
         return v + gamma[..., None] * w, gamma[..., None] * u
     q = (v * w).sum(-1) * at.inv_n  # [*params, K]  v . w / n
