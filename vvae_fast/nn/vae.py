@@ -252,7 +252,7 @@ class VAE(nn.Module):
         """log p(x | z), [*S, B], for x [B, *data] and z [*S, B, D]."""
         params = self.decode(z).flatten(z.ndim - 1)  # [*S, B, num_params * P]
         x = x.flatten(1)  # [B, P]
-        if _trains_eagerly(x) and self.training and not self._is_checked:
+        if not torch.compiler.is_compiling() and not self._is_checked and self.training and _trains_eagerly(x):
             self.likelihood.check_batch(x, params)
             self._is_checked = len(x) > 0
         return self.likelihood.log_prob(x, params)
@@ -277,10 +277,9 @@ class VAE(nn.Module):
 
 
 def _trains_eagerly(x: Tensor) -> bool:
-    """Whether gradients are wanted and the numbers of x may be looked at, as they may not be in a graph or a trace."""
+    """Whether gradients are wanted and the numbers of x may be looked at, as they may not be in a trace."""
     return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
