@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import svg
 from matplotlib.axes import Axes
 from results import Results, Row
 
@@ -112,7 +113,6 @@ def _floor(run: Results, chosen: Callable[[Row], bool], x: str) -> dict[str, lis
 def write(run: Results, folder: Path) -> None:
     """time.svg and floor-and-memory.svg; the same results give the same bytes."""
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vvae_fast"
     pages = {
         "time.svg": (time_against_steps, time_against_rows),
         "floor-and-memory.svg": (distance_to_floor, memory_against_steps),
@@ -132,5 +132,5 @@ def write(run: Results, folder: Path) -> None:
         if labels:
             handles = [found[label] for label in labels]
             figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.savefig(folder / name, metadata={"Date": None})
+        svg.save(figure, folder / name)
         plt.close(figure)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
+import svg
 from matplotlib.figure import Figure
 from study_results import VANILLA_MODEL, Results
 
-from vvae_fast.train.files import replacing
 from vvae_fast.train.runconfig import AMORTIZED, SHARED
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
@@ -16,9 +15,7 @@ STYLES = {"neg_elbo": ("-ELBO", "--", "s"), "nll": ("NLL", "-", "o"), "gap": ("g
 
 def write(results: Results, path: Path) -> None:
     """An SVG; the same results give the same bytes."""
-    # No names drawn at random in the file, text as text.
-    with matplotlib.rc_context({"svg.hashsalt": "vvae_fast", "svg.fonttype": "none"}), replacing(path) as temporary:
-        _draw(results).savefig(temporary, format="svg", metadata={"Date": None})
+    svg.save(_draw(results), path, svg_fonttype="none")  # text as text
 
 
 def _draw(results: Results) -> Figure:

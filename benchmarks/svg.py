@@ -1,0 +1,29 @@
+"""Figures as SVG files: the same figure gives the same bytes on every machine."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from vvae_fast.train.files import replacing
+
+_HASHED = re.compile(r"\b[a-z][0-9a-f]{10}\b")
+
+
+def save(figure: Figure, path: Path, **rc: object) -> None:
+    """`rc` are more of matplotlib's settings, with _ for the dot."""
+    settings = {"svg.hashsalt": "vvae_fast", **{name.replace("_", ".", 1): value for name, value in rc.items()}}
+    with matplotlib.rc_context(settings), replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+        temporary.write_text(with_numbered_ids(temporary.read_text()))
+
+
+def with_numbered_ids(text: str) -> str:
+    """Ids numbered as they appear. matplotlib makes them of hashes of coordinates in full precision, whose last bits
+    differ from one processor to another; what is drawn is rounded to six digits.
+    """
+    named = {f'id="{name}"': name for name in _HASHED.findall(text)}
+    hashed = dict.fromkeys(name for key, name in named.items() if key in text)
+    numbers = {name: f"id{i}" for i, name in enumerate(hashed)}
+    return _HASHED.sub(lambda match: numbers.get(match[0], match[0]), text)
