@@ -98,9 +98,8 @@ def test_results_of_another_configuration_or_incomplete_ones_are_refused(copied,
 def test_figures_have_no_ids_that_depend_on_the_processor():
     """matplotlib hashes coordinates in full precision, whose last bits differ from one processor to another."""
     one, other = (f'<path id="m{h}"/> url(#p{h}) <path id="p{h}"/> 0.15' for h in ("0ea0fc5983", "fa78f665ab"))
-    assert (
-        svg.with_numbered_ids(one) == svg.with_numbered_ids(other) == '<path id="id0"/> url(#id1) <path id="id1"/> 0.15'
-    )
+    assert svg.with_numbered_ids(one) == '<path id="id0"/> url(#id1) <path id="id1"/> 0.15'
+    assert svg.with_numbered_ids(one) == svg.with_numbered_ids(other)
     for results in STUDIES:
         assert not re.search(
             r'id="[a-z][0-9a-f]{10}"', (study_results.FOLDER / f"{results.study.name}.svg").read_text()
