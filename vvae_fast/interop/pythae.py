@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +132,9 @@ class PlanarFlow(PlanarStack, _Base):
         size = model_config.input_dim
         if size is None:
             raise _NoInputDim("model_config.input_dim must be the shape of a data point, got None: set it")
-        if not isinstance(size, (int, Sequence)) or isinstance(size, str):
+        if not isinstance(size, (Integral, Sequence)) or isinstance(size, str):
             raise TypeError(f"model_config.input_dim must be a shape or an int, got {type(size).__name__}")
-        super().__init__(size if isinstance(size, int) else math.prod(size), 1, model_config.activation)
+        super().__init__(size if isinstance(size, Integral) else math.prod(size), 1, model_config.activation)
         self.reset_parameters()  # once more, as pythae does: a seed gives pythae's layer
         self.model_config, self.model_name = model_config, "PlanarFlow"
 
