@@ -93,8 +93,7 @@ def test_sigkill_loses_no_finished_epoch(data, tmp_path):
     program = [sys.executable, "-m", "vvae_fast", *arguments(data, killed, *long)]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
     last = killed / "amortized-K1-seed0" / "last.ckpt"
-    deadline = time.monotonic() + 60
-    while not last.exists() and time.monotonic() < deadline:
+    while not last.exists() and process.poll() is None:  # however long this machine takes
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL

@@ -71,7 +71,7 @@ def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys)
     start = time.monotonic()
     with pytest.raises(gpu.Failed, match="not done in 2 s"):
         steps.command([sys.executable, "-c", worker], 2)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60  # and not the worker's whole time
     assert (tmp_path / "gpu.log").read_text().split() == ["one", "two", "last", "words", "up"]
     assert capsys.readouterr().out == (tmp_path / "gpu.log").read_text()
 
@@ -87,12 +87,13 @@ def test_a_failing_step_stops_none_behind_it(steps, tmp_path, monkeypatch):
     assert steps.outcomes == {"environment": "PASS", "nvcc": "PASS"} | dict.fromkeys(names, "FAIL")
 
 
-def test_torch_compile_leaves_the_cases_behind_its_own_their_time():
+def test_torch_compile_leaves_the_cases_behind_its_own_their_time(monkeypatch):
+    monkeypatch.setattr(session.time, "time", lambda: 0.0)  # none passes while the test runs
     bench = session.Bench("cpu", quick=True, seconds=240)
     first, last = (case for case in GPU_CASES if "torch.compile" in case.contestants)
     behind = len(GPU_CASES) - 1 - GPU_CASES.index(first)
-    assert bench.to_compile(last) == pytest.approx(240 - session.AFTER_COMPILING, abs=5)
-    assert bench.to_compile(first) == pytest.approx(bench.to_compile(last) - session.A_CASE * behind, abs=1)
+    assert bench.to_compile(last) == pytest.approx(240 - session.AFTER_COMPILING)
+    assert bench.to_compile(first) == pytest.approx(bench.to_compile(last) - session.A_CASE * behind)
     assert session.Bench("cpu", quick=True).to_compile(first) == math.inf
 
 
@@ -110,7 +111,7 @@ def test_wall_seconds_wait_for_the_device_twice_and_set_up_before():
 
     seconds = gpu_clock.wall_seconds(lambda at: events.append("call"), setup, 3, lambda: events.append("wait"))
     assert events == [*3 * ["setup"], "wait", *3 * ["call"], "wait"]
-    assert 0 < seconds < 1
+    assert seconds > 0
 
 
 class Event:
