@@ -137,7 +137,7 @@ def test_strides(params):
 
 @pytest.mark.parametrize("params", [(), (5,)])
 def test_zero_w(params):
-    """c is 0 there, and du and dw what undoes the forward's: of dw the reference has another part, docs/math.md (40)."""
+    """c is 0 there, and du and dw what undoes the forward's; the reference's dw is another, docs/math.md (40)."""
     p = random_problem((5,), 2, 3, params)
     p = p._replace(w=torch.zeros_like(p.w))
     got, wanted = answer(p), run_inverse(p.to(torch.float64), "reference")
