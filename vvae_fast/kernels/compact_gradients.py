@@ -9,7 +9,7 @@ from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import ceil_div, launch, set_strides
-from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
+from vvae_fast.kernels.math import Activation, activate, adjoint_parts, constrain, constrain_backward, unit
 from vvae_fast.shapes import Formulas
 
 
@@ -76,7 +76,7 @@ def compact_gradients_kernel(
                 lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0)  # [R]
                 db += tl.sum(d, 1)
                 of_step = unit(s, CONSTRAINT)[:, None]
-                _, of_c = step_adjoint(d, lambda_[None, :], h, h_prime, c[:, None], s[:, None], of_step, F)
+                _, _, of_c = adjoint_parts(lambda_[None, :], h, h_prime, c[:, None], s[:, None], of_step, F)
                 gamma += tl.sum(of_c, 1)
         at = step[:, None] * D + col[None, :]  # [CHUNK, BLOCK_D]
         params = steps[:, None] & (col < D)[None, :]  # [CHUNK, BLOCK_D]

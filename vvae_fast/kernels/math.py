@@ -243,9 +243,15 @@ def inverse_determinant(lambda_, h, h_prime, c, s, F: tl.constexpr):
 
 
 @triton.jit
-def step_adjoint(e, lambda_, h, h_prime, c, s, unit, F: tl.constexpr):
-    """delta = dL/da and gamma = dL/dc times unit, docs/math.md (11), (12), (15), of one step from e = dL/dz_k . u_hat.
-    lambda comes last: what it multiplies stays in range, (39)."""
+def adjoint_parts(lambda_, h, h_prime, c, s, unit, F: tl.constexpr):
+    """slope, bend and gamma of one step: delta = dL/da is e slope + bend and gamma is dL/dc times unit, docs/math.md
+    (11), (12), (15). lambda comes last: what it multiplies stays in range, (39)."""
     inverse = inverse_determinant(lambda_, h, h_prime, c, s, F)
-    delta = e * h_prime + lambda_ * (c * inverse * h_second(h, h_prime, F))
-    return delta, lambda_ * (unit * inverse * h_prime)
+    return h_prime, lambda_ * (c * inverse * h_second(h, h_prime, F)), lambda_ * (unit * inverse * h_prime)
+
+
+@triton.jit
+def step_adjoint(e, lambda_, h, h_prime, c, s, unit, F: tl.constexpr):
+    """delta and gamma, with e = dL/dz_k . u_hat."""
+    slope, bend, gamma = adjoint_parts(lambda_, h, h_prime, c, s, unit, F)
+    return e * slope + bend, gamma

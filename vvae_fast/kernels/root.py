@@ -89,11 +89,26 @@ def solve(rhs, c, s, F: tl.constexpr):
 
 
 @triton.jit
-def inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F: tl.constexpr):
-    """mu = dL/dR of one step of the inverse and dL/dc times s from e = dL/dz_{k-1} . u_hat, docs/math.md (35), (39)."""
+def inverse_adjoint_parts(lambda_, h, h_prime, c, s, F: tl.constexpr):
+    """slope, bend and gamma of one step of the inverse: mu = dL/dR is e slope + bend and gamma is dL/dc times s, (35),
+    (39), in which mu's share is not yet."""
     inverse = 1 / determinant(h, h_prime, c, s, F)
-    mu = -(e * h_prime + lambda_ * (c * inverse * h_second(h, h_prime, F))) * inverse
-    return mu, -(mu * s * h + lambda_ * (s * inverse * h_prime))
+    bend = -lambda_ * (c * inverse * h_second(h, h_prime, F)) * inverse
+    return -h_prime * inverse, bend, -lambda_ * (s * inverse * h_prime)
+
+
+@triton.jit
+def gamma_of_root(mu, s, h):
+    """mu's share of gamma; h is that of the reversed flow, docs/math.md (40)."""
+    return mu * s * h
+
+
+@triton.jit
+def inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F: tl.constexpr):
+    """mu and gamma, with e = dL/dz_{k-1} . u_hat."""
+    slope, bend, gamma = inverse_adjoint_parts(lambda_, h, h_prime, c, s, F)
+    mu = e * slope + bend
+    return mu, gamma + gamma_of_root(mu, s, -h)
 
 
 @triton.jit
