@@ -23,7 +23,7 @@ import torch
 from vvae_fast import ops
 
 ROOT = Path(__file__).parent.parent
-HERE = Path(__file__).parent / "sanitize"
+HERE = Path(__file__).parent / "sanitizers"
 BUILD = ROOT / "build" / "sanitize"
 DRIVER = "planar_cpu.cpp"  # checks, allocates, cuts into passes: what a mutant of passes.h compiles anew
 STEP_LIMIT = 400  # seconds
@@ -87,8 +87,9 @@ MUTANTS = (
         "the instruction set is read while it is written",
         "planar_cpu.cpp",
         "std::atomic<const Isa*>& chosen_isa() {\n  static std::atomic<const Isa*> isa = [] {",
-        "struct Plain {\n  const Isa* isa;\n  const Isa* load() const { return isa; }\n  void store(const Isa* to) { "
-        "isa = to; }\n};\nPlain& chosen_isa() {\n  static Plain isa = []() -> Plain {",
+        "struct Plain {\n  const Isa* isa;\n  Plain(const Isa* to) : isa(to) {}\n"
+        "  const Isa* load() const { return isa; }\n"
+        "  void store(const Isa* to) { isa = to; }\n};\nPlain& chosen_isa() {\n  static Plain isa = [] {",
         "thread",
         "data race",
         (3, 1),
@@ -207,11 +208,20 @@ def build() -> None:
                 commands.append(compiling(source, out, sanitizer))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(call, commands))
-    call(["gcc", "-O1", "-g", "-fPIC", "-shared", str(HERE / "fork_join.c"), "-o", str(fork_join()), "-ldl"])
+    call(compile_fork_join(fork_join()))
 
 
 def fork_join() -> Path:
     return BUILD / "fork_join.so"
+
+
+def compile_fork_join(out: Path) -> list[str]:
+    return ["gcc", "-O1", "-g", "-fPIC", "-shared", str(HERE / "fork_join.c"), "-o", str(out), "-ldl"]
+
+
+def at_fixed_addresses() -> list[str]:
+    """What to put before a command: runtimes of older compilers do not start at addresses that are too random."""
+    return ["setarch", "-R"] if shutil.which("setarch") else []
 
 
 def stage(folder: Path, sanitizer: str, driver: Path | None = None) -> Path:
@@ -266,12 +276,11 @@ class Result(NamedTuple):
 
 
 def run(folder: Path, sanitizer: str, isa: str, command: list[str]) -> Result:
-    """Python in a staged folder, at addresses that are not random: older runtimes of g++ take no others."""
-    randomless = ["setarch", "-R"] if shutil.which("setarch") else []
+    """Python in a staged folder."""
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [*randomless, sys.executable, *command],
+            [*at_fixed_addresses(), sys.executable, *command],
             cwd=folder,
             env={**environment(sanitizer, isa), "PYTHONPATH": str(folder)},
             capture_output=True,

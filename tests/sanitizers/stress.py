@@ -1,6 +1,6 @@
 """Every operator of the C++ backend at once: Python threads, each of which runs OpenMP threads of its own.
 
-    python tests/sanitize/stress.py --isa avx2 --python-threads 4 --openmp-threads 2
+    python tests/sanitizers/stress.py --isa avx2 --python-threads 4 --openmp-threads 2
 
 Each answer has to be bit for bit what one thread alone gives. Meant for a build with a sanitizer, tests/sanitized.py,
 and fast enough without one to be a test of its own.
@@ -139,21 +139,33 @@ def switch(options: argparse.Namespace) -> list[str]:
                 if not any(same([z_K, log_det], answer[:2]) for answer in wanted):
                     raise ValueError("an answer of no instruction set")
 
-    problems = run_threads(options.python_threads, work)
-    ops.set_isa(options.isa)
-    return problems
+    return run_threads(options.python_threads, work)
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", default=ops.isa(), choices=ops.isa_levels())
     parser.add_argument("--python-threads", type=int, default=4)
     parser.add_argument("--openmp-threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--thin", type=int, default=1, help="take one case of so many")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def find_problems(options: argparse.Namespace) -> list[str]:
+    """What was wrong with an answer, in words; the threads and the instruction set are put back."""
+    isa, threads = ops.isa(), torch.get_num_threads()
     ops.set_isa(options.isa)
-    problems = stress(options) + switch(options)
+    try:
+        return stress(options) + switch(options)
+    finally:
+        ops.set_isa(isa)
+        torch.set_num_threads(threads)
+
+
+def main() -> int:
+    options = parse()
+    problems = find_problems(options)
     print("\n".join(problems) or f"{options}: the same bits everywhere", flush=True)
     return 1 if problems else 0
 
