@@ -35,7 +35,7 @@ def call(p: Problem, formulas: Formulas, inverse: bool) -> tuple[Tensor, ...]:
         z_K, log_det, a = ops.planar_forward(*p.inputs, *numbers, True)
         return z_K, log_det, a, *ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)
     z_0, log_det, a = ops.planar_inverse(*p.inputs, *numbers[:3], True)
-    grads = ops.planar_inverse_backward(p.grad_z, p.grad_log_det, z_0, *p.inputs[1:], a, *numbers[:3])
+    grads = ops.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers[:3])
     return z_0, log_det, a, *grads
 
 

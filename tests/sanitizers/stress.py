@@ -51,7 +51,7 @@ def call_all(p: list[torch.Tensor], formulas: Formulas) -> list[torch.Tensor]:
         outputs += ops.planar_backward_packed(grad_z, grad_log_det, z, packed, a, *numbers)
     if formulas.constraint != "none":
         z_0, log_det, a = ops.planar_inverse(z, u, w, b, *numbers[:3], True)
-        grads = ops.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
+        grads = ops.planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers[:3])
         outputs += [z_0, log_det, a, *grads]
     return outputs
 
