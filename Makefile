@@ -1,18 +1,28 @@
-# make demo | test | lint | peers-tests | bench | bench-quick | report | results: each makes .venv when missing and rebuilds
-# what changed only.
+# make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results: each makes .venv when
+# missing and rebuilds what changed only.
 # make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint peers-tests bench bench-quick report results gpu clean
+.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results gpu clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
 
 test: .venv/built
 	$(BIN)/python -m pytest
+
+# The property tests with 2,000 examples each, other ones in every run: SEED=number repeats one.
+test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+test-long: .venv/built
+	@echo "make test-long SEED=$(SEED) draws the same examples again"
+	$(BIN)/python -m pytest tests/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
+
+# The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/sanitized.py.
+sanitize: .venv/built
+	$(BIN)/python tests/sanitized.py
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -1,0 +1,354 @@
+"""`make sanitize`: the C++ backend under AddressSanitizer with UBSan, and under ThreadSanitizer.
+
+The extension is compiled anew for each, in build/sanitize/, where a copy of the package lies beside it; the one that is
+installed is left alone. Each is first shown faults made on purpose, and the run fails where one is not found: a
+sanitizer that does not work finds nothing.
+"""
+
+import functools
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vvae_fast import ops
+
+ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent / "sanitizers"
+BUILD = ROOT / "build" / "sanitize"
+DRIVER = "planar_cpu.cpp"  # checks, allocates, cuts into passes: what a mutant of passes.h compiles anew
+STEP_LIMIT = 400  # seconds
+
+
+class Sanitizer(NamedTuple):
+    flags: tuple[str, ...]
+    preloaded: tuple[str, ...]  # libraries of g++, in front of everything
+    environment: dict[str, str]
+
+
+SANITIZERS = {
+    # alignment, bounds, null, shift and the rest; not vptr, which asks for types that PyTorch does not export
+    "address": Sanitizer(
+        ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
+        ("libasan.so", "libstdc++.so"),  # without the second it cannot see an exception leave
+        {
+            # Python keeps its objects until the end: no leaks. Their absence is measured by tests/test_memory*.py.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+    ),
+    "thread": Sanitizer(
+        ("-fsanitize=thread",),
+        ("libtsan.so",),
+        {"TSAN_OPTIONS": f"halt_on_error=1:report_signal_unsafe=0:suppressions={HERE / 'thread.supp'}"},
+    ),
+}
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # in csrc/cpu
+    old: str  # there once
+    new: str
+    sanitizer: str
+    caught: str  # in the report
+    threads: tuple[int, int]  # Python's, OpenMP's
+
+
+MUTANTS = (
+    Mutant(
+        "OpenMP threads add into one slice's sums",
+        "passes.h",
+        "const Partial<T> sums(partials + slice * partial, p.steps, p.dim);",
+        "const Partial<T> sums(partials, p.steps, p.dim);",
+        "thread",
+        "data race",
+        (1, 3),
+    ),
+    Mutant(
+        "Python threads share their scratch memory",
+        "passes.h",
+        "thread_local Arena arenas[kSlots];",
+        "static Arena arenas[kSlots];",
+        "thread",
+        "data race",
+        (3, 1),
+    ),
+    Mutant(
+        "the instruction set is read while it is written",
+        "planar_cpu.cpp",
+        "std::atomic<const Isa*>& chosen_isa() {\n  static std::atomic<const Isa*> isa = [] {",
+        "struct Plain {\n  const Isa* isa;\n  Plain(const Isa* to) : isa(to) {}\n"
+        "  const Isa* load() const { return isa; }\n"
+        "  void store(const Isa* to) { isa = to; }\n};\nPlain& chosen_isa() {\n  static Plain isa = [] {",
+        "thread",
+        "data race",
+        (3, 1),
+    ),
+    Mutant(
+        "scratch memory is a vector short",
+        "passes.h",
+        "std::aligned_alloc(64, bytes)",
+        "std::aligned_alloc(64, bytes - 64)",
+        "address",
+        "heap-buffer-overflow",
+        (1, 1),
+    ),
+    Mutant(
+        "an output lacks its last row",
+        "planar_cpu.cpp",
+        "Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det",
+        "Tensor z_K = new_empty(z, {rows ? rows - 1 : 0, z.size(1)}), log_det",
+        "address",
+        "heap-buffer-overflow",
+        (1, 1),
+    ),
+    Mutant(
+        "scratch memory that is not aligned to its numbers",
+        "passes.h",
+        "return static_cast<T*>(mine.data.get());",
+        "return reinterpret_cast<T*>(static_cast<char*>(mine.data.get()) + 2);",
+        "address",
+        "misaligned address",
+        (1, 1),
+    ),
+)
+
+# What runs under AddressSanitizer beside the stress: whatever calls the operators with odd shapes, strides and numbers.
+TESTS = ("test_properties.py", "test_planar_flow.py", "test_fused_inverse.py", "test_passes.py", "test_arguments.py")
+NOT_HERE = "not accuracy and not amplifying and not million and not outputs_larger and not compile and not opcheck"
+
+
+@functools.cache
+def extension():
+    """What setup.py builds vvae_fast._C from: one home for sources, macros and flags."""
+    import setuptools
+
+    seen, argv, folder, setup = {}, sys.argv, Path.cwd(), setuptools.setup
+    environment = {name: os.environ.pop(name, None) for name in ("FORCE_CUDA", "NO_CUDA")}
+    try:
+        os.chdir(ROOT)
+        os.environ["NO_CUDA"] = "1"
+        sys.argv, setuptools.setup = ["setup.py", "build_ext"], seen.update
+        runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        os.chdir(folder)
+        sys.argv, setuptools.setup = argv, setup
+        os.environ.pop("NO_CUDA")
+        os.environ.update({name: value for name, value in environment.items() if value is not None})
+    return next(module for module in seen["ext_modules"] if module.name == "vvae_fast._C")
+
+
+def library(name: str) -> Path | None:
+    """The path of one of g++'s own libraries."""
+    done = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+    path = Path(done.stdout.strip())
+    return path if path.is_absolute() and path.exists() else None
+
+
+def missing() -> list[str]:
+    """What a run needs and this machine lacks."""
+    if not shutil.which("g++"):
+        return ["g++"]
+    names = {name for sanitizer in SANITIZERS.values() for name in sanitizer.preloaded}
+    lacking = [f"g++'s {name}" for name in sorted(names) if library(name) is None]
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        lacking.append("a PyTorch whose parallel regions are OpenMP's")
+    return lacking
+
+
+def compiling(source: Path, out: Path, sanitizer: str) -> list[str]:
+    """Instrumented but for Python's bindings and instruction sets that this machine lacks: they are there to link."""
+    ext = extension()
+    instrumented = source.stem in (Path(DRIVER).stem, *(f"isa_{level}" for level in ops.isa_levels()))
+    flags = [flag for flag in ext.extra_compile_args if not flag.startswith("-O")]
+    flags += ["-std=c++20", "-fPIC", "-g1", "-fno-omit-frame-pointer", "-Wno-tsan"]
+    flags += ["-O1", *SANITIZERS[sanitizer].flags] if instrumented else ["-O0"]
+    macros = [f"-D{name}={value}" if value is not None else f"-D{name}" for name, value in ext.define_macros]
+    include = [f"-isystem{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
+    return ["g++", *flags, *macros, *include, "-c", str(source), "-o", str(out)]
+
+
+def linking(objects: list[Path], out: Path, sanitizer: str) -> list[str]:
+    ext = extension()
+    folders = [flag for path in ext.library_dirs for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries = [f"-l{name}" for name in ext.libraries]
+    return ["g++", "-shared", *SANITIZERS[sanitizer].flags, *map(str, objects), *folders, *libraries, "-o", str(out)]
+
+
+def call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[:4000]}")
+
+
+def newest(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in [*folder.rglob("*.*"), Path(__file__), ROOT / "setup.py"])
+
+
+def build() -> None:
+    """The objects of both, the largest first; those that are newer than every source are left."""
+    sources = [ROOT / path for path in extension().sources]
+    sources.sort(key=lambda path: not path.name.startswith("isa_"))
+    commands = []
+    for sanitizer in SANITIZERS:
+        (BUILD / sanitizer).mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            out = BUILD / sanitizer / f"{source.stem}.o"
+            if not out.exists() or out.stat().st_mtime < newest(ROOT / "csrc"):
+                commands.append(compiling(source, out, sanitizer))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(call, commands))
+    call(compile_fork_join(fork_join()))
+
+
+def fork_join() -> Path:
+    return BUILD / "fork_join.so"
+
+
+def compile_fork_join(out: Path) -> list[str]:
+    return ["gcc", "-O1", "-g", "-fPIC", "-shared", str(HERE / "fork_join.c"), "-o", str(out), "-ldl"]
+
+
+def at_fixed_addresses() -> list[str]:
+    """What to put before a command: runtimes of older compilers do not start at addresses that are too random."""
+    return ["setarch", "-R"] if shutil.which("setarch") else []
+
+
+def stage(folder: Path, sanitizer: str, driver: Path | None = None) -> Path:
+    """A folder to start Python in: package and tests by links, and the extension, perhaps with another driver."""
+    shutil.rmtree(folder, ignore_errors=True)
+    package = folder / "vvae_fast"
+    package.mkdir(parents=True)
+    for path in (ROOT / "vvae_fast").iterdir():
+        if path.suffix != ".so" and path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    for name in ("tests", "benchmarks", "pyproject.toml", "csrc", "setup.py"):
+        (folder / name).symlink_to(ROOT / name)
+    objects = sorted((BUILD / sanitizer).glob("*.o"))
+    if driver:
+        objects = [driver if path.stem == Path(DRIVER).stem else path for path in objects]
+    call(linking(objects, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sanitizer))
+    return folder
+
+
+def mutate(mutant: Mutant, folder: Path) -> Path:
+    """The driver's object with the mutant's one change in the sources."""
+    csrc = folder / "csrc"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cuda"))
+    path = csrc / "cpu" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"{mutant.name}: {mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    out = folder / "driver.o"
+    call(compiling(csrc / "cpu" / DRIVER, out, mutant.sanitizer))
+    return out
+
+
+def environment(sanitizer: str, isa: str) -> dict[str, str]:
+    kind = SANITIZERS[sanitizer]
+    preloaded = [library(name).resolve() for name in kind.preloaded]
+    preloaded += [fork_join()] if sanitizer == "thread" else []
+    return {
+        **os.environ,
+        **kind.environment,
+        "LD_PRELOAD": ":".join(map(str, preloaded)),
+        "VVAE_FAST_ISA": isa,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+class Result(NamedTuple):
+    code: int
+    text: str
+    seconds: float
+
+
+def run(folder: Path, sanitizer: str, isa: str, command: list[str]) -> Result:
+    """Python in a staged folder."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*at_fixed_addresses(), sys.executable, *command],
+            cwd=folder,
+            env={**environment(sanitizer, isa), "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=STEP_LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return Result(124, f"longer than {STEP_LIMIT} s\n{error.stdout}", time.monotonic() - start)
+    return Result(done.returncode, done.stdout + done.stderr, time.monotonic() - start)
+
+
+def stress(folder: Path, sanitizer: str, isa: str, threads: tuple[int, int], *options: str) -> Result:
+    python, openmp = map(str, threads)
+    script = str(HERE / "stress.py")
+    counts = ["--python-threads", python, "--openmp-threads", openmp]
+    return run(folder, sanitizer, isa, [script, "--isa", isa, *counts, *options])
+
+
+def report(name: str, result: Result, fine: bool) -> bool:
+    print(f"{'ok  ' if fine else 'FAIL'} {result.seconds:6.1f} s  {name}", flush=True)
+    if not fine:
+        print(result.text[-6000:], flush=True)
+    return fine
+
+
+def check_mutant(mutant: Mutant) -> bool:
+    """The fault made on purpose is found."""
+    folder = BUILD / "mutant"
+    start = time.monotonic()
+    staged = stage(folder / "staged", mutant.sanitizer, mutate(mutant, folder / "source"))
+    result = stress(staged, mutant.sanitizer, ops.isa_levels()[-1], mutant.threads, "--rounds", "1", "--thin", "3")
+    found = result.code != 0 and re.search(mutant.caught, result.text) is not None
+    return report(f"found: {mutant.name}", result._replace(seconds=time.monotonic() - start), found)
+
+
+def check(sanitizer: str) -> bool:
+    """The real thing, on each instruction set of this machine."""
+    folder, fine = stage(BUILD / sanitizer / "staged", sanitizer), True
+    loaded = "import vvae_fast.ops as o; print(o.load_error, o._C.__file__)"
+    result = run(folder, sanitizer, ops.isa(), ["-c", loaded])
+    fine &= report(f"{sanitizer}: loads", result, f"None {folder}" in result.text)
+    for isa in ops.isa_levels():
+        for threads in ((4, 2), (2, 3)):
+            result = stress(folder, sanitizer, isa, threads, "--rounds", "2")
+            fine &= report(f"{sanitizer}: {isa}, {threads[0]} x {threads[1]} threads", result, result.code == 0)
+        if sanitizer == "address":
+            tests = [f"tests/{name}" for name in TESTS]
+            pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", NOT_HERE, *tests]
+            result = run(folder, sanitizer, isa, pytest)
+            fine &= report(f"{sanitizer}: {isa}, {' '.join(TESTS)}", result, result.code == 0)
+    return fine
+
+
+def main() -> int:
+    lacking = missing()
+    if lacking:
+        sys.exit(f"make sanitize needs {', '.join(lacking)}")
+    start = time.monotonic()
+    print("Building the extension for each sanitizer into build/sanitize", flush=True)
+    build()
+    print(f"     {time.monotonic() - start:6.1f} s  built", flush=True)
+    fine = all([check_mutant(mutant) for mutant in MUTANTS])
+    fine &= all([check(sanitizer) for sanitizer in SANITIZERS])
+    print(f"{'Nothing' if fine else 'SOMETHING'} was found, in {time.monotonic() - start:.0f} s", flush=True)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
