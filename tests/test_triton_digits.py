@@ -1,5 +1,4 @@
-"""tests/test_digits.py for the Triton kernels: far ends of w . u, z that grows, c to the end of float32's range. And the
-memory for the z of the way back."""
+"""tests/test_digits.py for the Triton kernels, and the memory that z takes on the way back."""
 
 import digits
 import problems
