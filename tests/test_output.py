@@ -45,20 +45,21 @@ def test_a_table_in_ascii(data, tmp_path):
 
 @pytest.mark.parametrize("reader", ["| true", "| head -1", "> /dev/full", ">&-", "2>&- >&- <&-"])
 def test_readers_that_go_and_streams_that_fail(data, tmp_path, reader):
-    done = shell(f"$PROGRAM compare {' '.join(SMALL)} --data {data} --out out {reader}", tmp_path)
+    done = shell(f"$PROGRAM compare {OPTIONS} --seeds 0 --data {data} --out out {reader}", tmp_path)
     # What fits into a pipe before its reader goes is no failure.
     codes = {"| true": [0, 141], "| head -1": [0, 141], "> /dev/full": [2]}
     assert done.returncode in codes.get(reader, [0])
     error = "vvae-fast: error: the output cannot be written (No space left on device); all else is done\n"
     assert done.stderr == (error if reader == "> /dev/full" else "")
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 4
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
     files = {path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".csv")}
     assert not any("seed 0: -ELBO" in path.read_text() for path in files), "no file has the closed stream's number"
 
 
-@pytest.mark.parametrize("command", ["info", "--help", "train --help", "bogus", "evaluate nothing.ckpt"])
-@pytest.mark.parametrize("reader", ["| true", "2>&1 | true", "> /dev/full 2>&1"])
+@pytest.mark.parametrize(
+    ("command", "reader"), [("info", "| true"), ("--help", "> /dev/full"), ("bogus", "2>&1 | true")]
+)
 def test_short_output_into_nowhere(tmp_path, command, reader):
     done = shell(f"$PROGRAM {command} {reader}", tmp_path)
     assert "Traceback" not in done.stderr
@@ -82,6 +83,9 @@ class Broken:
 
     def isatty(self) -> bool:
         return False
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # w
 
 
 class Stream:
-    """A text stream whose first failing write is kept as `error`; from then on nothing is written and nothing fails."""
+    """A text stream or None. Its first write that fails is kept as `error`; from then on nothing is written."""
 
     def __init__(self, stream):
         self.stream, self.error = stream, None
@@ -25,13 +25,13 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._try(lambda: self.stream.flush())
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def _try(self, act) -> None:
-        if self.error is not None:
+        if self.error is not None or self.stream is None:
             return
         try:
             act()

@@ -130,11 +130,14 @@ def _structure(model: nn.Module, config: RunConfig, trainer) -> dict:
 def _with_known_settings(states: object, wanted: dict) -> object:
     """Optimizers' states in which a parameter group has the settings that this PyTorch knows, all of them: it has
     defaults for those that an older one did not write."""
-    group = wanted["optimizer_states"][0]["param_groups"][0]
+    known = wanted["optimizer_states"][0]["param_groups"]
     try:
-        ((state,), (came,)) = states, states[0]["param_groups"]
-        settings = {**group, **{key: value for key, value in came.items() if key in group}}
-        return [{**state, "param_groups": [{**settings, "params": came["params"]}]}]
+        (state,) = states
+        groups = [
+            {**group, **{key: value for key, value in came.items() if key in group}, "params": came["params"]}
+            for group, came in zip(known, state["param_groups"], strict=True)
+        ]
+        return [{**state, "param_groups": groups}]
     except (TypeError, ValueError, LookupError, AttributeError):
         return states  # no such thing, as `differs` will say
 
