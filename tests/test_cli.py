@@ -156,7 +156,7 @@ def test_every_data_set_has_its_own_folder(data, tmp_path, monkeypatch, capsys):
         ("compare", "mnist", "runs/compare-mnist"),
         ("train", "digits", "runs/train"),
     ]:
-        assert str(cli._out(cli._parser().parse_args([command, "--data", data_]))) == expected
+        assert cli._out(cli._parser().parse_args([command, "--data", data_])) == tmp_path / expected
 
 
 def test_a_second_start_says_that_all_is_done(data, tmp_path, capsys):

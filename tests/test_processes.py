@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from vvae_fast import config
 from vvae_fast.train import processes
 from vvae_fast.train.cli import main
 
@@ -60,3 +62,78 @@ def test_two_processes_train_and_evaluate_what_one_does(tmp_path):
     assert main([*command, str(tmp_path / "two")]) == 0
     again = flat(json.loads((tmp_path / "two" / "result.json").read_text()))
     assert again == pytest.approx(two, abs=TOLERANCE)
+
+
+SOUND = {
+    **{"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "localhost", "MASTER_PORT": "29400"},
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets these variables and no other of torchrun's."""
+
+    def set_all(variables: dict[str, str]) -> None:
+        for name in (*SOUND, "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_a_process_is_one_of_several_where_all_of_torchruns_variables_are_there(environment):
+    environment(SOUND)
+    assert processes.is_launched()
+    assert processes.leftovers() == []
+    for name in SOUND:
+        environment({key: value for key, value in SOUND.items() if key != name})
+        assert not processes.is_launched()
+        said = {text.split("=")[0] for text in processes.leftovers()}
+        assert said == {key for key in SOUND if key != name} - {"MASTER_ADDR", "MASTER_PORT"}
+        assert (config.local_rank(), config.local_processes()) == (0, 1)
+    environment({"SLURM_PROCID": "0", "MASTER_ADDR": "here"})  # every job on one of Slurm's machines has them
+    assert processes.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "one"}, "RANK must be a number, got 'one'; unset it"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE must be a number, got ''"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID must be a number"),
+        ({"RANK": "4"}, "contradict each other"),
+        ({"LOCAL_RANK": "2"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "contradict each other"),
+        ({"WORLD_SIZE": "3"}, "contradict each other"),
+    ],
+)
+def test_variables_that_are_not_sound(environment, tmp_path, capsys, changes, message):
+    environment({**SOUND, **changes})
+    assert main([*OPTIONS.split(), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("names", [["LOCAL_WORLD_SIZE"], ["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID"]])
+def test_leftovers_are_named_and_change_nothing(tmp_path, names):
+    """In a process of its own: Lightning takes its rank from them when it is imported; one of 1 saves nothing."""
+    np.save(tmp_path / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)))
+    options = [*OPTIONS.split(), "--data", str(tmp_path / "bits.npy"), "--out", str(tmp_path / "out")]
+    left = {**SOUND, "SLURM_PROCID": "3"}
+    variables = {**os.environ, **{name: left[name] for name in names}}
+    command = [sys.executable, "-m", "vvae_fast", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=variables)
+    assert done.returncode == 0, done.stderr
+    said = ", ".join(f"{name}={left[name]}" for name in names)
+    assert done.stderr == (
+        f"vvae-fast: warning: {said} in the environment, but torchrun has not started this: it runs as one process\n"
+    )
+    assert {"best.ckpt", "last.ckpt", "result.json", "csv", "tensorboard"} <= {
+        x.name for x in (tmp_path / "out").iterdir()
+    }

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from vvae_fast.train import seal
 from vvae_fast.train.extras import require
 from vvae_fast.train.files import RunError, replacing
 from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR
-from vvae_fast.train.runconfig import is_config, is_history
+from vvae_fast.train.runconfig import are_plans, is_config, is_history
 
 callbacks = require("lightning.pytorch.callbacks")
 io = require("lightning.pytorch.plugins.io")
@@ -34,14 +35,25 @@ class AtomicCheckpointIO(io.TorchCheckpointIO):
     """Writes beside the file and renames; keeps the last checkpoint's predecessor.
 
     Lightning's own writes to the system's temporary folder, and moving from there to another disk is a copy. A rename
-    can reach the disk before the data when the power fails: hence the predecessor.
+    can reach the disk before the data when the power fails: hence the predecessor, and a checksum in every file.
+
+    Args:
+        resumed: what Lightning is given for the checkpoint that it goes on from, which is read and checked already.
     """
+
+    def __init__(self, resumed: dict | None = None):
+        super().__init__()
+        self.resumed = resumed
+
+    def load_checkpoint(self, path: str | Path, *arguments: object, **options: object) -> dict:
+        return load_checkpoint(Path(path)) if self.resumed is None else self.resumed
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
         with replacing(path) as temporary:
             try:
                 torch.save(checkpoint, temporary)
+                seal.seal(temporary)
             except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
                 raise RunError(f"{path} cannot be written ({_reason(error)}); make room or repair the disk") from error
             if path.name == LAST and path.exists():
@@ -65,10 +77,15 @@ def checkpoint_callbacks(folder: Path) -> list:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours, tensors on the CPU. Raises RunError where there is none or it is not one of ours."""
+    """A checkpoint of ours, tensors on the CPU; one without a checksum, of an older version, is read as it is.
+
+    Raises RunError where there is none, its checksum is wrong or it is not one of ours.
+    """
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; check the path")
     try:
+        if seal.check(path) == seal.DAMAGED:
+            raise ValueError("its checksum is wrong or its end is missing")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error says enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -91,11 +108,19 @@ def _is_ours(checkpoint: dict) -> bool:
         and is_config(ours.get("config"))
         and is_history(ours.get("history"))
         and isinstance(ours.get("stopped"), bool)
+        and are_plans(ours.get("plans", []))
     )
 
 
 def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).split("\n")[0].split(". ")[0]
+
+
+def origin(path: Path) -> str:
+    """What is to be said of the checkpoint that `load_last` has found at `path`; nothing of a sound last one."""
+    if path.name == PREVIOUS and path.with_name(LAST).exists():
+        return f" from {path}, since {LAST} beside it is damaged"
+    return "" if seal.check(path) == seal.SEALED else f" from {path}, which has no checksum"
 
 
 def load_last(folder: Path) -> tuple[Path, dict] | None:

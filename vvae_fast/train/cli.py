@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 import vvae_fast
 from vvae_fast import backends
@@ -16,44 +15,72 @@ from vvae_fast.train.density import FitConfig
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 from vvae_fast.train.idx import DataError
+from vvae_fast.train.memory import is_out_of_memory, telling_memory
 from vvae_fast.train.numbers import MOST_SEED, as_int, as_positive_float
+from vvae_fast.train.output import guarded
+from vvae_fast.train.paths import resolve, resolve_data, resolve_out
 from vvae_fast.train.runconfig import CHOICES, GATED_CONV
 
-BAD_INPUT = 2  # exit codes
-INTERRUPTED = 130
+BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
+EXIT_CODES = (
+    "exit codes: 0 all is done; 2 bad input, or files, the disk or memory failed; 3 a run diverged, and what there "
+    "is of it is evaluated and kept; 130 interrupted; 141 the output's reader has gone, and all is done"
+)
+DESCRIPTION = "Planar flows and variational autoencoders."
 STEPS = [4, 16]  # flow lengths that compare takes where neither options nor a file name any
 HIDDEN = [100]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Runs a command line and returns its exit code: 0, or one of EXIT_CODES."""
+    with guarded() as output:
+        code = _run(argv)
+        output.flush()
+        if output.error is None or code != 0:
+            return code
+        if isinstance(output.error, BrokenPipeError):
+            return OUTPUT_CLOSED
+        return _fail(f"the output cannot be written ({output.error.strerror}); all else is done")
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command != "info":
+            _tell_leftovers()
         if arguments.config is not None:
             arguments = _with_study(parser, arguments, argv)
-        arguments.handler(arguments)
+        return arguments.handler(arguments) or 0
     except (DataError, RunError, ModuleNotFoundError) as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error}; check the path and the disk, or choose another --out")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return _fail("out of memory; free some, or take less data or a smaller model")
+        if not isinstance(error, OSError):
             raise
-        return _fail("out of memory; lower --batch-size, --hidden, --latent-dim, --num-samples or --steps")
+        return _fail(f"{error}; check the path and the disk, or choose another --out")
     except KeyboardInterrupt:
         print("vvae-fast: interrupted; the same command goes on after the last finished epoch or fit", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _with_study(parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None):
     """The arguments once more, with what the study's file says in place of the options' defaults."""
     from vvae_fast.train.study import load_study
 
-    study = load_study(first.config)
+    study = load_study(first.config, first.root)
     first.parser.set_defaults(study=study, seeds=study.seeds, **study.settings)
     return parser.parse_args(argv)
+
+
+def _tell_leftovers() -> None:
+    from vvae_fast.train import processes
+
+    found = processes.leftovers()
+    if found:
+        said = f"{', '.join(found)} in the environment, but torchrun has not started this: it runs as one process"
+        print(f"vvae-fast: warning: {said}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:
@@ -61,9 +88,11 @@ def _fail(message: str) -> int:
     return BAD_INPUT
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator for the CPU raises a plain RuntimeError
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+def _diverged(count: int, total: int) -> int:
+    if count == 0:
+        return 0
+    print(f"vvae-fast: {count} of {total} runs diverged, see below the table", file=sys.stderr)
+    return DIVERGED
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -83,8 +112,8 @@ def _one_line(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    from vvae_fast.train import processes
+def _compare(arguments: argparse.Namespace) -> int:
+    from vvae_fast.train import outcome, processes
     from vvae_fast.train.compare import compare, models_to_compare
 
     _check_backend()
@@ -94,11 +123,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     steps = _unique(arguments.steps or STEPS)
     models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
     with processes.connected():
-        compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
+        content = compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
+    return _diverged(sum(run["status"] == outcome.DIVERGED for run in content["runs"]), len(content["runs"]))
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from vvae_fast.train import processes
+def _train(arguments: argparse.Namespace) -> int:
+    from vvae_fast.train import outcome, processes
     from vvae_fast.train.compare import Model, print_table
     from vvae_fast.train.folder import remove_run
     from vvae_fast.train.progress import Progress
@@ -121,9 +151,10 @@ def _train(arguments: argparse.Namespace) -> None:
             progress.finish(result)
     if first:
         print_table({model: [result]})
+    return _diverged(int(result["status"] == outcome.DIVERGED), 1)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> int:
     from vvae_fast.train import processes
     from vvae_fast.train.checkpoints import load_checkpoint
     from vvae_fast.train.data import LikelihoodError, load_dataset
@@ -136,29 +167,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
     choices = {"array": config.array or None, "likelihood": config.likelihood or None}
     other = f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
+    data = resolve_data(arguments.data or config.data, arguments.root)
     try:
-        dataset = load_dataset(arguments.data or config.data, arguments.root, **choices)
+        dataset = load_dataset(data, arguments.root, **choices)
     except LikelihoodError as error:
         raise RunError(other) from error
     if data_digest(dataset) != config.data_digest:
         raise RunError(other)
     vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
     with processes.connected():
-        scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
-        if not processes.is_first():
-            return
+        with telling_memory("evaluating", "free some, its batches are fixed"):
+            scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
+        first = processes.is_first()
+    finite = all(map(math.isfinite, scores.values()))
+    if not first:
+        return 0 if finite else DIVERGED
     print(f"{config.name} after epoch {checkpoint['epoch'] + 1}, nats a data point of the test set of {dataset.name}:")
     for name, value in scores.items():
         print(f"  {name + ':':16}{value if isinstance(value, int) else format(value, '.3f')}")
+    return _diverged(int(not finite), 1)
 
 
-def _density(arguments: argparse.Namespace) -> None:
+def _density(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.density_runs import density
 
     _check_backend()
     options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
     energies, steps = dict.fromkeys(arguments.energies), _unique(arguments.steps)
-    density([FitConfig(energy, k, **options) for energy in energies for k in steps], arguments.out, arguments.fresh)
+    configs = [FitConfig(energy, k, **options) for energy in energies for k in steps]
+    _, diverged = density(configs, arguments.out, arguments.fresh)
+    return _diverged(len(diverged), len(configs))
 
 
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int):
@@ -166,7 +204,8 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
     from vvae_fast.train.data import load_dataset
     from vvae_fast.train.runconfig import RunConfig, data_digest
 
-    dataset = load_dataset(arguments.data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)
+    data = resolve_data(arguments.data, arguments.root)
+    dataset = load_dataset(data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)
     if arguments.study is not None and arguments.data == arguments.study.settings.get("data", arguments.data):
         arguments.study.check_splits(dataset)
     if arguments.network == GATED_CONV and arguments.hidden:
@@ -193,9 +232,9 @@ def _out(arguments: argparse.Namespace) -> Path:
     if arguments.out is not None:
         return arguments.out
     if arguments.study is not None:
-        return Path("runs") / f"{arguments.command}-{arguments.study.name}"
+        return resolve_out(f"runs/{arguments.command}-{arguments.study.name}")
     name = "" if arguments.data == "digits" else f"-{Path(arguments.data).stem}"
-    return Path("runs") / f"{arguments.command}{name}"
+    return resolve_out(f"runs/{arguments.command}{name}")
 
 
 def _check_backend() -> None:
@@ -209,7 +248,7 @@ def _check_backend() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vvae-fast", description="Planar flows and variational autoencoders.")
+    parser = argparse.ArgumentParser(prog="vvae-fast", description=DESCRIPTION, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"vvae-fast {vvae_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -238,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     density.add_argument("--iterations", type=_positive, default=FitConfig.iterations, help="of Adam, for each restart")
     density.add_argument("--restarts", type=_positive, default=FitConfig.restarts, help="seeds from --seed on")
     density.add_argument("--seed", type=_seed, default=FitConfig.seed)
-    density.add_argument("--out", type=_path, default=Path("runs") / "density", help="folder of results")
+    density.add_argument("--out", type=_out_path, default="runs/density", help="folder of results")
     density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 
     _command(commands, "info", _info, "say which backends are available, and why not")
@@ -253,7 +292,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _command(commands, name: str, handler, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
     parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
     return parser
 
@@ -265,7 +304,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--array", type=_text, metavar="NAME", help="the array of a .npz file to split, where it holds several")
     add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
     add("--root", type=_path, help="MNIST's folder, with its original .gz files")
-    add("--epochs", type=_positive, default=200)
+    add("--epochs", type=_positive, default=200, help="a run in --out that has fewer goes on to so many")
     add("--batch-size", type=_positive, default=100)
     add("--latent-dim", type=_positive, default=8, help="D")
     add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
@@ -277,7 +316,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup-epochs", type=_natural, default=0, help="epochs in which the weight of the KL grows to 1")
     add("--patience", type=_natural, default=0, help="stop after so many epochs without improvement; 0: never")
     add("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
-    add("--out", type=_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)")
+    add(
+        "--out", type=_out_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)"
+    )
     add("--fresh", action="store_true", help="delete earlier runs of this command in --out instead of resuming them")
 
 
@@ -315,7 +356,18 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(_text(text))
+    return _resolved(resolve, text)
+
+
+def _out_path(text: str) -> Path:
+    return _resolved(resolve_out, text)
+
+
+def _resolved(read: Callable[[str], Path], text: str) -> Path:
+    try:
+        return read(text)
+    except RunError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vvae_fast.train import processes
+from vvae_fast.train import outcome, processes
 from vvae_fast.train.data import Dataset, describe, summary
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.extras import require
-from vvae_fast.train.files import make_folder, write_json
-from vvae_fast.train.folder import check_folder, remove_run
+from vvae_fast.train.files import RunError, make_folder, read_json, write_json
+from vvae_fast.train.folder import check_folder, check_same, remove_run
+from vvae_fast.train.output import make_console
 from vvae_fast.train.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 from vvae_fast.train.progress import Progress
 from vvae_fast.train.runconfig import AMORTIZED, RECORD, SHARED, VANILLA, RunConfig
 from vvae_fast.train.runs import load_best, run
 
 RESULTS = "results.json"
+CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
+CONTENT_KEYS = {"data", "config", "environment", "runs"}  # of every version's results.json
+OWN_SETTINGS = ("model", "num_steps", "seed")  # in which the runs differ
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
@@ -28,6 +32,7 @@ COLUMNS = {  # a result's key: heading, decimals
     "num_parameters": ("parameters", 0),
     "seconds_per_epoch": ("s / epoch", 3),
 }
+FIXED_BELOW = 1e8  # beyond, digits would widen the table past any screen
 TABLE_WIDTH = 160  # a narrower terminal breaks its lines: cells are never cut
 
 
@@ -67,10 +72,12 @@ def compare(
         {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
 
     Raises:
-        RunError: before anything is trained, where a folder belongs to another configuration.
+        RunError: before anything is trained, where a folder or results.json belongs to another configuration.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """
+    require("matplotlib.figure")  # found missing now, and not after the training
     make_folder(out)
+    _check_results(base, out, fresh)
     runs = [
         (model, replace(base, model=model.kind, num_steps=model.num_steps, seed=seed))
         for seed in seeds
@@ -105,23 +112,43 @@ def compare(
     return content
 
 
+def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
+    """Raises RunError where a file that would be written is there, and not from a comparison with these settings."""
+    path = out / RESULTS
+    if not path.exists():
+        plots = [name for name in (CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR) if (out / name).exists()]
+        if plots:
+            raise RunError(
+                f"{out / plots[0]} is there, but no {RESULTS}: it would be overwritten; choose another --out"
+            )
+        return
+    content = read_json(path)
+    if not content.keys() >= CONTENT_KEYS or not isinstance(content["config"], dict):
+        raise RunError(f"{path} is not a result of vvae-fast compare and will not be overwritten; choose another --out")
+    if not fresh:
+        check_same(base, {**content["config"], **{key: getattr(base, key) for key in OWN_SETTINGS}}, path)
+
+
 def _shared_settings(base: RunConfig) -> dict:
     """The configuration without what differs between the runs."""
-    return {key: value for key, value in base.to_json().items() if key not in ("model", "num_steps", "seed")}
+    return {key: value for key, value in base.to_json().items() if key not in OWN_SETTINGS}
 
 
 def print_table(results: dict[Model, list[dict]]) -> None:
-    """One row a model: means over the seeds and their sample standard deviations."""
-    box, table_module, console = (require(f"rich.{name}") for name in ("box", "table", "console"))
+    """One row a model: means over the seeds that have a score, their sample standard deviations. Below, what ended
+    early."""
+    box, table_module = (require(f"rich.{name}") for name in ("box", "table"))
     table = table_module.Table(box=box.MARKDOWN)
     table.add_column("model", no_wrap=True)
     table.add_column("K", justify="right", no_wrap=True)
     for heading, _ in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for model, runs in results.items():
-        cells = [_mean_and_spread([run[key] for run in runs], digits) for key, (_, digits) in COLUMNS.items()]
-        table.add_row(model.title, str(model.num_steps), *cells)
-    screen = console.Console(highlight=False)
+        cells = [_mean_and_spread([result[key] for result in runs], digits) for key, (_, digits) in COLUMNS.items()]
+        diverged = sum(result["status"] == outcome.DIVERGED for result in runs)
+        title = f"{model.title} ({diverged} of {len(runs)} diverged)" if diverged else model.title
+        table.add_row(title, str(model.num_steps), *cells)
+    screen = make_console()
     screen.width = max(screen.width, TABLE_WIDTH)
     screen.print(table)
     count = len(next(iter(results.values())))
@@ -131,24 +158,36 @@ def print_table(results: dict[Model, list[dict]]) -> None:
         f"latent dimensions whose posterior mean varies{spread}."
     )
     screen.print(legend, soft_wrap=True)
+    for model, runs in results.items():
+        for result in runs:
+            if result["status"] != outcome.FINISHED:
+                ending = f"{model.label}, seed {result['seed']}: {outcome.describe(result)}"
+                screen.print(ending, soft_wrap=True, markup=False)
 
 
-def _mean_and_spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
+def _mean_and_spread(values: list[float | None], digits: int) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    form = f".{digits}f" if abs(mean) < FIXED_BELOW else ".4g"
     is_measured = len(values) > 1 and digits > 0  # the others are the same for every seed
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if is_measured else mean
+    return f"{mean:{form}} ± {statistics.stdev(values):{form}}" if is_measured else f"{mean:{form}}"
 
 
 def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
-    """The curves of all runs, and pictures of the first seed's models."""
+    """The curves of all runs, and pictures of each model's first seed that has something to show."""
     vaes = {}
     for model, runs in results.items():
-        config = replace(base, model=model.kind, num_steps=model.num_steps, seed=runs[0]["seed"])
-        vaes[model], _ = load_best(config, dataset, out / config.name)
+        seeds = [run["seed"] for run in runs if run["best_epoch"] is not None]
+        if seeds:
+            config = replace(base, model=model.kind, num_steps=model.num_steps, seed=seeds[0])
+            vaes[model], _ = load_best(config, dataset, out / config.name)
     labelled = {model.label: vae for model, vae in vaes.items()}
-    plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / "elbo.png")
-    plot_reconstructions(labelled, dataset, out / "reconstructions.png")
-    plot_samples(labelled, dataset, out / "samples.png")
+    plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / CURVES)
+    if vaes:
+        plot_reconstructions(labelled, dataset, out / RECONSTRUCTIONS)
+        plot_samples(labelled, dataset, out / SAMPLES)
     flows = [model for model in vaes if model.num_steps > 0]
     if flows:
-        plot_posterior(vaes[max(flows, key=lambda model: model.num_steps)], dataset, out / "posterior.png")
+        plot_posterior(vaes[max(flows, key=lambda model: model.num_steps)], dataset, out / POSTERIOR)

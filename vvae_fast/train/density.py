@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vvae_fast.nn.planar import PlanarFlow
 from vvae_fast.train.energies import ENERGIES, Energy
-from vvae_fast.train.files import RunError
+from vvae_fast.train.files import DivergedError
 
 BOX, POINTS = 8.0, 1024  # the quadrature's: z in [-8, 8]^2, points a side
 MASS_ERROR = 1e-3  # a grid that misses more of q does not resolve it
@@ -114,7 +114,7 @@ def train(config: FitConfig, seed: int, report: Callable[[int], None] | None = N
 def fit(config: FitConfig, grid: Grid, report: Callable[[int], None] | None = None) -> list[Restart]:
     """All restarts, the least KL first.
 
-    Raises RunError where the grid resolves none of them: where q's integral is off by more than MASS_ERROR.
+    Raises DivergedError where the grid resolves none of them: where q's integral is off by more than MASS_ERROR.
     """
     energy, restarts = ENERGIES[config.energy], []
     for number in range(config.restarts):
@@ -127,7 +127,7 @@ def fit(config: FitConfig, grid: Grid, report: Callable[[int], None] | None = No
         restarts.append(Restart(config.seed + number, flow, divergence(flow, energy, grid)))
     restarts.sort(key=_order)
     if not _is_resolved(restarts[0]):
-        raise RunError(
+        raise DivergedError(
             f"{config.label}: the quadrature's grid does not resolve the flow, q's integral is "
             f"{restarts[0].divergence.mass:g}; take other --iterations, --restarts or --seed"
         )

@@ -12,8 +12,10 @@ from vvae_fast.train.density import BOX, POINTS, Divergence, FitConfig, Restart,
 from vvae_fast.train.density_plots import plot_fits
 from vvae_fast.train.energies import TAPER_START, TAPER_WIDTH
 from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, check_equal, make_folder, read_json, write_json
+from vvae_fast.train.files import DivergedError, RunError, check_equal, make_folder, read_json, write_json
 from vvae_fast.train.folder import locked
+from vvae_fast.train.memory import telling_memory
+from vvae_fast.train.output import make_console
 from vvae_fast.train.progress import Progress
 
 RESULTS, FIGURE = "results.json", "figure.png"
@@ -22,20 +24,24 @@ PARAMETERS = ("u", "w", "b")
 COLUMN_WIDTH = 16
 
 
-def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
+def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> tuple[list[dict], list[dict]]:
     """Fits every configuration that `out` does not hold yet; prints the table, writes results.json and the figure.
 
-    Returns the configurations' records, as in results.json, which keeps the others that it held as well.
+    Returns the configurations' records, as in results.json, which keeps the others that it held as well, and those of
+    the fits that diverged: {"config", "reason"}. The next call tries these again.
 
     Raises:
         RunError: before anything is fitted, where results.json is none, or has a fit of the same energy and length
             with another configuration and `fresh` is not asked for.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished fit.
     """
+    require("matplotlib.figure")  # found missing now, and not after the fits
     make_folder(out)
     with locked(out):
         path = out / RESULTS
+        _check_owner(out)
         records = {} if fresh or not path.exists() else _load(path)
+        diverged: dict[str, dict] = {}
         for config in configs:
             if config.label in records:
                 check_equal(config.to_json(), records[config.label]["config"], path)
@@ -45,14 +51,35 @@ def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> list[dict]:
                 if config.label in records:
                     progress.show("already finished", "", 0)
                 else:
-                    records[config.label] = _fit(config, progress)
-                    write_json(path, {"quadrature": QUADRATURE, "fits": list(records.values())})
-                progress.conclude(f"KL {records[config.label]['kl']:.4f}")
-        wanted = [records[config.label] for config in configs]
-        print_table(wanted)
-        plot_records(wanted, out / FIGURE)
-    print(f"\n{path} and {FIGURE} beside it are written.")
-    return wanted
+                    try:
+                        records[config.label] = _fit(config, progress)
+                    except DivergedError as error:
+                        diverged[config.label] = {"config": config.to_json(), "reason": str(error)}
+                    content = {"quadrature": QUADRATURE, "fits": list(records.values())}
+                    write_json(path, {**content, "diverged": list(diverged.values())} if diverged else content)
+                ended = config.label not in diverged
+                progress.conclude(f"KL {records[config.label]['kl']:.4f}" if ended else "diverged")
+        wanted = [records[config.label] for config in configs if config.label in records]
+        if wanted:
+            print_table(wanted)
+            plot_records(wanted, out / FIGURE)
+        for failed in diverged.values():
+            print(f"diverged: {failed['reason']}")
+    print(f"\n{path} {f'and {FIGURE} beside it are' if wanted else 'is'} written.")
+    return wanted, list(diverged.values())
+
+
+def _check_owner(out: Path) -> None:
+    """Raises RunError where a file that would be written is there, and not this command's."""
+    path = out / RESULTS
+    if not path.exists():
+        if (out / FIGURE).exists():
+            raise RunError(f"{out / FIGURE} is there, but no {RESULTS}: it would be overwritten; choose another --out")
+    elif not read_json(path).keys() >= {"quadrature", "fits"}:
+        raise RunError(
+            f"{path} is not a result of vvae-fast density and will not be overwritten; remove it (--fresh will not) or "
+            "choose another --out"
+        )
 
 
 def _fit(config: FitConfig, progress: Progress) -> dict:
@@ -62,7 +89,8 @@ def _fit(config: FitConfig, progress: Progress) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step is too small to share, and sums over the grid keep their order
     try:
-        return to_record(config, fit(config, make_grid(), report))
+        with telling_memory("fitting", "lower --steps"):
+            return to_record(config, fit(config, make_grid(), report))
     finally:
         torch.set_num_threads(threads)
 
@@ -112,15 +140,16 @@ def _load(path: Path) -> dict[str, dict]:
 
 def print_table(records: Sequence[dict]) -> None:
     """One row for each energy, one column for each length: KL(q || p) in nats."""
-    box, table_module, console = (require(f"rich.{name}") for name in ("box", "table", "console"))
+    box, table_module = (require(f"rich.{name}") for name in ("box", "table"))
     kls = {(record["config"]["energy"], record["config"]["num_steps"]): record["kl"] for record in records}
     energies, steps = (list(dict.fromkeys(keys)) for keys in zip(*kls, strict=True))
     table = table_module.Table(box=box.MARKDOWN)
     for heading in ("target", *(f"K = {num_steps}" for num_steps in steps)):
         table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=True)
     for energy in energies:
-        table.add_row(energy, *(f"{kls[energy, num_steps]:.4f}" for num_steps in steps))
-    screen = console.Console(highlight=False)
+        cells = [f"{kls[energy, k]:.4f}" if (energy, k) in kls else "-" for k in steps]  # "-": diverged
+        table.add_row(energy, *cells)
+    screen = make_console()
     screen.width = max(screen.width, COLUMN_WIDTH * (1 + len(steps)))  # cells are never cut
     screen.print(table)
     error = max(abs(record["mass"] - 1) for record in records)

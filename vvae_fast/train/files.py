@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,24 +14,45 @@ class RunError(ValueError):
     """A run that cannot be started, resumed or read. The message is one line and ends with what to do."""
 
 
+class DivergedError(RunError):
+    """A run that has no result, since its numbers went out of bounds."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, which takes its place in one step once the block has written it."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a pipe of that name would be waited for, a link followed
     yield temporary
     os.replace(temporary, path)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes indented JSON in one step; NaN and inf are written as Python's json reads them."""
+    """Writes indented JSON in one step; NaN and inf, which JSON lacks, become null."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises OSError where it cannot be read or is none, ValueError where it is not UTF-8."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
+    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises RunError where the file is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({' '.join(str(error).split())}); remove it or choose another --out"

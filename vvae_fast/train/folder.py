@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vvae_fast.train import outcome
 from vvae_fast.train.checkpoints import BEST, LAST, PREVIOUS, load_last
 from vvae_fast.train.files import RunError, check_equal, read_json
 from vvae_fast.train.module import CHECKPOINT_KEY
@@ -16,7 +17,10 @@ from vvae_fast.train.runconfig import (
     ADDED,
     RECORD,
     RESULT_KEYS,
+    SCORES,
     RunConfig,
+    are_plans,
+    differing_only_in_length,
     is_config,
     is_history,
     is_number,
@@ -29,24 +33,29 @@ CONTENTS = {CONFIG, ENVIRONMENT, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PRE
 
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:
-    """Raises RunError where `content`, the configuration that `path` records, is not `config`."""
-    content = with_defaults(content)
+    """Raises RunError where `content`, the configuration that `path` records, is not that of a run which `config` may
+    go on with: of more epochs, or other importance samples, alone."""
+    content = differing_only_in_length(config, with_defaults(content))
     content["likelihood"] = content["likelihood"] or config.likelihood  # an older version's digest tells them apart
     check_equal(config.to_json(), content, path)
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raises RunError where a folder holds a run, or a checkpoint, of another configuration."""
+    """Raises RunError where a folder holds a run, or a checkpoint, of another configuration, or another's files."""
     if (folder / CONFIG).exists():
         check_same(config, read_json(folder / CONFIG), folder / CONFIG)
     last = load_last(folder)
     if last is not None:
         path, checkpoint = last
         check_same(config, checkpoint[CHECKPOINT_KEY]["config"], path)
+    foreign = [name for name in sorted(CONTENTS - {LOCK}) if (folder / name).exists()]
+    if foreign and last is None and not (folder / CONFIG).exists():
+        raise RunError(f"{folder / foreign[0]} is there, but no {CONFIG}: it is no run's; choose another --out")
 
 
 def load_result(config: RunConfig, folder: Path) -> dict | None:
-    """The finished run's result; None where there is none, or one without the scores that were ADDED later.
+    """The finished run's result; None where there is none, or one of fewer epochs, of other importance samples or
+    without what was ADDED later.
 
     Raises RunError where the file is not a result, or another run's.
     """
@@ -54,7 +63,7 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
     if not path.exists():
         return None
     result = read_json(path)
-    if not _is_result({**dict.fromkeys(ADDED, 0), **result}):
+    if not _is_result({**ADDED, **result}):
         raise RunError(f"{path} is not a result of vvae-fast; remove it or use --fresh")
     for key in ("model", "num_steps", "seed"):
         wanted = getattr(config, key)
@@ -62,20 +71,37 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
             raise RunError(
                 f"{path} is another run's ({key} is {result[key]} there, {wanted} here); remove it or use --fresh"
             )
-    return result if result.keys() >= ADDED else None
+    complete = result.keys() >= ADDED.keys()
+    is_wanted = complete and outcome.is_over(result, config.epochs) and result["num_samples"] == config.num_samples
+    return {**result, "history": _numbers(result["history"])} if is_wanted else None
+
+
+def _numbers(history: list[dict]) -> list[dict]:
+    """A history whose numbers that are not finite were written as null."""
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in history]
 
 
 def _is_result(result: dict) -> bool:
-    if result.keys() != RESULT_KEYS or type(result["best_epoch"]) is not int:
+    if result.keys() != RESULT_KEYS or result["status"] not in outcome.STATUSES:
         return False
-    numbers = [result[key] for key in RECORD if key != "model"]
+    if not isinstance(result["history"], list) or not all(isinstance(record, dict) for record in result["history"]):
+        return False
+    diverged = result["status"] == outcome.DIVERGED
+    may_lack = {*SCORES, "best_epoch"} if diverged else set()  # a diverged run may have nothing to evaluate
+    keys = {*RECORD, "best_epoch", "num_samples"} - {"model", "status", "reason"}
+    numbers = [result[key] for key in keys if not (key in may_lack and result[key] is None)]
     finite = all(is_number(value) and math.isfinite(value) for value in numbers)
-    return finite and is_history(result["history"]) and len(result["history"]) > 0
+    has_reason = isinstance(result["reason"], str) if result["status"] != outcome.FINISHED else result["reason"] is None
+    has_history = is_history(_numbers(result["history"])) and len(result["history"]) > 0
+    has_dataset = isinstance(result["dataset"], dict)
+    return finite and has_reason and has_history and has_dataset and are_plans(result["earlier_plans"])
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process can take this folder. Raises RunError where one has it."""
+    if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for its reader
+        raise RunError(f"{folder / LOCK} is no regular file; remove it or choose another --out")
     with (folder / LOCK).open("a") as file:  # closing it, or dying, gives the lock back
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ lightning = require("lightning.pytorch")
 Report = Callable[[str, list[dict]], None]  # called with the stage and the finished epochs' records
 
 MONITOR = "val/neg_elbo"
-CHECKPOINT_KEY = "vvae_fast"  # our part of a checkpoint: {"config", "history", "stopped"}
+CHECKPOINT_KEY = "vvae_fast"  # our part of a checkpoint: {"config", "history", "stopped", "plans"}
 
 
 class Share(NamedTuple):
@@ -38,21 +39,26 @@ class VAEModule(lightning.LightningModule):
 
     What an epoch draws depends on (seed, epoch) alone, so that a resumed run repeats it.
 
+    A validation -ELBO that is not finite is logged as NaN: -inf would pass for the best.
+
     Args:
         vae: the model.
         config: the optimiser, its learning rate and schedule, the KL warm-up and the seed of the noise, which reseeds
             torch's global generators at the start of each epoch. It is saved in every checkpoint.
         report: called with "training" and the history after each epoch, before its checkpoint is written.
+        plans: how many epochs were planned earlier, each until so many were done; saved in every checkpoint.
 
     Attributes:
         history: a record for each finished epoch: epoch, beta, seconds (of training), and in nats train_neg_elbo,
             val_neg_elbo, val_reconstruction and val_kl.
+        stopped: whether early stopping has ended the training.
     """
 
-    def __init__(self, vae: VAE, config: RunConfig, report: Report | None = None):
+    def __init__(self, vae: VAE, config: RunConfig, report: Report | None = None, plans: Sequence[dict] = ()):
         super().__init__()
-        self.vae, self.config, self.report = vae, config, report
+        self.vae, self.config, self.report, self.plans = vae, config, report, list(plans)
         self.history: list[dict[str, float]] = []
+        self.stopped = False
         self._record: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -86,7 +92,8 @@ class VAEModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = dict(zip(ElboTerms._fields, self._val_mean.items(), strict=True))
         self._record.update({f"val_{name}": value for name, value in values.items()})
-        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        logged = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
+        self.log_dict({f"val/{name}": value for name, value in logged.items()})
 
     def on_train_epoch_end(self) -> None:
         record = self._record
@@ -98,11 +105,12 @@ class VAEModule(lightning.LightningModule):
             self.report("training", self.history)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        stopped = self.trainer.should_stop
+        self.stopped = self.trainer.should_stop
         checkpoint[CHECKPOINT_KEY] = {
             "config": self.config.to_json(),
             "history": self.history,
-            "stopped": stopped,
+            "stopped": self.stopped,
+            "plans": self.plans,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,28 +17,36 @@ from vvae_fast.train.files import replacing
 SEED = 0  # of what the plots draw
 NUM_IMAGES = 12
 NUM_POSTERIOR_SAMPLES = 20_000
+MOST = 1e30  # beyond, matplotlib's float32 and its margins overflow
 
 
 def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> None:
-    """Validation -ELBO over the epochs, a colour for each model and a line for each seed."""
+    """Validation -ELBO over the epochs, a colour for each model and a line for each seed; of any histories: what is not
+    finite, or beyond what a figure can hold, leaves a gap."""
     figure = make_figure(7.0, 4.5)
     axes = figure.add_subplot()
     finals = []
     for number, (model, runs) in enumerate(histories.items()):
         for history in runs:
-            values = [record["val_neg_elbo"] for record in history]
-            finals.append(values[-1])
+            values = [_drawable(record["val_neg_elbo"]) for record in history]
+            finals += [value for value in values if math.isfinite(value)][-1:]
             label = model if history is runs[0] else None
             epochs = [record["epoch"] + 1 for record in history]
-            axes.plot(epochs, values, color=f"C{number}", alpha=0.7, linewidth=1.0, label=label)
-    # The first epochs are far above what the models are compared on.
-    lowest, highest = min(finals), max(finals)
-    margin = 0.05 * abs(lowest)
-    axes.set_ylim(lowest - margin, highest + 10 * margin)
+            alone = "." if len(values) == 1 else None  # a line needs two points
+            axes.plot(epochs, values, color=f"C{number}", alpha=0.7, linewidth=1.0, label=label, marker=alone)
+    if finals:  # the first epochs are far above what the models are compared on
+        lowest, highest = min(finals), max(finals)
+        margin = 0.05 * abs(lowest) or 1.0
+        axes.set_ylim(lowest - margin, highest + 10 * margin)
     axes.set_xlabel("epoch")
     axes.set_ylabel("-ELBO on the validation set (nats)")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     save_figure(figure, path)
+
+
+def _drawable(value: float) -> float:
+    return value if abs(value) < MOST else math.nan  # false for nan
 
 
 def plot_reconstructions(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
@@ -72,7 +81,8 @@ def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
     panels = {"before the flow: q(z_0 | x)": drawn.z_0, "after the flow: q(z_K | x)": drawn.z_K}
     for number, (title, z) in enumerate(panels.items()):
         axes = figure.add_subplot(1, 2, number + 1)
-        axes.hist2d(*z[:, 0, dims].T.numpy(), bins=100, cmap="magma")
+        points = z[:, 0, dims]
+        axes.hist2d(*points[(points.abs() < MOST).all(-1)].T.numpy(), bins=100, cmap="magma")
         axes.set_title(title)
         axes.set_xlabel(f"latent dimension {dims[0]}")
         axes.set_ylabel(f"latent dimension {dims[1]}")
@@ -82,7 +92,7 @@ def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
 def _most_correlated(z: Tensor) -> tuple[int, int, int]:
     """(row, dimension, dimension) with the largest correlation, for z [S, B, D]."""
     centred = (z - z.mean(0)) / z.std(0)
-    correlation = torch.einsum("sbi,sbj->bij", centred, centred).abs().triu(1)  # [B, D, D]
+    correlation = torch.einsum("sbi,sbj->bij", centred, centred).abs().nan_to_num().triu(1)  # [B, D, D]
     row, i, j = torch.unravel_index(correlation.argmax(), correlation.shape)
     return int(row), int(i), int(j)
 
@@ -97,7 +107,8 @@ def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> No
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, x), line in zip(rows.items(), grid, strict=True):
         for image, axes in zip(x, line, strict=False):
-            axes.imshow(image.reshape(shape).numpy(), cmap="gray", aspect="auto", **limits)
+            drawn = torch.where(image.abs() < MOST, image, math.nan)
+            axes.imshow(drawn.reshape(shape).numpy(), cmap="gray", aspect="auto", **limits)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center")
     save_figure(figure, path)

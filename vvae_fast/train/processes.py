@@ -7,28 +7,41 @@ read them: all machines need one folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vvae_fast import config
+from vvae_fast.train.files import RunError
+
+T = TypeVar("T")
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Inside, the processes that torchrun started are a group, over nccl where there are GPUs and gloo elsewhere.
 
-    Without torchrun there is one process, and nothing to do.
+    Without torchrun there is one process, and nothing to do: see `config.launch`.
+
+    Raises:
+        RunError: where what torchrun has set is not sound.
     """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not (dist.is_available() and is_launched()):
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(config.local_rank())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except dist.DistError as error:
+        raise RunError(
+            f"torchrun's processes do not find each other ({str(error).splitlines()[0]}); start all of them, or unset "
+            "what torchrun has left in the environment"
+        ) from error
     try:
         yield
     finally:
@@ -43,6 +56,31 @@ def count() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if _is_group() else 0
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process. Raises RunError where the environment's variables are not sound."""
+    return _sound(config.is_launched)
+
+
+def leftovers() -> list[str]:
+    """The environment's variables, as NAME=value, that name this process one of several, which it is not.
+
+    Raises RunError where they are not sound. Lightning reads them when it is imported: call this before.
+    """
+    return _sound(config.leftovers)
+
+
+def _sound(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def local_count() -> int:
+    """The number of processes of this machine."""
+    return config.local_processes() if _is_group() else 1
 
 
 def is_first() -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+from vvae_fast.train import outcome
 from vvae_fast.train.extras import require
+from vvae_fast.train.output import make_console
 
 LINE_SECONDS = 5.0
 ROUTINE = ("training", "evaluating")  # any other stage is news, told at once
@@ -22,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, num_runs: int, epochs: int, quiet: bool = False):
-        self.console = require("rich.console").Console(quiet=quiet)
+        self.console = make_console(quiet=quiet)
         self.num_runs, self.epochs = num_runs, epochs
         self.run, self.title, self.printed_at = 0, "", 0.0
         self.bar = None
@@ -62,7 +64,12 @@ class Progress:
 
     def finish(self, result: dict) -> None:
         """The run has ended with a result (see runs.run)."""
-        self.conclude(f"-ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}")
+        scores = [
+            f"{name} {'not finite' if result[key] is None else format(result[key], '.2f')}"
+            for name, key in (("-ELBO", "neg_elbo"), ("NLL", "nll"))
+        ]
+        ending = "" if result["status"] == outcome.FINISHED else f"; {outcome.describe(result)}"
+        self.conclude(", ".join(scores) + ending)
 
     def show(self, stage: str, detail: str, completed: int) -> None:
         """A run's stage, what to say of it, and how many of its epochs, or what it counts instead, are completed."""
@@ -85,5 +92,5 @@ class Progress:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, soft_wrap=True)
         self.printed_at = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import zlib
 from dataclasses import MISSING, asdict, dataclass, fields
 
+from vvae_fast.train import outcome
 from vvae_fast.train.data import SPLITS, Dataset
 
 VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
@@ -21,14 +22,14 @@ CHOICES = {
 }
 # Keys of a result and of an epoch's record in its history.
 SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
-RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch")
-RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset"}
+RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch", *outcome.OUTCOME)
+RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset", "num_samples", "earlier_plans"}
+# The first results had none of these, which a value stands for; a finished run is evaluated for them.
 ADDED = {
-    "gap",
-    "active_units",
-    "num_parameters",
-    "dataset",
-}  # the first results had none; a finished run is evaluated for them
+    **dict.fromkeys(("gap", "active_units", "num_parameters", "epochs_done", "epochs_planned", "num_samples"), 0),
+    **{"dataset": {}, "status": outcome.FINISHED, "reason": None, "earlier_plans": []},
+}
+PLAN_KEYS = {"epochs", "until"}
 EPOCH_KEYS = {"epoch", "beta", "seconds", "train_neg_elbo", "val_neg_elbo", "val_reconstruction", "val_kl"}
 
 
@@ -88,6 +89,24 @@ def is_config(content: object) -> bool:
     has_widths = len(content["hidden"]) > 0
     return has_widths != (content["network"] == GATED_CONV) and all(
         content[name] in choices for name, choices in CHOICES.items()
+    )
+
+
+def differing_only_in_length(config: RunConfig, content: dict) -> dict:
+    """`content`, the recorded configuration of a run that `config` may go on with, with what may differ as in `config`.
+
+    More epochs than the run had planned make it longer, and importance samples have no part in training.
+    """
+    planned = content.get("epochs")
+    epochs = config.epochs if type(planned) is int and planned <= config.epochs else planned
+    return {**content, "epochs": epochs, "num_samples": config.num_samples}
+
+
+def are_plans(content: object) -> bool:
+    """Whether this is a list of a run's earlier plans: so many epochs were planned until so many were done."""
+    return isinstance(content, list) and all(
+        isinstance(plan, dict) and plan.keys() == PLAN_KEYS and all(type(value) is int for value in plan.values())
+        for plan in content
     )
 
 

@@ -10,13 +10,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from vvae_fast.config import local_processes
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train import processes
-from vvae_fast.train.checkpoints import BEST, AtomicCheckpointIO, checkpoint_callbacks, load_checkpoint, load_last
+from vvae_fast.train import outcome, processes
+from vvae_fast.train.checkpoints import (
+    BEST,
+    AtomicCheckpointIO,
+    checkpoint_callbacks,
+    load_checkpoint,
+    load_last,
+    origin,
+)
 from vvae_fast.train.data import Dataset, describe, make_loaders
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.evaluation import evaluate
@@ -33,9 +40,11 @@ from vvae_fast.train.folder import (
     load_result,
     locked,
 )
+from vvae_fast.train.memory import telling_memory
 from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
 from vvae_fast.train.networks import build_vae
-from vvae_fast.train.runconfig import RunConfig
+from vvae_fast.train.resuming import differs, for_lightning
+from vvae_fast.train.runconfig import COSINE, SCORES, RunConfig
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
@@ -49,11 +58,12 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
 
     Returns:
         the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
-        seconds_per_epoch (the median time of a training epoch), best_epoch, history (see VAEModule) and dataset, what
-        was understood of the data (see data.describe).
+        seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
+        earlier_plans and history (see VAEModule); and dataset, what was understood of the data (see data.describe). The
+        scores of a run that diverged are those of its best epoch, and None, like best_epoch, where it has none.
 
     Raises:
-        RunError: where the folder holds another run or another process works in it, and where training diverged.
+        RunError: where the folder holds another run or another process works in it, and where memory runs out.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """
     check_folder(config, folder)
@@ -77,46 +87,64 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
 
 
 def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None) -> dict:
-    history = fit(config, dataset, folder, report)
-    if not any(math.isfinite(record["val_neg_elbo"]) for record in history):
-        raise _diverged(folder, "the validation -ELBO", len(history))
-    if report is not None:
-        report("evaluating", history)
-    vae, best_epoch = load_best(config, dataset, folder)
-    scores = evaluate(vae, dataset, config.num_samples, config.seed)
-    if not all(map(math.isfinite, scores.values())):
-        raise _diverged(folder, "a score on the test set", best_epoch + 1)
+    with telling_memory("training", "lower --batch-size, --hidden, --latent-dim or --steps"):
+        training = fit(config, dataset, folder, report)
+    history = training.history
+    ended = outcome.of_training(history, training.planned, training.stopped)
+    if outcome.best_epoch(history) is None:
+        vae, best_epoch, scores = build_vae(config, dataset), None, dict.fromkeys(SCORES)
+    else:
+        if report is not None:
+            report("evaluating", history)
+        with telling_memory("evaluating", "its batches are fixed: lower --hidden or --latent-dim, or free memory"):
+            vae, best_epoch = load_best(config, dataset, folder)
+            scores = evaluate(vae, dataset, config.num_samples, config.seed)
+        ended = outcome.with_scores(ended, scores)
     return {
         "model": config.model,
         "num_steps": config.num_steps,
         "seed": config.seed,
-        **scores,
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()},
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
+        **ended,
         "best_epoch": best_epoch,
+        "num_samples": config.num_samples,
+        "earlier_plans": training.plans,
         "history": history,
         "dataset": describe(dataset),
     }
 
 
-def _diverged(folder: Path, what: str, epoch: int) -> RunError:
-    return RunError(f"{folder}: training diverged, {what} is not finite after epoch {epoch}; lower --lr, with --fresh")
+class Training(NamedTuple):
+    """What a training came to: the history and earlier plans (see VAEModule), whether it stopped before its epochs."""
+
+    history: list[dict]
+    stopped: bool
+    planned: int  # epochs
+    plans: list[dict]
 
 
-def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> list[dict]:
-    """Trains from the folder's last checkpoint, or from the start, to the end; returns the history (see VAEModule)."""
+def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> Training:
+    """Trains from the folder's last checkpoint, or from the start, to the end.
+
+    A run that had fewer epochs planned goes on to those of `config`, whose learning rates its further epochs take.
+    """
     last = load_last(folder)
     if last is not None and _is_finished(config, last[1]):
-        return last[1][CHECKPOINT_KEY]["history"]
+        return _training_of(last[1])
     lightning.seed_everything(config.seed, verbose=False)
     vae = build_vae(config, dataset)
+    checkpoint_io, plans = AtomicCheckpointIO(), []
+    trainer = _make_trainer(config, folder, checkpoint_io)
     if last is not None:
-        _load_weights(vae, last[1], last[0])  # Lightning loads them again; here a misfit has a clear message
+        path, checkpoint = last
+        _load_weights(vae, checkpoint, path)  # Lightning loads them again; here a misfit has a clear message
+        checkpoint_io.resumed = for_lightning(checkpoint, path, vae, config, trainer)
+        plans = _earlier_plans(config, checkpoint)
         if report is not None:
-            history = last[1][CHECKPOINT_KEY]["history"]
-            report(f"resuming after epoch {len(history)}", history)
-    module = VAEModule(vae, config, report)
-    trainer = _make_trainer(config, folder)
+            report(_resuming(config, checkpoint, path), checkpoint[CHECKPOINT_KEY]["history"])
+    module = VAEModule(vae, config, report, plans)
     train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
     interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -127,7 +155,36 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         # Lightning turns Ctrl-C into an exit and ignores the signal from then on.
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from None
-    return module.history
+    if not module.stopped and len(module.history) < config.epochs:
+        raise RunError(f"{folder}: training ended after {len(module.history)} of {config.epochs} epochs; use --fresh")
+    return Training(module.history, module.stopped, config.epochs, plans)
+
+
+def _training_of(checkpoint: dict) -> Training:
+    ours = checkpoint[CHECKPOINT_KEY]
+    return Training(ours["history"], ours["stopped"], ours["config"]["epochs"], ours.get("plans", []))
+
+
+def _earlier_plans(config: RunConfig, checkpoint: dict) -> list[dict]:
+    """The plans before that of `config` of a run that goes on from a checkpoint."""
+    ours = checkpoint[CHECKPOINT_KEY]
+    plans, planned = ours.get("plans", []), ours["config"]["epochs"]
+    return plans if planned == config.epochs else [*plans, {"epochs": planned, "until": len(ours["history"])}]
+
+
+def _resuming(config: RunConfig, checkpoint: dict, path: Path) -> str:
+    """The stage of a run that goes on from a checkpoint."""
+    ours = checkpoint[CHECKPOINT_KEY]
+    stage, planned = f"resuming after epoch {len(ours['history'])}{origin(path)}", ours["config"]["epochs"]
+    if planned == config.epochs:
+        return stage
+    if config.schedule == COSINE:
+        rate = (
+            f"from here on its learning rate is that of {config.epochs} epochs, so it is not a run of {config.epochs}"
+        )
+    else:
+        rate = f"it ends as a run of {config.epochs} does"
+    return f"{stage}, with {config.epochs} epochs in place of {planned}: {rate}"
 
 
 def load_best(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[VAE, int]:
@@ -148,10 +205,10 @@ def vae_of_checkpoint(checkpoint: dict, path: Path, config: RunConfig, dataset: 
 
 
 def _load_weights(vae: VAE, checkpoint: dict, path: Path) -> None:
-    try:
-        vae.load_state_dict({key.removeprefix("vae."): value for key, value in checkpoint["state_dict"].items()})
-    except RuntimeError as error:
-        raise RunError(f"{path} is a checkpoint of another model; remove it or use --fresh") from error
+    weights = {key.removeprefix("vae."): value for key, value in checkpoint["state_dict"].items()}
+    if differs(dict(vae.state_dict()), weights, "") is not None:
+        raise RunError(f"{path} is a checkpoint of another model; remove it or use --fresh")
+    vae.load_state_dict(weights)
 
 
 def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
@@ -159,17 +216,16 @@ def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
 
 
-def _make_trainer(config: RunConfig, folder: Path):
+def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO):
     callbacks = require("lightning.pytorch.callbacks")
     # Without a patience it stops at the first validation -ELBO that is not finite.
     patience = config.patience or config.epochs
     stopping = callbacks.EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)
-    environment = environments.TorchElasticEnvironment if processes.count() > 1 else environments.LightningEnvironment
     return lightning.Trainer(
         max_epochs=config.epochs,
         accelerator="auto",
-        devices=local_processes(),
-        num_nodes=processes.count() // local_processes(),
+        devices=processes.local_count(),
+        num_nodes=processes.count() // processes.local_count(),
         strategy="ddp" if processes.count() > 1 else "auto",
         use_distributed_sampler=False,  # each process takes its share of every batch, see VAEModule
         callbacks=[stopping, *checkpoint_callbacks(folder)],
@@ -177,12 +233,35 @@ def _make_trainer(config: RunConfig, folder: Path):
             loggers.CSVLogger(folder, name=CSV),  # a new version for each start: it would delete the old one's rows
             loggers.TensorBoardLogger(folder, name=TENSORBOARD, version=""),
         ],
-        plugins=[AtomicCheckpointIO(), environment()],
+        plugins=[checkpoint_io, _cluster()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=0,  # the means of epochs are logged, nothing within one
     )
+
+
+class _OneProcess(environments.LightningEnvironment):
+    """What the environment says of other processes is not read: `processes` has decided that there are none."""
+
+    creates_processes_externally = False
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return 0
+
+    def teardown(self) -> None:
+        """Lightning's removes WORLD_SIZE from the environment."""
+
+
+def _cluster():
+    if processes.count() > 1:
+        return environments.TorchElasticEnvironment()
+    cluster = _OneProcess()
+    cluster.set_global_rank(0)  # Lightning takes the rank from the environment when it is imported
+    return cluster
 
 
 @contextmanager

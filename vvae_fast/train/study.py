@@ -9,8 +9,9 @@ from pathlib import Path
 from vvae_fast.train.compare import Model
 from vvae_fast.train.data import LIKELIHOODS, SPLITS, Dataset
 from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError
+from vvae_fast.train.files import RunError, read_text
 from vvae_fast.train.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
+from vvae_fast.train.paths import resolve_data
 from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16]}"
@@ -68,8 +69,13 @@ class Study:
             raise RunError(f"{self.name}: splits are {self.splits}, {dataset.name} has {came}; correct the file")
 
 
-def load_study(path: Path) -> Study:
-    """Reads a study's file. Raises RunError where it cannot be read, lacks something or has something unknown."""
+def load_study(path: Path, root: Path | None = None) -> Study:
+    """Reads a study's file. Raises RunError where it cannot be read, lacks something or has something unknown.
+
+    Args:
+        path: the file.
+        root: where a relative path of an array file starts; by default in the file's folder.
+    """
     content = _read(path)
     unknown = content.keys() - SETTINGS.keys() - OTHERS
     if unknown:
@@ -81,6 +87,7 @@ def load_study(path: Path) -> Study:
     settings = {
         name: _read_as(*kind, path, name, content.get(name)) for name, kind in SETTINGS.items() if name not in left_out
     }
+    settings["data"] = resolve_data(settings["data"], path.absolute().parent if root is None else root)
     protocol, splits, seeds = content.get("protocol", ""), content.get("splits"), content.get("seeds")
     _read_as(lambda value: _text(value, least=0), "a line of text", path, "protocol", protocol)
     splits = None if splits is None else _read_as(_splits, f"rows of {', '.join(SPLITS)}", path, "splits", splits)
@@ -95,7 +102,7 @@ def load_study(path: Path) -> Study:
 def _read(path: Path) -> dict:
     yaml = require("yaml")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

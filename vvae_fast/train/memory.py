@@ -1,0 +1,34 @@
+"""Memory that ran out, told as one line with what to lower."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vvae_fast.train.files import RunError
+
+# What torch's allocator for the CPU, C++'s own, and the kernels' outputs say: each a plain RuntimeError.
+PHRASES = ("allocate memory", "bad_alloc", "aoti_torch_empty_strided", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the errors that a failed allocation becomes."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+    )
+
+
+@contextmanager
+def telling_memory(what: str, advice: str) -> Iterator[None]:
+    """Raises RunError where memory runs out inside: while doing `what`, and `advice` says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory while {what}; {advice}") from error

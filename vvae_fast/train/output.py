@@ -1,0 +1,88 @@
+"""What the program prints: a stream that ends, or lacks a character, ends no work and loses no result."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from vvae_fast.train.extras import require
+
+PLAIN = "vvae_fast.plain"  # the name of the codecs' error handler
+PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # where the encoding lacks them
+
+
+class Stream:
+    """A text stream or None. Its first write that fails is kept as `error`; from then on nothing is written."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def _try(self, act) -> None:
+        if self.error is not None or self.stream is None:
+            return
+        try:
+            act()
+        except OSError as error:
+            self.error = error
+            _send_to_nowhere(self.stream)
+
+
+@contextmanager
+def guarded() -> Iterator[Stream]:
+    """Inside, sys.stdout and sys.stderr are Streams, and what stdout's encoding lacks is replaced; gives stdout."""
+    _open_missing_descriptors()
+    codecs.register_error(PLAIN, _plain)
+    before = sys.stdout, sys.stderr
+    handler = getattr(sys.stdout, "errors", None)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=PLAIN)
+    sys.stdout, sys.stderr = streams = [stream and Stream(stream) for stream in before]
+    try:
+        yield streams[0] or Stream(None)
+    finally:
+        for stream in filter(None, streams):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors=handler)
+
+
+def make_console(**options):
+    """A rich console on sys.stdout, which knows that stream's encoding."""
+    return require("rich.console").Console(file=sys.stdout, highlight=False, **options)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN_TEXT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+def _send_to_nowhere(stream) -> None:
+    """What the stream still holds goes to /dev/null: else writing it fails once more when Python ends."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _open_missing_descriptors() -> None:
+    """A closed standard stream's number would go to the next file, and what is printed into that file."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free

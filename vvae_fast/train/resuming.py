@@ -1,0 +1,161 @@
+"""What Lightning is given of a checkpoint to go on from: checked first, since it takes what it gets as its own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast.train.extras import require
+from vvae_fast.train.files import RunError
+from vvae_fast.train.module import CHECKPOINT_KEY
+from vvae_fast.train.networks import build_optimizer
+from vvae_fast.train.runconfig import RunConfig
+
+callbacks = require("lightning.pytorch.callbacks")
+
+LOOPS = ("fit", "validate", "test", "predict")
+PATH_KEYS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of a ModelCheckpoint
+REMARK = "stopping_reason_message"  # of EarlyStopping: None or a text that decides nothing
+
+
+def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunConfig, trainer) -> dict:
+    """The checkpoint of `path` as Lightning's trainer can go on from it in the folder where it lies.
+
+    Args:
+        checkpoint: see `load_checkpoint`; it is not changed.
+        model: of the run.
+        trainer: the one that is to go on.
+
+    Raises:
+        RunError: a part of it is not built as this trainer's would be.
+    """
+    checkpoint = _migrated(copy.copy(checkpoint), path)
+    problem = _problem(checkpoint, model, config, trainer)
+    if problem is not None:
+        raise RunError(
+            f"{path} cannot be gone on from: {problem}; it is damaged or of another version of Lightning: remove it or "
+            "use --fresh"
+        )
+    states = checkpoint["callbacks"]
+    kept = [callback for callback in trainer.callbacks if callback.state_key in states]
+    return {**checkpoint, "callbacks": {c.state_key: _of_this_run(states[c.state_key], c) for c in kept}}
+
+
+def differs(wanted: object, got: object, where: str) -> str | None:
+    """The first place where `got` is built otherwise than `wanted`, None where it is alike.
+
+    Dictionaries are alike with the same keys, lists with the same length, tensors with the same shape and dtype, other
+    values with the same type. None stands for itself or one number in a tensor, an empty dictionary for such numbers.
+    """
+    if isinstance(wanted, dict):
+        if not isinstance(got, dict) or (wanted and got.keys() != wanted.keys()):
+            return where
+        if not wanted:
+            return None if all(isinstance(key, str) and _is_number(value) for key, value in got.items()) else where
+        pairs = [(wanted[key], got[key], f"{where}.{key}") for key in wanted]
+    elif isinstance(wanted, (list, tuple)):
+        if not isinstance(got, type(wanted)) or len(got) != len(wanted):
+            return where
+        pairs = [(*pair, f"{where}[{number}]") for number, pair in enumerate(zip(wanted, got, strict=True))]
+    elif isinstance(wanted, Tensor):
+        traits = ("shape", "dtype", "layout")
+        alike = isinstance(got, Tensor) and all(getattr(got, trait) == getattr(wanted, trait) for trait in traits)
+        return None if alike else where
+    else:
+        return None if type(got) is type(wanted) or (wanted is None and _is_number(got)) else where
+    return next((found for pair in pairs if (found := differs(*pair)) is not None), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _migrated(checkpoint: dict, path: Path) -> dict:
+    """Lightning's own changes to a checkpoint of an older version of it."""
+    version = checkpoint["pytorch-lightning_version"]
+    parse = require("packaging.version")
+    try:
+        newer = parse.Version(version) > parse.Version(require("lightning").__version__)
+    except (parse.InvalidVersion, TypeError) as error:
+        raise RunError(f"{path}: '{version}' is no version of Lightning; remove it or use --fresh") from error
+    if newer:
+        raise RunError(f"{path} was written by Lightning {version}; update Lightning or use --fresh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        migrated, _ = require("lightning.pytorch.utilities.migration").migrate_checkpoint(checkpoint)
+    return migrated
+
+
+def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer) -> str | None:
+    """What is wrong with a checkpoint, in words; None where nothing is."""
+    history, epoch = checkpoint[CHECKPOINT_KEY]["history"], checkpoint["epoch"]
+    if len(history) != epoch + 1 or [record["epoch"] for record in history] != list(range(epoch + 1)):
+        return f"it is of epoch {epoch + 1}, and its history has {len(history)} epochs"
+    if not isinstance(checkpoint["callbacks"], dict):
+        return "callbacks is not what it should be"
+    wanted, got = _structure(model, config, trainer), {key: checkpoint[key] for key in ("global_step", "lr_schedulers")}
+    for callback in trainer.callbacks:
+        wanted[callback.state_key] = _without_remark(callback.state_dict())
+        got[callback.state_key] = _without_remark(checkpoint["callbacks"].get(callback.state_key, {}))
+    got |= {
+        "loops": checkpoint["loops"],
+        "optimizer_states": _with_known_settings(checkpoint["optimizer_states"], wanted),
+    }
+    place = differs(wanted, got, "")
+    if place is not None:
+        return f"{place.removeprefix('.')} is not what it should be"
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return None if done == len(history) else f"its loop has run {done} epochs, and its history has {len(history)}"
+
+
+def _structure(model: nn.Module, config: RunConfig, trainer) -> dict:
+    """What a checkpoint of this trainer is like, after a step."""
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(config, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {
+        "global_step": 0,
+        "lr_schedulers": [],
+        "loops": {f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict() for name in LOOPS},
+        "optimizer_states": [optimizer.state_dict()],
+    }
+
+
+def _with_known_settings(states: object, wanted: dict) -> object:
+    """Optimizers' states in which a parameter group has the settings that this PyTorch knows, all of them: it has
+    defaults for those that an older one did not write."""
+    known = wanted["optimizer_states"][0]["param_groups"]
+    try:
+        (state,) = states
+        groups = [
+            {**group, **{key: value for key, value in came.items() if key in group}, "params": came["params"]}
+            for group, came in zip(known, state["param_groups"], strict=True)
+        ]
+        return [{**state, "param_groups": groups}]
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return states  # no such thing, as `differs` will say
+
+
+def _without_remark(state: object) -> object:
+    return {key: value for key, value in state.items() if key != REMARK} if isinstance(state, dict) else state
+
+
+def _of_this_run(state: dict, callback) -> dict:
+    """A callback's state with the folder and the patience of now: Lightning would drop the best of a moved folder."""
+    if isinstance(callback, callbacks.EarlyStopping):
+        return {**state, "patience": callback.patience}
+    if not isinstance(callback, callbacks.ModelCheckpoint):
+        return state
+
+    def moved(path: str) -> str:
+        return str(Path(callback.dirpath) / Path(path).name) if path else path
+
+    models = {moved(path): score for path, score in state["best_k_models"].items()}
+    paths = {key: moved(state[key]) for key in PATH_KEYS}
+    return {**state, **paths, "dirpath": callback.dirpath, "best_k_models": models}
