@@ -216,8 +216,8 @@ def judge_again(backend: Backend, it: Input, p: Problem, found: list[Finding], c
     """The findings with the lower quartiles of both errors over the input and its neighbours: a single error can be
     small by luck, or large where a row lies at a kink of the activation and falls to its wrong side.
 
-    An input can be harder than its neighbours, as the image of a flow is that the inverse takes back. So the
-    reference's error counts as no less than what half a last place of the input changes in float64.
+    The image of a flow that the inverse takes back is harder than its neighbours. There the reference's error counts
+    as no less than what half a last place of the input changes in float64.
     """
     counts.judged_again += 1
     problems = [p, *(neighbour(p, seed) for seed in range(NEIGHBOURS))]
@@ -229,7 +229,7 @@ def judge_again(backend: Backend, it: Input, p: Problem, found: list[Finding], c
         at = NAMES.index(finding.name)
         ours = [truth.errors(named[finding.backend])[at] for truth, named in zip(truths, answers, strict=True)]
         loop = _quartile([truth.reference[at] for truth in truths])
-        reference = max(loop, statistics.median(errors[at] for errors in rounded))
+        reference = max(loop, statistics.median(errors[at] for errors in rounded)) if it.image else loop
         if reference < LOST:
             yield finding._replace(error=_quartile(ours), reference=reference)
         else:
