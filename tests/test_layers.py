@@ -47,6 +47,7 @@ ORDER = [
     "nn.gated",
     "nn.linear",
     "nn.planar",
+    "nn.outputs",
     "nn.vae",
     "nn",
     "",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vvae_fast.shapes import check_size
+from vvae_fast.shapes import as_float, check_size, full_precision, untraced
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 
@@ -40,13 +40,13 @@ class Likelihood:
             params: the decoder's outputs, [*samples, *batch, num_params * P].
 
         Returns:
-            [*samples, *batch].
+            [*samples, *batch], float32 for the half precisions.
 
         Raises:
             ValueError: where the shapes do not fit; the sample dimensions are the only broadcast.
         """
         self._check_shapes(x, params)
-        return self._log_prob(x, params)
+        return self._log_prob(full_precision(x), full_precision(params))
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x], [*batch, P], for params [*batch, num_params * P]."""
@@ -63,6 +63,7 @@ class Likelihood:
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @untraced
     def _check_shapes(self, x: Tensor, params: Tensor) -> None:
         wanted = (*x.shape[:-1], self.num_params * x.shape[-1]) if x.ndim else ()
         if not wanted or params.ndim < x.ndim or params.shape[params.ndim - x.ndim :] != wanted:
@@ -110,7 +111,7 @@ class Binomial(Likelihood):
     num_params = 1
 
     def __post_init__(self):
-        check_size("total_count", self.total_count, 1)
+        object.__setattr__(self, "total_count", check_size("total_count", self.total_count, 1))
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         n, counts = self.total_count, x.double()  # in float32 the difference below is off by nats for large counts
@@ -147,8 +148,7 @@ class Gaussian(Likelihood):
     def __post_init__(self):
         if self.log_var is None:
             return
-        if isinstance(self.log_var, bool) or not isinstance(self.log_var, (int, float)):
-            raise TypeError(f"log_var must be a number or None, got {type(self.log_var).__name__}")
+        object.__setattr__(self, "log_var", as_float("log_var", self.log_var))
         if not abs(self.log_var) <= self.MAX_ABS_LOG_VAR:
             raise ValueError(f"log_var must be within +-{self.MAX_ABS_LOG_VAR:g}, got {self.log_var}")
 
