@@ -148,6 +148,11 @@ def full_precision(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALVES else t
 
 
+def autocasts(t: Tensor) -> bool:
+    """Whether torch.autocast chooses the dtypes on a tensor's device; some devices, such as meta, know none."""
+    return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
+
+
 def num_sets(u: Tensor) -> int:
     """P of u [P, K, D], and 1 of u [K, D]."""
     return u.shape[0] if u.dim() == 3 else 1
@@ -290,7 +295,7 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
 def _compute_dtype(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> torch.dtype:
     if u.dtype == w.dtype == b.dtype == z.dtype:
         return compute_dtype(z.dtype)
-    if torch.is_autocast_enabled(z.device.type):
+    if autocasts(z):
         return torch.float32
     raise TypeError(
         f"z, u, w and b must share one dtype outside torch.autocast, got z {z.dtype}, u {u.dtype}, w {w.dtype}, "

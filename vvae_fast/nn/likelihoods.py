@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vvae_fast.shapes import as_float, check_size, full_precision, untraced
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
+_NO_REDUCTION = 0  # of PyTorch's losses, by their number
 
 
 class Likelihood:
@@ -187,7 +187,8 @@ class Gaussian(Likelihood):
 def _cross_entropy(probability: Tensor, logits: Tensor) -> Tensor:
     """[*samples, *batch]: -(p log sigmoid(l) + (1 - p) log sigmoid(-l)) summed over data; stable for every logit."""
     target = probability.expand(logits.shape)
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+    # torch.nn.functional's compares the sizes once more, of which torch.jit.trace warns
+    return torch.binary_cross_entropy_with_logits(logits, target, None, None, _NO_REDUCTION).sum(-1)
 
 
 def make_likelihood(name: str | Likelihood, *, total_count: int | None = None) -> Likelihood:

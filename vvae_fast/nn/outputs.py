@@ -16,7 +16,7 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
 
     Raises ValueError, and TypeError for dtypes that are not floating.
     """
-    wanted = (len(x), feature_dim)
+    wanted, pair = (x.shape[0], feature_dim), (x.shape[0], latent_dim)
     if isinstance(encoded, Tensor) and feature_dim > 0:
         if encoded.shape != wanted:
             raise ValueError(
@@ -28,15 +28,14 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
     if not _are_tensors(encoded, (2, 3)):
         features = f"features of shape {wanted} or " if feature_dim else "no features, as feature_dim=0 said, but "
         raise ValueError(
-            f"encoder must give {features}the pair (mean, log_var) of shape {(len(x), latent_dim)} each for x of shape "
+            f"encoder must give {features}the pair (mean, log_var) of shape {pair} each for x of shape "
             f"{tuple(x.shape)}, got {describe(encoded)}"
         )
     for name, tensor in zip(("mean", "log_var", "features"), encoded, strict=False):
         _check_kind("encoder", tensor, x)
-        wanted = (len(x), latent_dim) if name != "features" else tensor.shape
-        if tensor.shape != wanted or len(tensor) != len(x):
+        if tensor.shape != (pair if name != "features" else tensor.shape) or tensor.shape[:1] != x.shape[:1]:
             raise ValueError(
-                f"encoder must give (mean, log_var) of shape {(len(x), latent_dim)} each, and features of as many rows "
+                f"encoder must give (mean, log_var) of shape {pair} each, and features of as many rows "
                 f"where it gives three, got {name} {tuple(tensor.shape)}"
             )
 
@@ -55,10 +54,10 @@ def check_flowed(flowed: object, z: Tensor) -> None:
 @untraced
 def check_decoded(decoded: object, rows: Tensor) -> None:
     """Refuses all but one tensor [N, *] for rows [N, D], with ValueError or TypeError."""
-    if not isinstance(decoded, Tensor) or decoded.ndim < 2 or len(decoded) != len(rows):
+    if not isinstance(decoded, Tensor) or decoded.ndim < 2 or decoded.shape[0] != rows.shape[0]:
         hint = ": join them with torch.cat, means first for the gaussian" if isinstance(decoded, (tuple, list)) else ""
         raise ValueError(
-            f"decoder must give [{len(rows)}, *] for z of shape {tuple(rows.shape)}, got {describe(decoded)}{hint}"
+            f"decoder must give [{rows.shape[0]}, *] for z of shape {tuple(rows.shape)}, got {describe(decoded)}{hint}"
         )
     _check_kind("decoder", decoded, rows)
 

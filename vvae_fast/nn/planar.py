@@ -14,6 +14,7 @@ from vvae_fast.shapes import (
     HALVES,
     Formulas,
     as_index,
+    autocasts,
     check_formulas,
     check_size,
     compute_dtype,
@@ -89,7 +90,7 @@ def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dty
     """Raises where a tensor is not on the device of the flow's parameters, or has neither their dtype nor another."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the flow, got {tensor.device}: move one of them")
-    allowed = tensor.dtype in (like.dtype, *others) or torch.is_autocast_enabled(tensor.device.type)
+    allowed = tensor.dtype in (like.dtype, *others) or autocasts(tensor)
     if not allowed:
         raise TypeError(f"{name} must be {like.dtype} like the flow, got {tensor.dtype}: convert one of them")
 

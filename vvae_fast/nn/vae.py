@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
 from vvae_fast.nn.outputs import check_decoded, check_encoded, check_flowed, describe
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
-from vvae_fast.shapes import HALVES, check_size, compute_dtype, full_precision, untraced
+from vvae_fast.shapes import HALVES, autocasts, check_size, compute_dtype, full_precision, untraced
 
 
 class ElboTerms(NamedTuple):
@@ -223,15 +223,12 @@ class VAE(nn.Module):
         """num_samples draws of x, [num_samples, *data] in the decoder's shape; with mean=True their means E[x | z]."""
         num_samples = check_size("num_samples", num_samples, 1)
         params = self.decode(_standard_normal((num_samples, self.latent_dim), self._like, generator))  # [N, *]
-        channels, rest = divmod(params.shape[1], self.likelihood.num_params)
-        if rest:
-            raise ValueError(
-                f"decoder must give [N, {self.likelihood.num_params} x channels, *] for the {self.likelihood.name} "
-                f"likelihood, got {tuple(params.shape)}"
-            )
+        _check_channels(params, self.likelihood)
         rows = params.flatten(1)  # [N, num_params * P]
         x = self.likelihood.mean(rows) if mean else self.likelihood.sample(rows, generator)
-        return x.reshape(num_samples, channels, *params.shape[2:]).to(self._like.dtype)
+        return x.reshape(num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:]).to(
+            self._like.dtype
+        )
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -244,8 +241,9 @@ class VAE(nn.Module):
         z_0 = torch.addcmul(posterior.mean, (0.5 * posterior.log_var).exp(), noise)
         if self.flow is None:
             return z_0, z_0, 0.0
-        fused = isinstance(self.flow, (PlanarFlow, AmortizedPlanarFlow))  # take float32 in half precision too
-        inputs = [z_0 if fused and z_0.dtype is torch.float32 else self._as_taken_by(self.flow, z_0)]
+        inputs = [self._as_taken_by(self.flow, z_0)]
+        if inputs[0].dtype in HALVES and isinstance(self.flow, (PlanarFlow, AmortizedPlanarFlow)):
+            inputs = [z_0]  # these take float32 in half precision too, and z keeps its digits
         if self._flow_takes_features:
             if posterior.features is None:
                 raise ValueError(
@@ -256,7 +254,7 @@ class VAE(nn.Module):
         flowed = self.flow(*inputs)
         check_flowed(flowed, z_0)
         z_K, log_det = flowed
-        return z_0, full_precision(z_K), full_precision(log_det)
+        return z_0, z_K.to(z_0.dtype), log_det.to(z_0.dtype)
 
     def _params_for(self, x: Tensor, z: Tensor) -> Tensor:
         """The likelihood's parameters [*S, B, num_params * P] for x [B, *data] and z [*S, B, D]."""
@@ -277,12 +275,13 @@ class VAE(nn.Module):
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the VAE's dtype and device."""
-        return next(self.parameters(), torch.empty(0)) if self.posterior_head is None else self.posterior_head.weight
+        """A tensor of the VAE's dtype and device: the head's weight, or where it has none, the first parameter."""
+        weight = getattr(self.posterior_head, "weight", None)  # a quantized head's is a method
+        return weight if isinstance(weight, Tensor) else next(self.parameters(), torch.empty(0))
 
     def _as_taken_by(self, module: nn.Module, t: Tensor) -> Tensor:
         """t in the dtype of the module's parameters, or where it has none in the VAE's; autocast sees to it itself."""
-        if torch.is_autocast_enabled(t.device.type):
+        if autocasts(t):
             return t
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -310,14 +309,15 @@ class VAE(nn.Module):
         like = self._like
         if tensor.device != like.device:
             raise ValueError(f"{name} must be on {like.device} like the VAE, got {tensor.device}; move one of them")
-        if torch.is_autocast_enabled(tensor.device.type):
+        if autocasts(tensor) and like.dtype != torch.float64:  # which it leaves alone
             others = (*others, torch.float32, *HALVES)
         if tensor.dtype not in (like.dtype, *others):
             raise TypeError(f"{name} must be {like.dtype} like the VAE, got {tensor.dtype}; convert one of them")
 
 
 def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=compute_dtype(like.dtype), device=like.device)
+    options = {} if generator is None else {"generator": generator}  # torch.export knows no sizes beside a generator
+    return torch.randn(shape, **options, dtype=compute_dtype(like.dtype), device=like.device)
 
 
 @untraced
@@ -332,11 +332,20 @@ def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
 @untraced
 def _check_params(params: Tensor, x: Tensor, likelihood: Likelihood) -> None:
     """Raises where the decoder gave too many or too few numbers a row of x, in the likelihood's own words."""
-    wanted = likelihood.num_params * x[:1].numel() if len(x) else params.shape[-1]
+    wanted = likelihood.num_params * math.prod(x.shape[1:])
     if params.shape[-1] != wanted:
         raise ValueError(
-            f"decoder's params must be [*samples, {len(x)}, {wanted}] for x of shape {tuple(x.shape)} "
+            f"decoder's params must be [*samples, {x.shape[0]}, {wanted}] for x of shape {tuple(x.shape)} "
             f"({likelihood.name}: {likelihood.num_params} a data dimension), got {tuple(params.shape)}"
+        )
+
+
+@untraced
+def _check_channels(params: Tensor, likelihood: Likelihood) -> None:
+    if params.shape[1] % likelihood.num_params:
+        raise ValueError(
+            f"decoder must give [N, {likelihood.num_params} x channels, *] for the {likelihood.name} likelihood, "
+            f"got {tuple(params.shape)}"
         )
 
 

@@ -102,8 +102,7 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
         TypeError: batch_size or seed is not an int.
         ValueError: batch_size is not positive or seed is negative.
     """
-    check_size("batch_size", batch_size, 1)
-    check_size("seed", seed, 0)
+    batch_size, seed = check_size("batch_size", batch_size, 1), check_size("seed", seed, 0)
     rows = BinarizedRows(dataset.train, seed) if dataset.dynamic else StaticRows(dataset.train)
     train = TrainLoader(rows, EpochSampler(len(dataset.train), batch_size, seed))
     return train, EvalLoader(dataset.val, batch_size), EvalLoader(dataset.test, batch_size)
