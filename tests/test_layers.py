@@ -46,6 +46,7 @@ ORDER = [
     "nn.gated",
     "nn.linear",
     "nn.planar",
+    "nn.outputs",
     "nn.vae",
     "nn",
     "",

@@ -132,8 +132,8 @@ def _search(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> Tensor:
 
 
 def _traced() -> bool:
-    """Whether no value can be asked for: inside torch.compile and torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether no value can be asked for: inside torch.compile, torch.func and traces."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _bracket(rhs: Tensor, c: Tensor, s: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,8 +127,14 @@ def planar_flow_inverse(
 
 
 def needs_plain_torch() -> bool:
-    """Inside torch.func transforms and forward-mode AD only plain torch operations are transformed."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether only plain torch operations serve: torch.func and forward-mode AD transform no others, and traces for
+    TorchScript and ONNX take no others along."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    )
 
 
 def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,9 @@
 """The functional interface: `planar_flow` and `planar_flow_inverse`."""
 
+import warnings
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from vvae_fast import autograd, backends, ops, reference, shapes
@@ -44,8 +48,8 @@ def planar_flow(
         ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
-    formulas = Formulas(constraint, activation, slope, log_det_eps)
-    problem = shapes.check(z, u, w, b, formulas)
+    problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps))
+    formulas = problem.formulas
     chosen = _choose(problem, backend)
     if chosen == "reference":
         return _run_reference(problem, z, u, w, b)
@@ -73,8 +77,8 @@ def packed_planar_flow(
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
     params = ops.unpack(packed.detach(), num_steps, dim)
-    formulas = Formulas(constraint, activation, slope, log_det_eps)
-    problem = shapes.check(z, *params, formulas)
+    problem = shapes.check(z, *params, Formulas(constraint, activation, slope, log_det_eps))
+    formulas = problem.formulas
     chosen = _choose(problem, backend)
     if chosen == "reference":
         return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
@@ -103,21 +107,36 @@ def planar_flow_inverse(
     In float32 the root of each step is right for w . u from -80 to 1e34, its gradients from -40: below, z_0 or its
     gradient leaves the range of float32 itself, growing as 1 / softplus(w . u) and its square.
     """
-    formulas = Formulas(constraint, activation, slope)
-    problem = shapes.check(z, u, w, b, formulas)
+    problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope))
+    formulas = problem.formulas
     shapes.check_invertible(formulas)
     chosen = _choose(problem._replace(inverse=True), backend)
     inputs = _to_compute_dtype(problem, z, u, w, b)
     if chosen == "reference":
-        z_0, log_det = reference.planar_inverse(*inputs, *formulas[:3])
+        z_0, log_det = _call_reference(reference.planar_inverse, *inputs, *formulas[:3])
     else:
         z_0, log_det = autograd.planar_flow_inverse(*inputs, formulas, chosen)
     return z_0.to(z.dtype), log_det
 
 
 def _run_reference(problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    z_K, log_det, _ = reference.planar_forward(*_to_compute_dtype(problem, z, u, w, b), *problem.formulas)
+    inputs = _to_compute_dtype(problem, z, u, w, b)
+    z_K, log_det = _call_reference(reference.planar_forward, *inputs, *problem.formulas)
     return z_K.to(z.dtype), log_det
+
+
+def _call_reference(flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, *formulas) -> tuple[Tensor, Tensor]:
+    """Both outputs as functions of every input, as a kernel's are: a derivative that is zero everywhere, as those of no
+    steps or of the log-determinant of linear ones, is a gradient of zeros and not None."""
+    if torch._C._get_tracing_state() is not None:
+        with warnings.catch_warnings():  # the trace holds these K steps, and is warned of as if they were data
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return flow(z, u, w, b, *formulas)[:2]
+    outputs = flow(z, u, w, b, *formulas)[:2]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, u, w, b)):
+        return outputs
+    zero = sum(t[..., :0].sum() for t in (z, u, w, b))
+    return outputs[0] - zero, outputs[1] - zero  # and not plus: -0.0 stays
 
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -125,6 +144,6 @@ def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor
 
 
 def _choose(problem: shapes.Problem, backend: str | None) -> str:
-    """The backend that runs the problem: the reference inside transforms, which see through plain PyTorch only."""
+    """The backend that runs the problem: the reference where only plain PyTorch is seen through, and for no steps."""
     chosen = backends.select(problem, backend)
-    return "reference" if autograd.needs_plain_torch() else chosen
+    return "reference" if not problem.num_steps or autograd.needs_plain_torch() else chosen

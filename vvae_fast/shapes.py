@@ -1,6 +1,10 @@
 """Checks the arguments of the flow once, for every backend."""
 
+import functools
 import math
+import numbers
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +13,8 @@ from torch import Tensor
 CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/formulas.h, as the activations are
 ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
 MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALVES)
 
 
 class Formulas(NamedTuple):
@@ -52,49 +57,71 @@ class Problem(NamedTuple):
     formulas: Formulas = Formulas()
 
 
+def untraced(check: Callable) -> Callable:
+    """A check that leaves no trace: while torch.jit.trace records, sizes are tensors, and whoever asks is warned."""
+
+    @functools.wraps(check)
+    def wrapped(*args):
+        state = torch._C._get_tracing_state()
+        if state is None:
+            return check(*args)
+        torch._C._set_tracing_state(None)
+        try:
+            return check(*args)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    return wrapped
+
+
+@untraced
 def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
+
+    The problem has the formulas as `check_formulas` gives them.
 
     Raises TypeError for what is not a floating tensor or a number or mixes dtypes, ValueError for shapes, devices,
     names and numbers out of range.
     """
-    if not _alike(z, u, w, b):
+    alike = _alike(z, u, w, b)
+    if not alike:
         _check_kinds(z, u, w, b)
     _check_shapes(z, u, w, b)
-    check_formulas(formulas)
+    formulas = check_formulas(formulas)
 
-    amortized = u.dim() > 2
-    num_sets = math.prod(u.shape[:-2]) if amortized else 1
-    rows = z.shape[0] if z.dim() == 2 else math.prod(z.shape[:-1])
-    dtype, device_type = _compute_dtype(z, u, w, b), z.device.type
+    batch, params = z.shape[:-1], u.shape[:-2]
+    amortized = len(params) > 0
     return Problem(
-        rows,
+        batch[0] if len(batch) == 1 else math.prod(batch),
         z.shape[-1],
         u.shape[-2],
-        num_sets,
+        math.prod(params) if amortized else 1,
         amortized,
-        dtype,
-        device_type,
+        compute_dtype(z.dtype) if alike else _compute_dtype(z, u, w, b),
+        z.device.type,
         False,
         formulas,
     )
 
 
-def check_formulas(formulas: Formulas) -> None:
-    """Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range."""
+def check_formulas(formulas: Formulas) -> Formulas:
+    """The same with Python's own floats, which operators take no other than.
+
+    Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range.
+    """
     constraint, activation, slope, log_det_eps = formulas
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
-    if activation == "leaky_relu":
-        _check_number("slope", slope)
-        if not 0 < slope <= MOST:
-            raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
-    if type(log_det_eps) is not float or log_det_eps != 0.0:
-        _check_number("log_det_eps", log_det_eps)
-        if not 0 <= log_det_eps <= MOST:
-            raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
+    if type(slope) is not float or type(log_det_eps) is not float:
+        slope, log_det_eps = as_float("slope", slope), as_float("log_det_eps", log_det_eps)
+        formulas = Formulas(constraint, activation, slope, log_det_eps)
+    if activation == "leaky_relu" and not 0 < slope <= MOST:
+        raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
+    if log_det_eps != 0.0 and not 0 <= log_det_eps <= MOST:
+        raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
+    return formulas
 
 
 def check_invertible(formulas: Formulas) -> None:
@@ -114,6 +141,16 @@ def check_invertible(formulas: Formulas) -> None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of computation: the half precisions are computed and accumulated in float32, and so is log_det."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(t: Tensor) -> Tensor:
+    """A tensor of half precision in float32, any other as it is: sums and densities need the mantissa."""
+    return t.float() if t.dtype in HALVES else t
+
+
+def autocasts(t: Tensor) -> bool:
+    """Whether torch.autocast chooses the dtypes on a tensor's device; some devices, such as meta, know none."""
+    return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
 
 
 def num_sets(u: Tensor) -> int:
@@ -152,17 +189,43 @@ def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_
         )
 
 
-def check_size(name: str, value: object, least: int) -> None:
-    """Raises TypeError or ValueError where a size or a count is not an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def check_size(name: str, value: object, least: int) -> int:
+    """A size or a count as an int; whatever can index a list is one, numpy's integers too, but for bools.
+
+    Raises TypeError where it is none, ValueError where it is below `least`.
+    """
+    if type(value) is not int:
+        value = as_index(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def as_index(name: str, value: object) -> int:
+    """What can index a list as an int. Raises TypeError for anything else, a bool included."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or _is_bool(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return number
+
+
+def as_float(name: str, value: object) -> float:
+    """A real number, Python's or numpy's, as a float. Raises TypeError for anything else, such as a tensor, which would
+    get no gradient."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _is_bool(value: object) -> bool:
+    """Python's, numpy's or a tensor of one."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def is_trailing(params: torch.Size, batch: torch.Size) -> bool:
@@ -207,33 +270,32 @@ def _check_device(z: Tensor, **others: Tensor) -> None:
 
 
 def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
-    if z.dim() < 1:
-        raise ValueError(f"z must have shape [*batch, D], got a tensor of rank 0: {tuple(z.shape)}")
-    dim = z.shape[-1]
+    shape, of_u = z.shape, u.shape  # asked for once: every call of the flow comes here
+    if not shape:
+        raise ValueError("z must have shape [*batch, D], got a tensor of rank 0: ()")
+    dim = shape[-1]
     if dim < 1:
-        raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(z.shape)}")
-    if u.dim() < 2 or u.shape[-1] != dim:
+        raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(shape)}")
+    if len(of_u) < 2 or of_u[-1] != dim:
         raise ValueError(
-            f"u must have shape [K, D] or [*batch, K, D] with D = {dim} as z {tuple(z.shape)} has, got {tuple(u.shape)}"
+            f"u must have shape [K, D] or [*batch, K, D] with D = {dim} as z {tuple(shape)} has, got {tuple(of_u)}"
         )
-    if w.shape != u.shape:
-        raise ValueError(f"w must have u's shape {tuple(u.shape)}, got {tuple(w.shape)}")
-    if b.shape != u.shape[:-1]:
+    if w.shape != of_u:
+        raise ValueError(f"w must have u's shape {tuple(of_u)}, got {tuple(w.shape)}")
+    if b.shape != of_u[:-1]:
+        raise ValueError(f"b must have u's shape without its last dimension, {tuple(of_u[:-1])}, got {tuple(b.shape)}")
+    if len(of_u) > 2 and not is_trailing(of_u[:-2], shape[:-1]):
         raise ValueError(
-            f"b must have u's shape without its last dimension, {tuple(u.shape[:-1])}, got {tuple(b.shape)}"
-        )
-    params, batch = u.shape[:-2], z.shape[:-1]
-    if not is_trailing(params, batch):
-        raise ValueError(
-            f"u's batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got {tuple(params)}: "
-            "nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] and b [K])"
+            f"u's batch dimensions must equal the trailing batch dimensions of z, {tuple(shape[:-1])}, "
+            f"got {tuple(of_u[:-2])}: nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] "
+            "and b [K])"
         )
 
 
 def _compute_dtype(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> torch.dtype:
     if u.dtype == w.dtype == b.dtype == z.dtype:
         return compute_dtype(z.dtype)
-    if torch.is_autocast_enabled(z.device.type):
+    if autocasts(z):
         return torch.float32
     raise TypeError(
         f"z, u, w and b must share one dtype outside torch.autocast, got z {z.dtype}, u {u.dtype}, w {w.dtype}, "

@@ -30,12 +30,11 @@ class PlanarStack(_runs.Stack):
 
     def __init__(self, shape: int | Sequence[int], num_steps: int, act: str = "tanh") -> None:
         super().__init__()
-        shapes.check_size("num_steps", num_steps, 1)
-        self.shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-        if not self.shape:
+        num_steps = shapes.check_size("num_steps", num_steps, 1)
+        sizes = shape if isinstance(shape, Sequence) else (shape,)
+        if not len(sizes):
             raise ValueError("shape must have at least one dimension, got (): pass (1,) for scalars")
-        for size in self.shape:
-            shapes.check_size("shape's sizes", size, 1)
+        self.shape = tuple(shapes.check_size("shape's sizes", size, 1) for size in sizes)
         if act not in shapes.ACTIVATIONS:
             raise ValueError(f"act must be one of {shapes.ACTIVATIONS}, got {act!r}")
         self.act = act

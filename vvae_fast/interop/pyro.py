@@ -53,9 +53,8 @@ class PlanarStack(_PlanarModule):
 
     def __init__(self, input_dim: int, num_steps: int, *, cache_size: int = 1) -> None:
         super().__init__(cache_size)
-        shapes.check_size("input_dim", input_dim, 1)
-        shapes.check_size("num_steps", num_steps, 1)
-        self.input_dim = input_dim
+        self.input_dim = input_dim = shapes.check_size("input_dim", input_dim, 1)
+        num_steps = shapes.check_size("num_steps", num_steps, 1)
         self.bias = nn.Parameter(torch.empty(num_steps))
         self.u = nn.Parameter(torch.empty(num_steps, input_dim))
         self.w = nn.Parameter(torch.empty(num_steps, input_dim))
@@ -114,8 +113,7 @@ class Planar(_PlanarModule):
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
         super().__init__(cache_size)
-        shapes.check_size("input_dim", input_dim, 1)
-        self.input_dim = input_dim
+        self.input_dim = input_dim = shapes.check_size("input_dim", input_dim, 1)
         self.bias = nn.Parameter(torch.empty(1))
         self.u = nn.Parameter(torch.empty(input_dim))
         self.w = nn.Parameter(torch.empty(input_dim))

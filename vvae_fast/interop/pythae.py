@@ -3,7 +3,6 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +70,7 @@ class PlanarStack(_runs.Stack):
         self, dim: int, num_steps: int, activation: str = "tanh", *, log_det_eps: float = _LOG_DET_EPS
     ) -> None:
         nn.Module.__init__(self)  # and not pythae's, which takes a configuration
-        shapes.check_size("dim", dim, 1)
-        shapes.check_size("num_steps", num_steps, 1)
+        dim, num_steps = shapes.check_size("dim", dim, 1), shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
         shapes.check_formulas(shapes.Formulas("none", activation, log_det_eps=log_det_eps))
@@ -132,9 +130,11 @@ class PlanarFlow(PlanarStack, _Base):
         size = model_config.input_dim
         if size is None:
             raise _NoInputDim("model_config.input_dim must be the shape of a data point, got None: set it")
-        if not isinstance(size, (Integral, Sequence)) or isinstance(size, str):
+        if isinstance(size, str) or not (isinstance(size, Sequence) or hasattr(size, "__index__")):
             raise TypeError(f"model_config.input_dim must be a shape or an int, got {type(size).__name__}")
-        super().__init__(size if isinstance(size, Integral) else math.prod(size), 1, model_config.activation)
+        sizes = size if isinstance(size, Sequence) else (size,)
+        sizes = [shapes.check_size("model_config.input_dim, an int or a shape of them,", n, 1) for n in sizes]
+        super().__init__(math.prod(sizes), 1, model_config.activation)
         self.reset_parameters()  # once more, as pythae does: a seed gives pythae's layer
         self.model_config, self.model_name = model_config, "PlanarFlow"
 

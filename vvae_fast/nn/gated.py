@@ -65,7 +65,7 @@ def gated_mlp_encoder(*widths: int) -> MLP:
     Raises:
         ValueError, TypeError: where widths (data dimensions, hidden widths) are not at least two positive ints.
     """
-    check_widths("gated_mlp_encoder", widths)
+    widths = check_widths("gated_mlp_encoder", widths)
     layers = [GatedLinear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths)]
     return MLP(nn.Flatten(), *layers, in_features=widths[0], out_features=widths[-1])
 
@@ -76,7 +76,7 @@ def gated_mlp_decoder(*widths: int) -> MLP:
     Raises:
         ValueError, TypeError: where widths are not at least two positive ints.
     """
-    check_widths("gated_mlp_decoder", widths)
+    widths = check_widths("gated_mlp_decoder", widths)
     *hidden, last = pairwise(widths)
     layers = [GatedLinear(fan_in, fan_out) for fan_in, fan_out in hidden]
     return MLP(*layers, nn.Linear(*last), in_features=widths[0], out_features=widths[-1])
@@ -104,8 +104,7 @@ def gated_conv_decoder(latent_dim: int, num_params: int = 1) -> MLP:
     Raises:
         ValueError, TypeError: where latent_dim or num_params is not a positive int.
     """
-    check_size("latent_dim", latent_dim, 1)
-    check_size("num_params", num_params, 1)
+    latent_dim, num_params = check_size("latent_dim", latent_dim, 1), check_size("num_params", num_params, 1)
     layers = [
         nn.Unflatten(1, (latent_dim, 1, 1)),
         GatedConvTranspose2d(latent_dim, 64, BOTTLENECK),

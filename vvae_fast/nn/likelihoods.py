@@ -13,10 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vvae_fast.shapes import check_size
+from vvae_fast.shapes import as_float, check_size, full_precision, untraced
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 # Operations of autograd's graph: those that give probabilities or their logarithms, and those that only move numbers.
@@ -28,6 +27,7 @@ SAME_VALUES = {
     *("UnsqueezeBackward0", "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0"),
     *("ExpandBackward0", "AliasBackward0", "SliceBackward0"),
 }
+_NO_REDUCTION = 0  # of PyTorch's losses, by their number
 
 
 class Likelihood:
@@ -51,13 +51,13 @@ class Likelihood:
             params: the decoder's outputs, [*samples, *batch, num_params * P].
 
         Returns:
-            [*samples, *batch].
+            [*samples, *batch], float32 for the half precisions.
 
         Raises:
             ValueError: where the shapes do not fit; the sample dimensions are the only broadcast.
         """
         self._check_shapes(x, params)
-        return self._log_prob(x, params)
+        return self._log_prob(full_precision(x), full_precision(params))
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x], [*batch, P], for params [*batch, num_params * P]."""
@@ -84,6 +84,7 @@ class Likelihood:
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @untraced
     def _check_shapes(self, x: Tensor, params: Tensor) -> None:
         wanted = (*x.shape[:-1], self.num_params * x.shape[-1]) if x.ndim else ()
         if not wanted or params.ndim < x.ndim or params.shape[params.ndim - x.ndim :] != wanted:
@@ -137,7 +138,7 @@ class Binomial(Likelihood):
     takes_logits = True
 
     def __post_init__(self):
-        check_size("total_count", self.total_count, 1)
+        object.__setattr__(self, "total_count", check_size("total_count", self.total_count, 1))
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         n, counts = self.total_count, x.double()  # in float32 the difference below is off by nats for large counts
@@ -177,8 +178,7 @@ class Gaussian(Likelihood):
     def __post_init__(self):
         if self.log_var is None:
             return
-        if isinstance(self.log_var, bool) or not isinstance(self.log_var, (int, float)):
-            raise TypeError(f"log_var must be a number or None, got {type(self.log_var).__name__}")
+        object.__setattr__(self, "log_var", as_float("log_var", self.log_var))
         if not abs(self.log_var) <= self.MAX_ABS_LOG_VAR:
             raise ValueError(f"log_var must be within +-{self.MAX_ABS_LOG_VAR:g}, got {self.log_var}")
 
@@ -262,7 +262,8 @@ def _squashed_by(params: Tensor) -> str | None:
 def _cross_entropy(probability: Tensor, logits: Tensor) -> Tensor:
     """[*samples, *batch]: -(p log sigmoid(l) + (1 - p) log sigmoid(-l)) summed over data; stable for every logit."""
     target = probability.expand(logits.shape)
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+    # torch.nn.functional's compares the sizes once more, of which torch.jit.trace warns
+    return torch.binary_cross_entropy_with_logits(logits, target, None, None, _NO_REDUCTION).sum(-1)
 
 
 def make_likelihood(name: str | Likelihood, *, total_count: int | None = None) -> Likelihood:

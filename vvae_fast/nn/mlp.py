@@ -29,7 +29,7 @@ def mlp_encoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
     Raises:
         ValueError, TypeError: where widths are not at least two positive ints.
     """
-    check_widths("mlp_encoder", widths)
+    widths = check_widths("mlp_encoder", widths)
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), activation()]
@@ -47,16 +47,15 @@ def mlp_decoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
     Raises:
         ValueError, TypeError: where widths are not at least two positive ints.
     """
-    check_widths("mlp_decoder", widths)
+    widths = check_widths("mlp_decoder", widths)
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), activation()]
     return MLP(*layers[:-1], in_features=widths[0], out_features=widths[-1])
 
 
-def check_widths(name: str, widths: tuple[int, ...]) -> None:
-    """Raises ValueError or TypeError where widths are not at least two positive ints."""
+def check_widths(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The widths as ints. Raises ValueError or TypeError where they are not at least two positive ones."""
     if len(widths) < 2:
         raise ValueError(f"{name} needs at least two widths, got {widths}")
-    for width in widths:
-        check_size(f"{name}: each width", width, 1)
+    return tuple(check_size(f"{name}: each width", width, 1) for width in widths)

@@ -1,7 +1,6 @@
 """Planar flows as modules."""
 
 import math
-import operator
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,18 @@ from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
 from vvae_fast.ops import unpack
-from vvae_fast.shapes import Formulas, check_formulas, check_size, compute_dtype, is_trailing
+from vvae_fast.shapes import (
+    HALVES,
+    Formulas,
+    as_index,
+    autocasts,
+    check_formulas,
+    check_size,
+    compute_dtype,
+    full_precision,
+    is_trailing,
+    untraced,
+)
 
 # The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
 _IDENTITY_ALPHA = {
@@ -22,7 +32,8 @@ _IDENTITY_ALPHA = {
 
 
 def _identity_u(w: Tensor, constraint: str) -> Tensor:
-    """u [K, D] for w [K, D] such that u_hat = 0."""
+    """u [K, D] for w [K, D] such that u_hat = 0, which a sum in half precision would miss."""
+    w = full_precision(w)
     return _IDENTITY_ALPHA[constraint] * w / w.square().sum(-1, keepdim=True)
 
 
@@ -33,13 +44,12 @@ class _Planar(nn.Module):
         self, dim: int, num_steps: int, activation: str, slope: float, constraint: str, backend: str | None
     ) -> None:
         super().__init__()
-        check_size("dim", dim, 1)
-        check_size("num_steps", num_steps, 0)
-        check_formulas(Formulas(constraint, activation, slope))
+        self.dim = check_size("dim", dim, 1)
+        self.num_steps = check_size("num_steps", num_steps, 0)
+        self.slope = check_formulas(Formulas(constraint, activation, slope)).slope
         if backend is not None:
             check_name(backend)
-        self.dim, self.num_steps = dim, num_steps
-        self.activation, self.slope, self.constraint, self.backend = activation, slope, constraint, backend
+        self.activation, self.constraint, self.backend = activation, constraint, backend
 
     def _options(self) -> dict[str, str | float | None]:
         """The keyword arguments of `planar_flow`."""
@@ -50,11 +60,14 @@ class _Planar(nn.Module):
             "backend": self.backend,
         }
 
-    def _check_z(self, z: Tensor) -> None:
+    @untraced
+    def _check_z(self, z: Tensor, like: Tensor) -> None:
         if not isinstance(z, Tensor):
             raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
         if z.shape[-1:] != (self.dim,):
             raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
+        if z.dtype is not like.dtype or z.device != like.device:
+            _check_like("z", z, like, (torch.float32,) if like.dtype in HALVES else ())
 
     def _u_hat(self, u: Tensor, w: Tensor) -> Tensor:
         dtype = compute_dtype(u.dtype)
@@ -73,12 +86,26 @@ class _Planar(nn.Module):
         return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
 
 
+def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dtype, ...] = ()) -> None:
+    """Raises where a tensor is not on the device of the flow's parameters, or has neither their dtype nor another."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the flow, got {tensor.device}: move one of them")
+    allowed = tensor.dtype in (like.dtype, *others) or autocasts(tensor)
+    if not allowed:
+        raise TypeError(f"{name} must be {like.dtype} like the flow, got {tensor.dtype}: convert one of them")
+
+
+def _fitting(z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    """The parameters, in float32 where they have half precision and z has not: a posterior's samples are float32."""
+    return params if z.dtype is not torch.float32 else tuple(full_precision(p) for p in params)
+
+
 class PlanarFlow(_Planar):
     """K planar steps whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
 
     Starts as the identity map, with constraint="none" by u = 0. `flow(z)` maps z [*batch, D] to (z_K [*batch, D],
     log_det [*batch] in nats); `flow.inverse(z)` maps back, with the log_det of the inverse. activation, slope,
-    constraint and backend are those of `planar_flow`.
+    constraint and backend are those of `planar_flow`. A flow in half precision takes z in its own dtype or in float32.
 
     Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size, or where one of the
     others is no name or out of range.
@@ -95,9 +122,9 @@ class PlanarFlow(_Planar):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
-        self.u = nn.Parameter(torch.empty(num_steps, dim))
-        self.w = nn.Parameter(torch.empty(num_steps, dim))
-        self.b = nn.Parameter(torch.empty(num_steps))
+        self.u = nn.Parameter(torch.empty(self.num_steps, self.dim))
+        self.w = nn.Parameter(torch.empty(self.num_steps, self.dim))
+        self.b = nn.Parameter(torch.empty(self.num_steps))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,13 +136,11 @@ class PlanarFlow(_Planar):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `planar_flow`'s."""
-        self._check_z(z)
-        return planar_flow(z, self.u, self.w, self.b, **self._options())
+        return planar_flow(z, *self._params(z), **self._options())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D]."""
-        self._check_z(z)
-        return planar_flow_inverse(z, self.u, self.w, self.b, **self._options())
+        return planar_flow_inverse(z, *self._params(z), **self._options())
 
     def u_hat(self) -> Tensor:
         """The constrained directions [K, D] that the steps move along, docs/math.md (4)."""
@@ -123,8 +148,13 @@ class PlanarFlow(_Planar):
 
     def trajectory(self, z: Tensor) -> Tensor:
         """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D]; errors as `planar_flow`'s."""
-        self._check_z(z)
-        return self._trajectory(z, self.u, self.w, self.b)
+        return self._trajectory(z, *self._params(z))
+
+    def _params(self, z: Tensor) -> tuple[Tensor, ...]:
+        """u, w and b for z, which is checked."""
+        u, w, b = self.u, self.w, self.b
+        self._check_z(z, u)
+        return _fitting(z, u, w, b)
 
     def step(self, k: int) -> "PlanarFlow":
         """The flow of step k alone, k < 0 counting from the end. Its parameters lie in this flow's memory, so that
@@ -132,10 +162,7 @@ class PlanarFlow(_Planar):
 
         Raises IndexError where there is no such step, TypeError where k is no int.
         """
-        try:
-            k = operator.index(k)
-        except TypeError:
-            raise TypeError(f"k must be an int, got {type(k).__name__}") from None
+        k = as_index("k", k)
         if not -self.num_steps <= k < self.num_steps:
             raise IndexError(f"k must be a step of {self.num_steps}, got {k}")
         k %= self.num_steps
@@ -163,7 +190,8 @@ class AmortizedPlanarFlow(_Planar):
     Starts as the identity map for every context, with constraint="none" by u = 0. `flow(z, context)` with context
     [*params, F] and z [*batch, D], where *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det
     [*batch] in nats): z [S, B, D] with context [B, F] draws S samples for each data point. `flow.inverse(z, context)`
-    maps back. activation, slope, constraint and backend are those of `planar_flow`.
+    maps back. activation, slope, constraint and backend are those of `planar_flow`. A flow in half precision takes the
+    context in its own dtype, z in that or in float32.
 
     Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or where
     one of the others is no name or out of range.
@@ -181,9 +209,8 @@ class AmortizedPlanarFlow(_Planar):
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
-        check_size("context_dim", context_dim, 1)
-        self.context_dim = context_dim
-        self.head = _Head(context_dim, num_steps * (2 * dim + 1))  # u, w, b behind one another
+        self.context_dim = check_size("context_dim", context_dim, 1)
+        self.head = _Head(self.context_dim, self.num_steps * (2 * self.dim + 1))  # u, w, b behind one another
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -206,45 +233,52 @@ class AmortizedPlanarFlow(_Planar):
 
     def _packed(self, context: Tensor) -> Tensor:
         """The head's output [*params, K (2 D + 1)] for context [*params, F]."""
+        self._check_context(context)
+        packed = self.head(context)
+        self._check_packed(packed, context)
+        return packed
+
+    def _packed_for(self, z: Tensor, context: Tensor) -> Tensor:
+        """The same where z [*batch, D] is to be mapped with it, which is checked."""
+        packed = self._packed(context)
+        self._check_inputs(z, context)
+        return _fitting(z, packed)[0]
+
+    def _params_for(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return unpack(self._packed_for(z, context), self.num_steps, self.dim)
+
+    @untraced
+    def _check_context(self, context: Tensor) -> None:
         if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
-        self._check_like_head("context", context)
-        packed = self.head(context)
+        _check_like("context", context, next(self.head.parameters(), context))
+
+    @untraced
+    def _check_packed(self, packed: Tensor, context: Tensor) -> None:
         wanted = (*context.shape[:-1], self.num_steps * (2 * self.dim + 1))
         if not isinstance(packed, Tensor) or packed.shape != wanted:
             got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed).__name__
             raise ValueError(f"head must give [*params, K (2 D + 1)] = {wanted}, got {got}")
-        return packed
 
-    def _check_like_head(self, name: str, tensor: Tensor) -> None:
-        weight = next(self.head.parameters(), tensor)
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} must be on {weight.device} like the flow, got {tensor.device}: move one of them")
-        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
-            raise TypeError(f"{name} must be {weight.dtype} like the flow, got {tensor.dtype}: convert one of them")
-
+    @untraced
     def _check_inputs(self, z: Tensor, context: Tensor) -> None:
-        self._check_z(z)
+        self._check_z(z, next(self.head.parameters(), z))
         params, batch = context.shape[:-1], z.shape[:-1]
         if not is_trailing(params, batch):
             raise ValueError(
                 f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
                 f"got {tuple(params)}: nothing else is broadcast"
             )
-        self._check_like_head("z", z)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
-        packed = self._packed(context)
-        self._check_inputs(z, context)
+        packed = self._packed_for(z, context)
         return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""
-        params = self.params(context)
-        self._check_inputs(z, context)
-        return planar_flow_inverse(z, *params, **self._options())
+        return planar_flow_inverse(z, *self._params_for(z, context), **self._options())
 
     def u_hat(self, context: Tensor) -> Tensor:
         """The constrained directions [*params, K, D] that the steps move along, docs/math.md (4)."""
@@ -253,9 +287,7 @@ class AmortizedPlanarFlow(_Planar):
 
     def trajectory(self, z: Tensor, context: Tensor) -> Tensor:
         """z before, between and after the steps, [K + 1, *batch, D] for z [*batch, D] and context [*params, F]."""
-        params = self.params(context)
-        self._check_inputs(z, context)
-        return self._trajectory(z, *params)
+        return self._trajectory(z, *self._params_for(z, context))
 
     def extra_repr(self) -> str:
         return self._repr(dim=self.dim, num_steps=self.num_steps, context_dim=self.context_dim)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
-from vvae_fast.shapes import check_size
+from vvae_fast.nn.outputs import check_decoded, check_encoded, check_flowed, describe
+from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
+from vvae_fast.shapes import HALVES, autocasts, check_size, compute_dtype, full_precision, untraced
 
 
 class ElboTerms(NamedTuple):
@@ -24,11 +26,12 @@ class ElboTerms(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """The diagonal Gaussian q_0(z_0 | x) and the encoder's features: mean, log_var [B, D], features [B, F]."""
+    """The diagonal Gaussian q_0(z_0 | x) and the encoder's features: mean, log_var [B, D], features [B, F], or None of
+    an encoder that gave the first two only."""
 
     mean: Tensor
     log_var: Tensor
-    features: Tensor
+    features: Tensor | None
 
 
 class PosteriorSample(NamedTuple):
@@ -45,18 +48,24 @@ class VAE(nn.Module):
     The prior is N(0, I). The VAE owns one linear head, features -> (mean, log-variance) of q_0(z_0 | x).
 
     Args:
-        encoder: x [B, *data] -> features [B, F].
+        encoder: x [B, *data] -> features [B, F]. Or, without use of the head, the pair (mean, log_var) [B, D] each, or
+            (mean, log_var, features), which a flow with a `context_dim` needs.
         decoder: z [N, D] -> the likelihood's parameters [N, *], num_params a data dimension. Data and
             parameters are paired in flattened order, so only their numbers of elements must fit.
         latent_dim: D.
         flow: flow(z) -> (z_K, log_det), or, where it has a `context_dim`, flow(z, features) with z [S, B, D]
             or [B, D]; log_det = +log|det dz_K/dz_0|. None for the diagonal Gaussian posterior.
         likelihood: a name for `make_likelihood` or a Likelihood.
-        feature_dim: F; by default flow.context_dim, else encoder.out_features.
+        feature_dim: F; by default flow.context_dim, else encoder.out_features. 0 makes no head, for an encoder that
+            gives mean and log_var itself.
 
     Raises:
         ValueError: where F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
         TypeError: where encoder, decoder or flow is not a module, or a dimension is not an int.
+
+    In half precision, `vae.bfloat16()` or `vae.half()`, x has that dtype, and so do what `sample` and `reconstruct`
+    return and the features; mean, log_var, noise, z, parameters of the likelihood and everything in nats are float32.
+    Each module is called in the dtype of its own parameters.
 
     Methods that draw samples take a `generator` on the module's device, by default torch's global one.
 
@@ -77,7 +86,7 @@ class VAE(nn.Module):
     ):
         super().__init__()
         _check_modules(encoder=encoder, decoder=decoder, flow=flow)
-        check_size("latent_dim", latent_dim, 1)
+        latent_dim = check_size("latent_dim", latent_dim, 1)
         _check_agreement("flow.dim", getattr(flow, "dim", None), "latent_dim", latent_dim)
         self.encoder = encoder
         self.decoder = decoder
@@ -85,7 +94,7 @@ class VAE(nn.Module):
         self.likelihood = make_likelihood(likelihood)
         self.latent_dim = latent_dim
         self.feature_dim = _find_feature_dim(encoder, flow, feature_dim)
-        self.posterior_head = nn.Linear(self.feature_dim, 2 * latent_dim)
+        self.posterior_head = nn.Linear(self.feature_dim, 2 * latent_dim) if self.feature_dim else None
         self._flow_takes_features = getattr(flow, "context_dim", None) is not None
 
     def forward(
@@ -122,13 +131,14 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: where x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
         """
-        check_size("num_samples", num_samples, 1)
+        num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
         noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
         if noise is None:
             noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
-        elif noise.shape != noise_shape:
-            raise ValueError(f"noise must be {tuple(noise_shape)}, got {tuple(noise.shape)}")
+        else:
+            _check_noise(noise, posterior.mean, num_samples)
+            noise = noise.to(posterior.mean.dtype)
         if self.flow is None:
             std = (0.5 * posterior.log_var).exp()  # [B, D]
             z = torch.addcmul(posterior.mean, std, noise)  # as noise
@@ -145,20 +155,21 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """q_0(z_0 | x): mean and log-variance [B, D] and the encoder's features [B, F], for x [B, *data]."""
         self._check_x(x)
-        features = self.encoder(x)
-        if features.shape != (len(x), self.feature_dim):
-            raise ValueError(
-                f"encoder must give features of shape {(len(x), self.feature_dim)} for x of shape {tuple(x.shape)}, "
-                f"got {tuple(features.shape)}; pass feature_dim= to the VAE if that is what it should give"
-            )
-        mean, log_var = _full_precision(self.posterior_head(features)).chunk(2, -1)  # views [B, D]
-        return Posterior(mean, log_var, features)
+        encoded = self.encoder(self._as_taken_by(self.encoder, x))
+        check_encoded(encoded, x, self.latent_dim, self.feature_dim)
+        dtype = compute_dtype(self._like.dtype)
+        if isinstance(encoded, Tensor):
+            statistics = self.posterior_head(self._as_taken_by(self.posterior_head, encoded)).to(dtype)
+            mean, log_var = statistics.chunk(2, -1)  # views [B, D]
+            return Posterior(mean, log_var, encoded)
+        mean, log_var, features = (*encoded, None)[:3]
+        return Posterior(mean.to(dtype), log_var.to(dtype), features)
 
     def posterior_sample(
         self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
     ) -> PosteriorSample:
         """num_samples draws of q(z | x) for each row of x [B, *data], before and after the flow (equal without one)."""
-        check_size("num_samples", num_samples, 1)
+        num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
         noise = _standard_normal((num_samples, *posterior.mean.shape), posterior.mean, generator)  # [S, B, D]
         z_0, z_K, log_det = self._push(posterior, noise)
@@ -167,17 +178,11 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's parameters [*batch, *] as the decoder gives them, for z [*batch, D], any leading dims."""
-        if not isinstance(z, Tensor):
-            raise TypeError(f"z must be a Tensor, got {type(z).__name__}")
-        if z.ndim == 0 or z.shape[-1] != self.latent_dim:
-            raise ValueError(f"z must be [*batch, {self.latent_dim}], got {tuple(z.shape)}")
-        rows = z.reshape(-1, self.latent_dim)  # [N, D]
+        self._check_z(z)
+        rows = self._as_taken_by(self.decoder, z.reshape(-1, self.latent_dim))  # [N, D]
         params = self.decoder(rows)
-        if params.ndim < 2 or len(params) != len(rows):
-            raise ValueError(
-                f"decoder must give [{len(rows)}, *] for z of shape {tuple(rows.shape)}, got {tuple(params.shape)}"
-            )
-        return _full_precision(params).reshape(*z.shape[:-1], *params.shape[1:])
+        check_decoded(params, rows)
+        return full_precision(params).reshape(*z.shape[:-1], *params.shape[1:])
 
     @torch.no_grad()
     def log_likelihood(
@@ -202,8 +207,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: also where x holds values of zero probability under the likelihood.
         """
-        check_size("num_samples", num_samples, 1)
-        check_size("chunk_size", chunk_size, 1)
+        num_samples = check_size("num_samples", num_samples, 1)
+        chunk_size = check_size("chunk_size", chunk_size, 1)
         posterior = self.encode(x)
         self.likelihood.check_data(x)
         batch = len(x)
@@ -221,37 +226,50 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """num_samples draws of x, [num_samples, *data] in the decoder's shape; with mean=True their means E[x | z]."""
-        check_size("num_samples", num_samples, 1)
-        weight = self.posterior_head.weight
-        z = _standard_normal((num_samples, self.latent_dim), weight, generator)  # [N, D]
-        params = self.decode(z)  # [N, *]
+        num_samples = check_size("num_samples", num_samples, 1)
+        params = self.decode(_standard_normal((num_samples, self.latent_dim), self._like, generator))  # [N, *]
+        _check_channels(params, self.likelihood)
         rows = params.flatten(1)  # [N, num_params * P]
         x = self.likelihood.mean(rows) if mean else self.likelihood.sample(rows, generator)
-        return x.reshape(num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:])
+        return x.reshape(num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:]).to(
+            self._like.dtype
+        )
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """E[x | z] for one posterior sample z of each row, in the shape of x [B, *data]."""
         z = self.posterior_sample(x, 1, generator).z_K[0]  # [B, D]
-        return self.likelihood.mean(self.decode(z).flatten(1)).reshape(x.shape)
+        return self.likelihood.mean(self._params_for(x, z)).reshape(x.shape).to(x.dtype)
 
     def _push(self, posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """z_0 = mean + std * noise and its image: z_0, z_K [*S, B, D] and log_det [*S, B] (0.0 without a flow)."""
         z_0 = torch.addcmul(posterior.mean, (0.5 * posterior.log_var).exp(), noise)
         if self.flow is None:
             return z_0, z_0, 0.0
-        z_K, log_det = self.flow(z_0, posterior.features) if self._flow_takes_features else self.flow(z_0)
-        if z_K.shape != z_0.shape or log_det.shape != z_0.shape[:-1]:
-            raise ValueError(
-                f"flow must give z_K {tuple(z_0.shape)} and log_det {tuple(z_0.shape[:-1])}, "
-                f"got {tuple(z_K.shape)} and {tuple(log_det.shape)}"
-            )
-        return z_0, z_K, log_det
+        inputs = [self._as_taken_by(self.flow, z_0)]
+        if inputs[0].dtype in HALVES and isinstance(self.flow, (PlanarFlow, AmortizedPlanarFlow)):
+            inputs = [z_0]  # these take float32 in half precision too, and z keeps its digits
+        if self._flow_takes_features:
+            if posterior.features is None:
+                raise ValueError(
+                    f"flow takes features of width {self.flow.context_dim}, and the encoder gave none: it must give "
+                    "features, or (mean, log_var, features), got (mean, log_var)"
+                )
+            inputs.append(self._as_taken_by(self.flow, posterior.features))
+        flowed = self.flow(*inputs)
+        check_flowed(flowed, z_0)
+        z_K, log_det = flowed
+        return z_0, z_K.to(z_0.dtype), log_det.to(z_0.dtype)
+
+    def _params_for(self, x: Tensor, z: Tensor) -> Tensor:
+        """The likelihood's parameters [*S, B, num_params * P] for x [B, *data] and z [*S, B, D]."""
+        params = self.decode(z).flatten(z.ndim - 1)
+        _check_params(params, x, self.likelihood)
+        return params
 
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), [*S, B], for x [B, *data] and z [*S, B, D]."""
-        params = self.decode(z).flatten(z.ndim - 1)  # [*S, B, num_params * P]
-        x = x.flatten(1)  # [B, P]
+        params, x = self._params_for(x, z), x.flatten(1)  # [*S, B, num_params * P], [B, P]
         if not torch.compiler.is_compiling() and not self._is_checked and self.training and _trains_eagerly(x):
             self.likelihood.check_batch(x, params)
             self._is_checked = len(x) > 0
@@ -259,21 +277,51 @@ class VAE(nn.Module):
 
     def _log_weights(self, x: Tensor, posterior: Posterior, noise: Tensor, rows: slice) -> Tensor:
         """log p(x, z_K) - log q_K(z_K | x) of some rows of x, [S, rows], for noise [S, B, D]."""
-        posterior, noise = Posterior(*(t[rows] for t in posterior)), noise[:, rows]
+        posterior, noise = Posterior(*(t if t is None else t[rows] for t in posterior)), noise[:, rows]
         _, z, log_det = self._push(posterior, noise)
         log_ratio = 0.5 * (noise.square() + posterior.log_var - z.square()).sum(-1) + log_det  # log p(z_K) - log q_K
         return self._log_likelihood_of(x[rows], z) + log_ratio
 
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the VAE's dtype and device: the head's weight, or where it has none, the first parameter."""
+        weight = getattr(self.posterior_head, "weight", None)  # a quantized head's is a method
+        return weight if isinstance(weight, Tensor) else next(self.parameters(), torch.empty(0))
+
+    def _as_taken_by(self, module: nn.Module, t: Tensor) -> Tensor:
+        """t in the dtype of the module's parameters, or where it has none in the VAE's; autocast sees to it itself."""
+        if autocasts(t):
+            return t
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return t.to(parameter.dtype)
+        return t.to(self._like.dtype)
+
+    @untraced
     def _check_x(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
         if x.ndim < 2:
             raise ValueError(f"x must be [B, *data], got shape {tuple(x.shape)}; for one data point pass x[None]")
-        weight = self.posterior_head.weight
-        if x.device != weight.device:
-            raise ValueError(f"x must be on {weight.device} like the VAE, got {x.device}; move one of them")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x must be {weight.dtype} like the VAE, got {x.dtype}; convert one of them")
+        self._check_like("x", x)
+
+    @untraced
+    def _check_z(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a Tensor, got {type(z).__name__}")
+        if z.ndim == 0 or z.shape[-1] != self.latent_dim:
+            raise ValueError(f"z must be [*batch, {self.latent_dim}], got {tuple(z.shape)}")
+        self._check_like("z", z, compute_dtype(self._like.dtype))
+
+    def _check_like(self, name: str, tensor: Tensor, *others: torch.dtype) -> None:
+        """Raises where a tensor is not on the VAE's device, or has neither its dtype nor another."""
+        like = self._like
+        if tensor.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} like the VAE, got {tensor.device}; move one of them")
+        if autocasts(tensor) and like.dtype != torch.float64:  # which it leaves alone
+            others = (*others, torch.float32, *HALVES)
+        if tensor.dtype not in (like.dtype, *others):
+            raise TypeError(f"{name} must be {like.dtype} like the VAE, got {tensor.dtype}; convert one of them")
 
 
 def _trains_eagerly(x: Tensor) -> bool:
@@ -289,12 +337,37 @@ def _trains_eagerly(x: Tensor) -> bool:
 
 
 def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    options = {} if generator is None else {"generator": generator}  # torch.export knows no sizes beside a generator
+    return torch.randn(shape, **options, dtype=compute_dtype(like.dtype), device=like.device)
 
 
-def _full_precision(t: Tensor) -> Tensor:
-    """Half-precision outputs of autocast layers in float32: log-variances and sums over data need its mantissa."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+@untraced
+def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
+    wanted = mean.shape if num_samples == 1 else (num_samples, *mean.shape)
+    if not isinstance(noise, Tensor) or noise.shape != wanted:
+        raise ValueError(f"noise must be {tuple(wanted)}, got {describe(noise)}")
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must be {mean.dtype} like the posterior's mean, got {noise.dtype}")
+
+
+@untraced
+def _check_params(params: Tensor, x: Tensor, likelihood: Likelihood) -> None:
+    """Raises where the decoder gave too many or too few numbers a row of x, in the likelihood's own words."""
+    wanted = likelihood.num_params * math.prod(x.shape[1:])
+    if params.shape[-1] != wanted:
+        raise ValueError(
+            f"decoder's params must be [*samples, {x.shape[0]}, {wanted}] for x of shape {tuple(x.shape)} "
+            f"({likelihood.name}: {likelihood.num_params} a data dimension), got {tuple(params.shape)}"
+        )
+
+
+@untraced
+def _check_channels(params: Tensor, likelihood: Likelihood) -> None:
+    if params.shape[1] % likelihood.num_params:
+        raise ValueError(
+            f"decoder must give [N, {likelihood.num_params} x channels, *] for the {likelihood.name} likelihood, "
+            f"got {tuple(params.shape)}"
+        )
 
 
 def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
@@ -303,10 +376,14 @@ def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: i
     if feature_dim is None:
         feature_dim = context_dim if context_dim is not None else out_features
     if feature_dim is None:
-        raise ValueError("feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width")
-    check_size("feature_dim", feature_dim, 1)
-    _check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
-    _check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
+        raise ValueError(
+            "feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width, or "
+            "feature_dim=0 where it gives (mean, log_var)"
+        )
+    feature_dim = check_size("feature_dim", feature_dim, 0)
+    if feature_dim:
+        _check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
+        _check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
     return feature_dim
 
 

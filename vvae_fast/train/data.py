@@ -141,8 +141,7 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
         ValueError: batch_size is not positive or seed is negative.
         DataError: the memory cannot hold the thresholds of a dynamic data set.
     """
-    check_size("batch_size", batch_size, 1)
-    check_size("seed", seed, 0)
+    batch_size, seed = check_size("batch_size", batch_size, 1), check_size("seed", seed, 0)
     try:
         rows = BinarizedRows(dataset.train, seed) if dataset.dynamic else StaticRows(dataset.train)
     except MemoryError as error:
