@@ -133,6 +133,8 @@ def _call_reference(flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, 
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return flow(z, u, w, b, *formulas)[:2]
     outputs = flow(z, u, w, b, *formulas)[:2]
+    if outputs[0] is z:  # without a step; who changes one of them must not change the other
+        outputs = z.clone(), outputs[1]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, u, w, b)):
         return outputs
     zero = sum(t[..., :0].sum() for t in (z, u, w, b))

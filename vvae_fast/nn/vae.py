@@ -332,6 +332,7 @@ def _trains_eagerly(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not isinstance(x, torch._subclasses.FakeTensor)
+        and not x.is_meta
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
