@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,8 @@ def _library() -> ctypes.CDLL:
     libraries = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror"]
     command = ["g++", *flags, *include, SOURCE, *libraries, "-lc10", "-o", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[:4000]
     library = ctypes.CDLL(str(out))
     for name in ("count_blocks", "count_broken"):

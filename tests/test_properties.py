@@ -51,8 +51,9 @@ def answers(p: Problem, formulas: Formulas, inverse: bool, backend: str = "cpp")
 
 
 def bits(t: Tensor) -> Tensor:
-    """NaN is itself here, and 0 is not -0."""
-    return t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int64)
+    """0 is not -0 here, and all NaNs are one: the sign of a NaN is the compiler's choice."""
+    t = torch.where(t.isnan(), math.nan, t.resolve_neg()).contiguous()
+    return t.view(torch.int32 if t.element_size() == 4 else torch.int64)
 
 
 def assert_same_bits(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], about: object = None) -> None:

@@ -5,10 +5,8 @@ import subprocess
 
 import pytest
 import sanitized
-from sanitized import HERE, MUTANTS, ROOT, SANITIZERS
+from sanitized import CPU, HERE, MUTANTS, ROOT, SANITIZERS
 from sanitizers import stress
-
-CPU = ROOT / "csrc" / "cpu"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -31,7 +29,7 @@ def test_the_build_is_that_of_setup():
     ext = sanitized.extension()
     assert {ROOT / path for path in ext.sources} == {ROOT / "csrc" / "module.cpp", *CPU.glob("*.cpp")}
     for sanitizer, kind in SANITIZERS.items():
-        driver = sanitized.compiling(CPU / sanitized.DRIVER, ROOT / "out.o", sanitizer)
+        driver = sanitized.instrumented(CPU / sanitized.DRIVER, ROOT / "out.o", sanitizer)
         assert set(kind.flags) <= set(driver)
         assert "-O3" not in driver
         assert "-ffp-contract=fast" in driver
