@@ -52,7 +52,11 @@ def test_gradients_of_an_inverse_of_many_steps(problem):
     digits.assert_digits(problem, answer(problem), "triton")
 
 
-@pytest.mark.parametrize("problem", digits.growing_flows(), ids=digits.name_of)
+# The interpreter is slow: each kind of parameters once. tests/test_digits.py has the others.
+GROWING = [problem for problem in digits.growing_flows() if problem.name.startswith("leaky_relu-8")]
+
+
+@pytest.mark.parametrize("problem", GROWING, ids=digits.name_of)
 def test_gradients_where_z_grows(problem):
     digits.assert_digits(problem, answer(problem), "triton")
 

@@ -132,13 +132,11 @@ def _call_reference(flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, 
         with warnings.catch_warnings():  # the trace holds these K steps, and is warned of as if they were data
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return flow(z, u, w, b, *formulas)[:2]
-    outputs = flow(z, u, w, b, *formulas)[:2]
-    if outputs[0] is z:  # without a step; who changes one of them must not change the other
-        outputs = z.clone(), outputs[1]
+    z_K, log_det = flow(z, u, w, b, *formulas)[:2]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, u, w, b)):
-        return outputs
+        return (z.clone() if z_K is z else z_K), log_det  # no steps give no new tensor by themselves
     zero = sum(t[..., :0].sum() for t in (z, u, w, b))
-    return outputs[0] - zero, outputs[1] - zero  # and not plus: -0.0 stays
+    return z_K - zero, log_det - zero  # and not plus: -0.0 stays
 
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
