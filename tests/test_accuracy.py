@@ -1,15 +1,23 @@
 """The accuracy rule of tests/problems.py itself, and a quick part of the sweep that benchmarks/accuracy.py makes."""
 
+import importlib.util
 import math
 import re
 
 import pytest
 import torch
 from accuracy_table import breaches, table
-from problems import DRAWS, NAMES, assert_as_accurate
+from problems import DRAWS, NAMES, assert_as_accurate, on_each_isa
 from sweep import FLOOR, Counts, Finding, Package, sweep
 from sweep_inputs import Input, inputs
+from torch import Tensor
 
+import vvae_fast
+from vvae_fast import reference
+
+WITH_TRITON = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="Triton's interpreter is not used"
+)
 ORDINARY = Input("tanh", "softplus", False, "shared", 3, 4, None, 0.5, False, 0)
 
 
@@ -99,3 +107,46 @@ def test_every_digit_that_the_reference_keeps():
     """The promise, on each instruction set, at the inputs that a few seconds allow."""
     findings, _ = found(Package("cpp"), inputs("least"))
     assert breaches(findings) == []
+
+
+BESIDE_THE_LOOP = [pytest.param("cpp", id="cpp"), pytest.param("triton", id="triton", marks=WITH_TRITON)]
+both_kinds = pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+
+
+def one_dimension(z: Tensor, u: float, num_steps: int, amortized: bool) -> list[Tensor]:
+    """z, u, w, b with w = 1 and b = 0; amortized, each row has its own."""
+    params = [torch.full((num_steps, 1), u), torch.ones(num_steps, 1), torch.zeros(num_steps)]
+    params = [t.expand(len(z), *t.shape).clone() for t in params] if amortized else params
+    return [t.requires_grad_() for t in (z[:, None], *params)]
+
+
+@pytest.mark.parametrize("backend", BESIDE_THE_LOOP)
+@both_kinds
+def test_tanh_keeps_the_digits_of_its_derivative_where_it_saturates(backend, amortized):
+    """Row by row: autograd's 1 - h^2 loses them, so that the eager loop is no measure, and other rows hide them."""
+    a = torch.tensor([1.0, -3.0, 5.0, -7.0, 9.0, 12.0, -16.0, 20.0])
+    a = a if amortized else a[2:]  # the first two would hide the others in their sum
+    inputs = one_dimension(a, 1.0, 1, amortized)
+    for answer in each_isa_of(backend, lambda: vvae_fast.planar_flow(*inputs, constraint="none", backend=backend)[0]):
+        (dz,) = torch.autograd.grad(answer.sum(), inputs[0], retain_graph=True)
+        wanted = 1 / a.double().cosh().square()
+        db = torch.autograd.grad(answer.sum(), inputs[3])[0].double().flatten()
+        got = db if amortized else db[None]
+        exact = wanted if amortized else wanted.sum()[None]
+        assert ((got - exact).abs() <= 2e-6 * exact).all()
+        assert ((dz[:, 0].double() - 1 - wanted).abs() <= 2e-7 * (1 + wanted)).all()
+
+
+@pytest.mark.parametrize("backend", BESIDE_THE_LOOP)
+@both_kinds
+def test_log_det_keeps_the_digits_of_steps_near_the_identity(backend, amortized):
+    """w.u = 1e-4: a product of determinants without what rounding takes from it has 3 digits of the sum's 7."""
+    inputs = one_dimension(torch.linspace(-1, 1, 12), 1e-4, 24, amortized)
+    z, u, w, b = (t.detach().double() for t in inputs)
+    _, wanted, _ = reference.planar_forward(z, u, w, b, "none")
+    for answer in each_isa_of(backend, lambda: vvae_fast.planar_flow(*inputs, constraint="none", backend=backend)[1]):
+        assert ((answer.double() - wanted).abs() <= 2e-6 * wanted.abs()).all()
+
+
+def each_isa_of(backend: str, answer) -> list[Tensor]:
+    return list(on_each_isa(answer).values()) if backend == "cpp" else [answer()]
