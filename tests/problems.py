@@ -139,9 +139,11 @@ def assert_accuracy_rule(
     inverse: bool = False,
     **formulas,
 ) -> None:
-    """The rule for DRAWS problems of a case: rows, K, D, scale, params."""
+    """The rule for DRAWS problems of a case, rows, K, D, scale, params; half of them in Triton's interpreter, which is
+    slow: the rule allows for the scatter of as many as there are."""
+    draws = DRAWS // 2 if (backend, device) == ("triton", "cpu") else DRAWS
     rows, num_steps, dim, scale, params = case
-    problems = [random_problem((rows,), num_steps, dim, params, scale, seed=seed) for seed in range(DRAWS)]
+    problems = [random_problem((rows,), num_steps, dim, params, scale, seed=seed) for seed in range(draws)]
     errors = errors_over_draws(problems, backend, device, inverse, **formulas)
     loop = errors.pop("loop")
     for name, ours in errors.items():

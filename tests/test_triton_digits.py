@@ -47,12 +47,15 @@ def test_gradients_of_an_inverse_step_that_stretches(problem):
     digits.assert_digits(problem, answer(problem), "triton")
 
 
-@pytest.mark.parametrize("problem", digits.inverse_of_many_steps(), ids=digits.name_of)
+# The interpreter is slow: each kind of parameters once. tests/test_digits.py has the others.
+STRETCHING = [problem for problem in digits.inverse_of_many_steps() if problem.name.startswith("elu")]
+
+
+@pytest.mark.parametrize("problem", STRETCHING, ids=digits.name_of)
 def test_gradients_of_an_inverse_of_many_steps(problem):
     digits.assert_digits(problem, answer(problem), "triton")
 
 
-# The interpreter is slow: each kind of parameters once. tests/test_digits.py has the others.
 GROWING = [problem for problem in digits.growing_flows() if problem.name.startswith("leaky_relu-8")]
 
 
