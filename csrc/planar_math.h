@@ -231,8 +231,8 @@ PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L:
   const auto x = c * act.h_prime, zero = L::splat(0);
   const auto det = determinant<L>(act, c, s, f);
   const auto lossy = (x >= L::splat(-0.5)) & (x <= L::splat(0x1p60));  // no correction of infinity
-  const auto log = L::log(L::abs(det)) + L::select(lossy, log_correction<L>(excess<L>(x, f), det), zero);
-  return log + L::select(L::abs(det) < 2 * s, sunk, zero);
+  const auto below = L::select(L::abs(det) < 2 * s, sunk, zero);  // never where it is lossy: there det is at least 1/2
+  return L::log(L::abs(det)) + L::select(lossy, log_correction<L>(excess<L>(x, f), det), below);
 }
 
 // 1 / det for (11), 0 where lambda is 0, as it is for rows that are not there: their determinant may be 0.

@@ -227,8 +227,8 @@ def log_abs_determinant(h, h_prime, c, s, sunk, F: tl.constexpr):
     x = c * h_prime
     det = determinant(h, h_prime, c, s, F)
     lossy = (x >= -0.5) & (x <= 1.152921504606847e18)  # no correction of infinity
-    log = tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), 0)
-    return log + tl.where(tl.abs(det) < 2 * s, sunk, 0)
+    below = tl.where(tl.abs(det) < 2 * s, sunk, 0)  # never where it is lossy: there det is no less than 1/2
+    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), below)
 
 
 @triton.jit
