@@ -54,6 +54,19 @@ def test_a_trace_has_the_values_and_gradients(amortized, way, activation):
     torch.testing.assert_close(got, gradients(wanted, [*inputs, *module.parameters()]))
 
 
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "elu"])
+def test_a_trace_searches_as_long_as_other_inputs_need(activation):
+    """The root of the traced inputs is found at once, those of others are not."""
+    module = make(False, "inverse", activation, torch.float64)
+    with torch.no_grad():
+        module.flow.u.mul_(8.0)
+        module.flow.w.mul_(4.0)
+        module.flow.b.zero_()
+        traced = torch.jit.trace(module, (torch.zeros(2, 3, dtype=torch.float64),))
+        z = 20 * torch.randn(500, 3, dtype=torch.float64)
+        torch.testing.assert_close(traced(z), module(z))
+
+
 @both
 @pytest.mark.parametrize("options", [{"num_steps": 0}, {"backend": "cpp"}, {"dtype": torch.bfloat16}], ids=str)
 def test_a_trace_of_any_flow(amortized, options):
