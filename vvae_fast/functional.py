@@ -144,6 +144,6 @@ def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor
 
 
 def _choose(problem: shapes.Problem, backend: str | None) -> str:
-    """The backend that runs the problem: the reference where only plain PyTorch is seen through, and for no steps."""
+    """The backend that runs the problem: the reference where only plain PyTorch is seen through."""
     chosen = backends.select(problem, backend)
-    return "reference" if not problem.num_steps or autograd.needs_plain_torch() else chosen
+    return "reference" if autograd.needs_plain_torch() else chosen
