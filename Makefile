@@ -11,8 +11,10 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 demo: .venv/built
 	$(BIN)/vvae-fast compare
 
+# A process for each core, up to four; a file's tests stay together. WORKERS=0: all in one process.
+WORKERS ?= auto
 test: .venv/built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadgroup
 
 # The property tests with 2,000 examples each, other ones in every run: SEED=number repeats one.
 test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))

@@ -9,9 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # vvae_fast and Triton read it when they are imported
     with contextlib.suppress(ImportError):  # the tests that need Triton skip and say so
+        import interpreter
         import triton
 
         triton.knobs.runtime.interpret = True
+        interpreter.sum_dots_in_order()
 with contextlib.suppress(ImportError):  # tests/test_properties*.py skip and say so
     import property_profiles  # noqa: F401
 
@@ -21,12 +23,23 @@ from vvae_fast import ops
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
+@pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist select
 def pytest_collection_modifyitems(items):
-    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not."""
+    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not.
+
+    A file's tests run in one of pytest-xdist's processes, one after the other: they share what the file has built.
+    """
     for item in items:
         if item.path.name.startswith("test_triton") and torch.cuda.is_available():
             item.add_marker("gpu")
+        group = "cuda on the host" if hasattr(item.module, "cuda_host") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_configure(config):
+    """Each of pytest-xdist's processes has its share of the cores."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_runtest_setup(item):
