@@ -82,6 +82,18 @@ def test_it_moves_and_is_saved_with_its_vae():
     assert not list(vae.likelihood.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_vae_in_half_precision_keeps_the_digits_of_the_units(dtype):
+    shift, scale = torch.tensor([1e6 + 1, 1e-3]), torch.tensor([7e4, 1.0 + 1e-4])
+    vae = VAE(mlp_encoder(2, 5), mlp_decoder(2, 5, 4), 2, likelihood=Standardised(shift, scale)).to(dtype)
+    assert {p.dtype for p in vae.parameters()} == {dtype}
+    assert torch.equal(vae.likelihood.shift, shift)
+    assert torch.equal(vae.likelihood.scale, scale)
+    assert vae(torch.randn(6, 2).to(dtype)).neg_elbo.dtype == torch.float32
+    assert vae.double().likelihood.shift.dtype == torch.float64
+    assert vae.to("meta").likelihood.shift.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("shift", "scale", "message"),
     [

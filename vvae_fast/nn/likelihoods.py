@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.shapes import as_float, check_size, full_precision, untraced
+from vvae_fast.shapes import HALVES, as_float, check_size, full_precision, untraced
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 # Operations of autograd's graph: those that give probabilities or their logarithms, and those that only move numbers.
@@ -214,7 +214,8 @@ class Standardised(Likelihood, nn.Module):
     """A Gaussian of y = (x - shift) / scale; log-densities are those of x, docs/math.md (50), means and draws too.
 
     The decoder gives the parameters of y, which are of the size that networks are initialised for whatever the units of
-    x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it.
+    x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it. A VAE in half precision
+    leaves them in float32: they are numbers of the data, not weights.
 
     Args:
         shift, scale: for each data dimension, [P], or one for all, []. scale is positive.
@@ -235,6 +236,15 @@ class Standardised(Likelihood, nn.Module):
         self.base = Gaussian() if base is None else base
         self.register_buffer("shift", shift.clone())
         self.register_buffer("scale", scale.clone())
+
+    def _apply(self, fn, recurse: bool = True):
+        """Takes devices and wide dtypes from fn, as every module does, but no half precision."""
+
+        def kept(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in HALVES else moved
+
+        return super()._apply(kept, recurse)
 
     @property
     def num_params(self) -> int:
