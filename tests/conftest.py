@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 
 import pytest
 import torch
@@ -23,23 +24,22 @@ from vvae_fast import ops
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist select
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not.
-
-    A file's tests run in one of pytest-xdist's processes, one after the other: they share what the file has built.
-    """
+    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not."""
     for item in items:
         if item.path.name.startswith("test_triton") and torch.cuda.is_available():
             item.add_marker("gpu")
-        group = "cuda on the host" if hasattr(item.module, "cuda_host") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_configure(config):
-    """Each of pytest-xdist's processes has its share of the cores."""
+    """Processes of pytest-xdist share the cores, and what tests/cuda_host.py builds."""
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    else:
+        builds = tempfile.TemporaryDirectory(prefix="vvae-fast-tests-")
+        os.environ["VVAE_FAST_TEST_BUILDS"] = builds.name
+        config.add_cleanup(builds.cleanup)
 
 
 def pytest_runtest_setup(item):

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock  # which PyTorch installs
 from problems import Problem
 from torch import Tensor
 
 from vvae_fast import reference
 from vvae_fast.shapes import Formulas
 
+FOLDER = "VVAE_FAST_TEST_BUILDS"  # an environment variable: where the processes of a test run put what they build
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 SANITIZERS = {
@@ -37,7 +39,7 @@ FLAGS = [
     "-Wall",
     "-Werror",
 ]
-FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", "-Wno-switch"]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
@@ -54,6 +56,9 @@ SMALL = [
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Of each program: a template over the dtype takes minutes to compile for each. What a sanitizer sees are addresses and
+# barriers; the former differ for numbers of four bytes and of two, the latter for none.
+DTYPES_OF = {"plain": tuple(DTYPES), "address": (torch.float32, torch.bfloat16), "thread": (torch.float32,)}
 FORMS = {"automatic": 0, "direct": 1, "compact": 2}
 FORWARD, REVERSE = 0, 1  # orders of the blocks; any other number is the seed of a random one
 
@@ -110,13 +115,21 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text)
 
 
-def copy_sources(folder: Path) -> Path:
-    """csrc for a GPU that is small: few rows make several blocks, and blocks take their rows in several turns."""
+def copy_sources(folder: Path, dtypes: tuple[torch.dtype, ...]) -> Path:
+    """csrc for a GPU that is small: few rows make several blocks, and blocks take their rows in several turns; and for
+    some dtypes, float32 among them."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     for name, constant, value in SMALL:
         replace(csrc / "cuda" / name, rf"\b{constant} = \d+", f"{constant} = {value}")
+    keep_dtypes(csrc, dtypes)
     return csrc
+
+
+def keep_dtypes(csrc: Path, dtypes: tuple[torch.dtype, ...]) -> None:
+    row = csrc / "cuda" / "row.cuh"
+    names = "|".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    row.write_text(re.sub(rf"^ *case Dtype::(?!{names}\b).*\n", "", row.read_text(), flags=re.MULTILINE))
 
 
 def compiling(source: Path, csrc: Path, out: Path, sanitizer: str) -> list:
@@ -141,23 +154,34 @@ def run_commands(commands: list[list]) -> None:
 
 @functools.cache
 def build(sanitizers: tuple[str, ...] = tuple(SANITIZERS)) -> dict[str, Path]:
-    """The program for each sanitizer that there is, in a folder with its object files; csrc lies beside them."""
-    root = Path(_temporary().name)
-    csrc = copy_sources(root)
+    """The program for each sanitizer that there is, in a folder with its object files and its csrc.
+
+    Processes of pytest-xdist share what the first of them builds.
+    """
+    root = Path(os.environ.get(FOLDER) or _temporary().name)
     folders = {sanitizer: root / sanitizer for sanitizer in sanitizers if has_runtime(sanitizer)}
-    for path in folders.values():
-        path.mkdir()
-    longest_first = sorted([*sources(csrc), HERE / "cuda_on_host" / "run.cpp"], key=lambda path: -path.stat().st_size)
+    with FileLock(root / "cuda_on_host.lock"):
+        _compile({sanitizer: path for sanitizer, path in folders.items() if not (path / "run").exists()})
+    return {sanitizer: path / "run" for sanitizer, path in folders.items()}
+
+
+def _compile(folders: dict[str, Path]) -> None:
+    for sanitizer, path in folders.items():
+        shutil.rmtree(path, ignore_errors=True)  # what a build that failed has left
+        copy_sources(path, DTYPES_OF[sanitizer])
+    work = [
+        (source, sanitizer, path)
+        for sanitizer, path in folders.items()
+        for source in [*sources(path / "csrc"), HERE / "cuda_on_host" / "run.cpp"]
+    ]
+    longest_first = sorted(work, key=lambda one: -one[0].stat().st_size)
     run_commands(
         [
-            compiling(source, csrc, path / f"{source.stem}.o", sanitizer)
-            for source in longest_first
-            for sanitizer, path in folders.items()
+            compiling(source, path / "csrc", path / f"{source.stem}.o", sanitizer)
+            for source, sanitizer, path in longest_first
         ]
     )
-    programs = {sanitizer: path / "run" for sanitizer, path in folders.items()}
-    run_commands([linking(sorted(folders[name].glob("*.o")), program, name) for name, program in programs.items()])
-    return programs
+    run_commands([linking(sorted(path.glob("*.o")), path / "run", name) for name, path in folders.items()])
 
 
 @functools.cache

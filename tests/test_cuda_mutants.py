@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import cuda_host
 import pytest
+import torch
 from cuda_host import Case, wanted_of
 from problems import random_problem, relative_errors
 
@@ -180,16 +181,16 @@ def build(mutant: Mutant, folder) -> object:
     """The program with the mutated sources compiled anew, for few layouts and float32 alone."""
     original = cuda_host.program(mutant.sanitizer)
     csrc = folder / "csrc"
-    shutil.copytree(original.parent.parent / "csrc", csrc)
+    shutil.copytree(original.parent / "csrc", csrc)
     cuda_host.replace(csrc / "cuda" / mutant.file, re.escape(mutant.old), mutant.new)
     row = csrc / "cuda" / "row.cuh"
-    few = re.sub(r"^ *if \(dim <= (?!16\)).*\n|^ *case Dtype::(?!float32).*\n", "", row.read_text(), flags=re.MULTILINE)
-    row.write_text(few)
+    row.write_text(re.sub(r"^ *if \(dim <= (?!16\)).*\n", "", row.read_text(), flags=re.MULTILINE))
+    cuda_host.keep_dtypes(csrc, (torch.float32,))
     objects = []
     for path in original.parent.glob("*.o"):
         if f"{path.stem}.cu" in mutant.sources:
             source, path = csrc / "cuda" / f"{path.stem}.cu", folder / path.name
-            cuda_host.run_commands([[*cuda_host.compiling(source, csrc, path, mutant.sanitizer), "-Wno-switch"]])
+            cuda_host.run_commands([cuda_host.compiling(source, csrc, path, mutant.sanitizer)])
         objects.append(path)
     cuda_host.run_commands([cuda_host.linking(objects, folder / "run", mutant.sanitizer)])
     return folder / "run"
