@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, functional, planar_flow, planar_flow_inverse, shapes
 from vvae_fast.functional import packed_planar_flow
 
 BACKENDS = ("cpp", "reference", "triton")
@@ -59,6 +59,12 @@ def test_no_steps(kind, backend, rows):
             for n, grad in zip(wanted, grads, strict=True):
                 through = n == "z" and output is not log_det
                 assert torch.equal(grad, weight if through else torch.zeros_like(p[n])), (wanted, n)
+
+
+@kinds
+def test_no_steps_run_on_the_backend_that_was_asked_for(kind, monkeypatch):
+    monkeypatch.setattr(functional, "_call_reference", None)
+    run(kind, problem(kind, 0, 5), backend="cpp")
 
 
 @kinds
