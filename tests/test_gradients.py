@@ -62,9 +62,10 @@ def test_no_steps(kind, backend, rows):
 
 
 @kinds
-def test_no_steps_run_on_the_backend_that_was_asked_for(kind, monkeypatch):
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_no_steps_run_on_the_backend_that_was_asked_for(kind, backend, monkeypatch):
     monkeypatch.setattr(functional, "_call_reference", None)
-    run(kind, problem(kind, 0, 5), backend="cpp")
+    run(kind, problem(kind, 0, 5), backend=backend)
 
 
 @kinds
