@@ -36,6 +36,7 @@ def pytest_configure(config):
     """Processes of pytest-xdist share the cores, and what tests/cuda_host.py builds."""
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        os.environ.pop("PYTEST_XDIST_WORKER")  # a session of benchmarks in a child process would measure nothing
     else:
         builds = tempfile.TemporaryDirectory(prefix="vvae-fast-tests-")
         os.environ["VVAE_FAST_TEST_BUILDS"] = builds.name
