@@ -14,7 +14,7 @@ demo: .venv/built
 # A process for each core, up to four; a file's tests stay together. WORKERS=0: all in one process.
 WORKERS ?= auto
 test: .venv/built
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --durations 10
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
 
 # The property tests with 2,000 examples each, other ones in every run: SEED=number repeats one.
 test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
