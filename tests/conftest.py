@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 with contextlib.suppress(ImportError):  # tests/test_properties*.py skip and say so
     import property_profiles  # noqa: F401
 
+import cuda_host
+
 import vvae_fast
 from vvae_fast import ops
 
@@ -34,12 +36,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     """Processes of pytest-xdist share the cores, and what tests/cuda_host.py builds."""
-    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-        os.environ.pop("PYTEST_XDIST_WORKER")  # a session of benchmarks in a child process would measure nothing
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+        os.environ.pop("PYTEST_XDIST_WORKER", None)  # a session of benchmarks in a child process would measure nothing
     else:
         builds = tempfile.TemporaryDirectory(prefix="vvae-fast-tests-")
-        os.environ["VVAE_FAST_TEST_BUILDS"] = builds.name
+        os.environ[cuda_host.FOLDER] = builds.name
         config.add_cleanup(builds.cleanup)
 
 

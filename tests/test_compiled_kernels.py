@@ -17,7 +17,10 @@ LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the target
 
 
 def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:
-    """(form, rows, D, K, parameter sets, dtype, *formulas), such that sm_90 uses each entry of the table."""
+    """(form, rows, D, K, parameter sets, dtype, *formulas), such that sm_90 uses each entry of the table.
+
+    The others compile those of a few block sizes, for time.
+    """
     found = set()
     for _, parameters, block_dim in _table.DIRECT:
         sets = {"shared": 1, "amortized": _table.FEW_ROWS}[parameters]

@@ -28,7 +28,7 @@ def test_each_sanitizer_has_faults_to_find():
     assert any(python == 1 and openmp > 1 for python, openmp in threads)
 
 
-BUILD = """
+COMMANDS = """
 import json, sanitized
 driver = sanitized.CPU / sanitized.DRIVER
 commands = {name: sanitized.instrumented(driver, sanitized.ROOT / "out.o", name) for name in sanitized.SANITIZERS}
@@ -39,7 +39,7 @@ print(json.dumps([sanitized.extension().sources, commands], default=str))
 def test_the_build_is_that_of_setup():
     """In a process of its own, as `make sanitize` is: whose distutils there is depends on what was imported before."""
     done = subprocess.run(
-        [sys.executable, "-c", BUILD],
+        [sys.executable, "-c", COMMANDS],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,

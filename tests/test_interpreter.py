@@ -1,0 +1,28 @@
+"""What the tests of the Triton kernels rest on where Triton interprets them."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used")
+
+
+@triton.jit
+def product_kernel(x, y, out, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    row, step, col = tl.arange(0, M)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
+    tile = tl.dot(tl.load(x + row * K + step[None, :]), tl.load(y + step[:, None] * N + col), input_precision="ieee")
+    tl.store(out + row * N + col, tile)
+
+
+def test_tl_dot_adds_up_a_column_at_a_time():
+    """To the bit: a BLAS that fuses or blocks its sums gives others, and others again in another row of the tile."""
+    x, y, out = torch.randn(16, 64), torch.randn(64, 16), torch.empty(16, 16)
+    product_kernel[(1,)](x, y, out, 16, 64, 16)
+    wanted = torch.zeros(16, 16)
+    for k in range(64):
+        wanted = wanted + x[:, k, None] * y[None, k]
+    assert torch.equal(out, wanted)
