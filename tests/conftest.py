@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
         triton.knobs.runtime.interpret = True
         interpreter.sum_dots_in_order()
+        interpreter.patch_once_a_launch()
 with contextlib.suppress(ImportError):  # tests/test_properties*.py skip and say so
     import property_profiles  # noqa: F401
 

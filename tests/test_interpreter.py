@@ -26,3 +26,29 @@ def test_tl_dot_adds_up_a_column_at_a_time():
     for k in range(64):
         wanted = wanted + x[:, k, None] * y[None, k]
     assert torch.equal(out, wanted)
+
+
+@triton.jit
+def twice(x):
+    return x + x
+
+
+@triton.jit
+def fourfold_kernel(x, out):
+    tl.store(out, twice(twice(tl.load(x))))
+
+
+def test_functions_find_the_language_that_the_launch_put_there(monkeypatch):
+    from triton.runtime import interpreter
+
+    calls = []
+    patch = interpreter._patch_builtin
+    monkeypatch.setattr(
+        interpreter, "_patch_builtin", lambda module, *rest: calls.append(module) or patch(module, *rest)
+    )
+    for _ in range(2):
+        out = torch.zeros(1)
+        fourfold_kernel[(1,)](torch.ones(1), out)
+        assert out.item() == 4
+    assert calls.count(tl) == 2  # once in each launch, whatever is called there
+    assert tl.core.is_builtin(tl.load)  # as it was
