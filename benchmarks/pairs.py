@@ -7,6 +7,7 @@ the same in both: its ratio shows what the machine adds.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -25,12 +26,13 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, HERE / "pairs.py", "--worker", folder]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # Without buffers: what a process that ended has not read is not written again at the end.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def seconds(self, case: Case, contestant: str) -> float:
         """The median call of a block."""
-        self.process.stdin.write(json.dumps([str(case), contestant]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended, and there is no answer
+            self.process.stdin.write(json.dumps([str(case), contestant]).encode() + b"\n")
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"the process of {self.process.args[-1]} ended: what it said is above")

@@ -35,6 +35,20 @@ def test_rounds_take_turns_and_the_ratio_is_the_median_of_theirs():
     assert first_of_each_pair == ["this", "this", "other", "other", "this", "this"]
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_process_that_ended_is_named(monkeypatch, is_over):
+    """Before it is asked, and while it should answer."""
+    popen = subprocess.Popen
+    ends = [sys.executable, "-c", "" if is_over else "input()", "a checkout"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(ends, **options))
+    checkout = pairs.Checkout(ROOT)
+    with checkout.process as process:
+        if is_over:
+            process.wait()
+        with pytest.raises(SystemExit, match="the process of a checkout ended: what it said is above"):
+            checkout.seconds(CASE, "ours")
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "benchmarks" / "pairs.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
