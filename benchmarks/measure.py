@@ -83,8 +83,8 @@ class Run:
             self._time_on_gpu(key, call, setup, seconds, wall_only)
             return
         if key not in self.calls:
-            call_seconds = min(_seconds_of(call, setup) for _ in range(2))  # the first may initialise
-            self.calls[key] = int(min(200, max(3, seconds / call_seconds)))
+            call_seconds = min(seconds_of(call, setup) for _ in range(2))  # the first may initialise
+            self.calls[key] = calls_of_block(seconds, call_seconds)
         count = self.calls[key]
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         benchmark.pedantic(call, setup=setup, rounds=count, warmup_rounds=2)
@@ -99,7 +99,7 @@ class Run:
         timing = self.timings[key]
         if key not in self.calls:
             gpu_clock.wall_seconds(call, setup, 2)
-            self.calls[key] = int(min(200, max(3, seconds / gpu_clock.wall_seconds(call, setup, 3))))
+            self.calls[key] = calls_of_block(seconds, gpu_clock.wall_seconds(call, setup, 3))
         count = self.calls[key]
         host = [gpu_clock.wall_seconds(call, setup, max(1, count // 3)) for _ in range(3)]
         timing.host_rounds.append(host)
@@ -124,7 +124,12 @@ def settle_allocator() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def _seconds_of(call: Callable, setup: Callable | None = None) -> float:
+def calls_of_block(seconds: float, call_seconds: float) -> int:
+    """As many calls as take about `seconds`, 3 to 200 of them."""
+    return int(min(200, max(3, seconds / call_seconds)))
+
+
+def seconds_of(call: Callable, setup: Callable | None = None) -> float:
     """Of one call and what has to be done before it."""
     start = time.perf_counter()
     call(*(setup()[0] if setup else ()))
@@ -164,7 +169,7 @@ class Stage:
             got = self.answer(prepared)
             if contestant.compiled:  # at its first call
                 seconds = time.perf_counter() - start
-                self.compile_seconds[contestant.name] = seconds - _seconds_of(lambda: self.answer(prepared))
+                self.compile_seconds[contestant.name] = seconds - seconds_of(lambda: self.answer(prepared))
             if contestant.role != "no-op":  # which has no answer to check
                 self._check(contestant, got)
         return prepared

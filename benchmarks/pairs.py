@@ -3,7 +3,7 @@
 Times forward + backward of the cpp backend on the CPU cases of `make bench`. Each checkout has a process of its own;
 they take turns, a block of calls each, so that a machine that slows down slows both. A round's ratio is this checkout's
 median over the other's; printed are the medians over rounds, in microseconds, and the median ratio. The no-op's code is
-the same in both: its ratio shows what the machine adds.
+the same in both: its ratio shows what the machine adds. Each result is checked against the oracle before it is timed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from cases import PLANAR_CASES, Case
 
 HERE = Path(__file__).resolve().parent
 BLOCK_SECONDS = 0.06
-CONTESTANTS = ("ours", "no-op")
+CONTESTANTS = {"ours": "vvae_fast cpp", "no-op": "no-op"}  # by contestants.py's names
 
 
 class Checkout:
@@ -55,8 +55,6 @@ def compare(case: Case, pair: list[Checkout], rounds: int) -> dict[str, tuple[fl
 def work(folder: Path) -> None:
     """Answers on the standard output what its input asks, with the package of `folder` and the cases of this one."""
     sys.path.insert(0, str(folder))
-    import time
-
     import contestants
     import measure
     import torch
@@ -66,25 +64,17 @@ def work(folder: Path) -> None:
     if folder not in Path(vvae_fast.__file__).parents:
         raise SystemExit(f"{folder} holds no vvae_fast: give the root of a checkout that is built in place")
     measure.settle_allocator()
-    cases, prepared = {str(case): case for case in PLANAR_CASES}, None
-
-    def ours(*inputs):
-        return vvae_fast.planar_flow(*inputs, backend="cpp")
-
+    cases = {str(case): case for case in PLANAR_CASES}
+    by_name = {one.name: one for one in (*contestants.ours(), *contestants.baselines())}
+    stage = None
     for line in sys.stdin:
         name, contestant = json.loads(line)
-        if name != prepared:
-            leaves = [t.requires_grad_() for t in measure.make_inputs(cases[name])]
-            grads, prepared = measure.make_gradients(cases[name]), name
-        flow = ours if contestant == "ours" else contestants.no_op
-
-        def seconds(flow=flow, leaves=leaves, grads=grads) -> float:
-            start = time.perf_counter()
-            torch.autograd.grad(flow(*leaves), leaves, grads)
-            return time.perf_counter() - start
-
-        once = min(seconds() for _ in range(3))
-        print(statistics.median(seconds() for _ in range(int(min(200, max(3, BLOCK_SECONDS / once))))), flush=True)
+        if stage is None or name != str(stage.case):
+            stage = measure.Stage(cases[name], torch.device("cpu"))
+        call, _ = stage.calls(stage.prepared(by_name[CONTESTANTS[contestant]]), "forward+backward")
+        once = min(measure.seconds_of(call) for _ in range(3))
+        count = measure.calls_of_block(BLOCK_SECONDS, once)
+        print(statistics.median(measure.seconds_of(call) for _ in range(count)), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

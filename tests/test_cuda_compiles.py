@@ -52,7 +52,7 @@ def compile_one(source: Path, arch: str) -> list[Compiled]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[Compiled]:
-    """Every kernel on every architecture; the longest source first, two at a time."""
+    """Every kernel of each architecture's dtypes; the longest source first, two at a time."""
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not installed")
     work = []

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not used")
 
@@ -39,8 +40,6 @@ def fourfold_kernel(x, out):
 
 
 def test_functions_find_the_language_that_the_launch_put_there(monkeypatch):
-    from triton.runtime import interpreter
-
     calls = []
     patch = interpreter._patch_builtin
     monkeypatch.setattr(
