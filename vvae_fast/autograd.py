@@ -1,12 +1,19 @@
-"""The autograd Function around the kernels, and the choice of the differentiable reference where it cannot serve."""
+"""The autograd Function around the kernels, and the choice of the differentiable reference where it cannot serve.
+
+Numbers are `shapes.Formulas.numbers()` and the backend a key of `ops.OPERATORS`: both were checked.
+"""
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from vvae_fast import ops, reference, shapes
 from vvae_fast.shapes import Formulas
 
+Numbers = tuple[int, int, float, float]
+
+_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -15,11 +22,11 @@ class PlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
+        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str
     ) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, u, w, b, formulas, backend, save=True)
+        z_K, log_det, a = _run_forward(z, u, w, b, numbers, backend, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.formulas, ctx.backend = formulas, backend
+        ctx.numbers, ctx.backend = numbers, backend
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
@@ -28,17 +35,19 @@ class PlanarFlowFunction(torch.autograd.Function):
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None, None
         z, u, w, b, a = ctx.saved_tensors
-        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
+        if grad_z is None or grad_log_det is None:
+            grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas), None, None
-        return *_run_backward(grad_z, grad_log_det, z, u, w, b, a, ctx.formulas, ctx.backend), None, None
+            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
+        planar_backward = ops.OPERATORS[ctx.backend].planar_backward
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers), None, None
 
 
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str) -> tuple[Tensor, Tensor]:
+def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
     """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return PlanarFlowFunction.apply(z, u, w, b, formulas, backend)
-    return _run_forward(z, u, w, b, formulas, backend, save=False)[:2]
+        return _apply(PlanarFlowFunction, z, u, w, b, numbers, backend)
+    return _run_forward(z, u, w, b, numbers, backend, save=False)[:2]
 
 
 class PackedPlanarFlowFunction(torch.autograd.Function):
@@ -46,11 +55,11 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, z: Tensor, packed: Tensor, num_steps: int, formulas: Formulas, backend: str
+        ctx, z: Tensor, packed: Tensor, num_steps: int, numbers: Numbers, backend: str
     ) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), formulas, backend, save=True)
+        z_K, log_det, a = _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), numbers, backend, save=True)
         ctx.save_for_backward(z, packed, a)
-        ctx.num_steps, ctx.formulas, ctx.backend = num_steps, formulas, backend
+        ctx.num_steps, ctx.numbers, ctx.backend = num_steps, numbers, backend
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
@@ -59,29 +68,31 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None
         z, packed, a = ctx.saved_tensors
-        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
+        if grad_z is None or grad_log_det is None:
+            grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             u, w, b = ops.unpack(packed, ctx.num_steps, z.shape[-1])
-            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas)
+            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers)
             return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
-        dz, dpacked = ops.OPERATORS[ctx.backend].planar_backward_packed(
+        planar_backward = ops.OPERATORS[ctx.backend].planar_backward_packed
+        dz, dpacked = planar_backward(
             grad_z.reshape(-1, z.shape[-1]),
             grad_log_det.reshape(-1),
             z.reshape(-1, z.shape[-1]),
             packed.flatten(0, -2) if packed.dim() > 1 else packed[None],
             a,
-            *ctx.formulas.numbers(),
+            *ctx.numbers,
         )
         return dz.view(z.shape), dpacked.view(packed.shape), None, None, None
 
 
 def packed_planar_flow(
-    z: Tensor, packed: Tensor, num_steps: int, formulas: Formulas, backend: str
+    z: Tensor, packed: Tensor, num_steps: int, numbers: Numbers, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`planar_flow` with the parameters that `ops.unpack` finds in packed [*params, K (2 D + 1)]."""
-    if not torch.is_grad_enabled():
-        return planar_flow(z, *ops.unpack(packed, num_steps, z.shape[-1]), formulas, backend)
-    return PackedPlanarFlowFunction.apply(z, packed, num_steps, formulas, backend)
+    if torch.is_grad_enabled() and (z.requires_grad or packed.requires_grad):
+        return _apply(PackedPlanarFlowFunction, z, packed, num_steps, numbers, backend)
+    return _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), numbers, backend, save=False)[:2]
 
 
 class PlanarInverseFunction(torch.autograd.Function):
@@ -89,11 +100,11 @@ class PlanarInverseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
+        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str
     ) -> tuple[Tensor, Tensor]:
-        z_0, log_det, a = _run_inverse(z, u, w, b, formulas, backend, save=True)
+        z_0, log_det, a = _run_inverse(z, u, w, b, numbers, backend, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.formulas, ctx.backend = formulas, backend
+        ctx.numbers, ctx.backend = numbers, backend
         ctx.set_materialize_grads(False)
         return z_0, log_det
 
@@ -102,28 +113,21 @@ class PlanarInverseFunction(torch.autograd.Function):
         if grad_z is None and grad_log_det is None:
             return None, None, None, None, None, None
         z, u, w, b, a = ctx.saved_tensors
-        grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
+        if grad_z is None or grad_log_det is None:
+            grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
-            return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.formulas), None, None
-        dim = z.shape[-1]
-        dz, du, dw, db = ops.OPERATORS[ctx.backend].planar_inverse_backward(
-            grad_z.reshape(-1, dim),
-            grad_log_det.reshape(-1),
-            z.reshape(-1, dim),
-            *_flat_params(u, w, b),
-            a,
-            *ctx.formulas.numbers()[:3],
-        )
-        return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape), None, None
+            return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
+        planar_backward = ops.OPERATORS[ctx.backend].planar_inverse_backward
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers[:3]), None, None
 
 
 def planar_flow_inverse(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str
 ) -> tuple[Tensor, Tensor]:
     """z_0 [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return PlanarInverseFunction.apply(z, u, w, b, formulas, backend)
-    return _run_inverse(z, u, w, b, formulas, backend, save=False)[:2]
+        return _apply(PlanarInverseFunction, z, u, w, b, numbers, backend)
+    return _run_inverse(z, u, w, b, numbers, backend, save=False)[:2]
 
 
 def needs_plain_torch() -> bool:
@@ -137,6 +141,23 @@ def needs_plain_torch() -> bool:
     )
 
 
+def is_observed() -> bool:
+    """Whether only plain torch operations may serve, or torch.compile looks on: such a call is not an ordinary one."""
+    return (
+        _transforms_are_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or torch.compiler.is_compiling()
+    )
+
+
+def _apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, Tensor]:
+    """function.apply without its detour through torch.func, of which `needs_plain_torch` has found none at work."""
+    if torch.compiler.is_compiling():  # sees through nothing else
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of both outputs, of which one was not used."""
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
@@ -146,20 +167,20 @@ def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tenso
 
 
 def _reference_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers
 ) -> tuple[Tensor, ...]:
     """The reference's, differentiable, in the dtype of computation."""
     inputs = (t.to(grad_log_det.dtype) for t in (grad_z, grad_log_det, z, u, w, b))
-    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, *formulas))
+    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, *Formulas.of_numbers(*numbers)))
 
 
 def _reference_inverse_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers
 ) -> tuple[Tensor, ...]:
     """The derivatives of the reference's inverse, differentiable once more."""
     # Aliases: where one argument was computed from another, its gradient must not run on into that one.
     inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, u, w, b)]
-    z_0, log_det = reference.planar_inverse(*inputs, *formulas[:3])
+    z_0, log_det = reference.planar_inverse(*inputs, *Formulas.of_numbers(*numbers)[:3])
     weighted = (z_0 * grad_z).sum() + (log_det * grad_log_det).sum()
     return torch.autograd.grad(weighted, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
 
@@ -172,9 +193,9 @@ def _flat_params(u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _run_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    planar_forward, numbers = ops.OPERATORS[backend].planar_forward, formulas.numbers()
+    planar_forward = ops.OPERATORS[backend].planar_forward
     if z.dim() == 2:
         return planar_forward(z, u, w, b, *numbers, save)
     z_K, log_det, a = planar_forward(z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), *numbers, save)
@@ -182,15 +203,17 @@ def _run_forward(
 
 
 def _run_inverse(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z_0, log_det, a = ops.OPERATORS[backend].planar_inverse(
-        z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), *formulas.numbers()[:3], save
-    )
+    planar_inverse = ops.OPERATORS[backend].planar_inverse
+    if z.dim() == 2:
+        return planar_inverse(z, u, w, b, *numbers[:3], save)
+    z_0, log_det, a = planar_inverse(z.reshape(-1, z.shape[-1]), *_flat_params(u, w, b), *numbers[:3], save)
     return _unsafe_view(z_0, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
 
 
 def _run_backward(
+    planar_backward: OpOverload,
     grad_z: Tensor,
     grad_log_det: Tensor,
     z: Tensor,
@@ -198,10 +221,9 @@ def _run_backward(
     w: Tensor,
     b: Tensor,
     a: Tensor,
-    formulas: Formulas,
-    backend: str,
+    numbers: tuple[int | float, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    planar_backward, numbers = ops.OPERATORS[backend].planar_backward, formulas.numbers()
+    """dz, du, dw and db by the operator of the flow or of its inverse."""
     if z.dim() == 2:
         return planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
     dim = z.shape[-1]

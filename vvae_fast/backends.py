@@ -138,6 +138,13 @@ def select(problem: Problem, name: str | None) -> str:
     return name
 
 
+def is_cpp(name: str | None) -> bool:
+    """Whether `select` gives "cpp" for a problem on the CPU: the question of nearly every call, asked quickly."""
+    if name is None:
+        name = environment_name if _override.name is None else _override.name
+    return name in ("cpp", AUTO) and ops.load_error is None
+
+
 def info() -> dict[str, object]:
     """Every backend, whether it is available and if not why, the build facts of the extensions, and the versions."""
     backends = {b.name: {"available": not b.unavailable(), "reasons": b.unavailable()} for b in _BACKENDS.values()}

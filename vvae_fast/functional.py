@@ -48,16 +48,25 @@ def planar_flow(
         ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
+    if not autograd.is_observed() and shapes.are_ordinary(z, u, w, b):
+        try:
+            chosen = _choose_unchecked(z, u, backend)
+            if chosen != "reference":
+                numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
+                return autograd.planar_flow(z, u, w, b, numbers, chosen)
+        except (RuntimeError, TypeError, ValueError):
+            _explain(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps), backend)
+            raise
     problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps))
-    formulas = problem.formulas
+    numbers = problem.formulas.numbers()
     chosen = _choose(problem, backend)
     if chosen == "reference":
         return _run_reference(problem, z, u, w, b)
     if z.dtype == u.dtype == w.dtype == b.dtype and (
         z.dtype == problem.compute_dtype or backends.computes_halves(chosen, problem)
     ):
-        return autograd.planar_flow(z, u, w, b, formulas, chosen)
-    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), formulas, chosen)
+        return autograd.planar_flow(z, u, w, b, numbers, chosen)
+    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), numbers, chosen)
     return z_K.to(z.dtype), log_det
 
 
@@ -76,16 +85,26 @@ def packed_planar_flow(
     """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
+    if not autograd.is_observed() and shapes.is_ordinary_packed(z, packed, num_steps, dim):
+        try:
+            chosen = _choose_unchecked(z, packed, backend, num_steps)
+            if chosen != "reference":
+                numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
+                return autograd.packed_planar_flow(z, packed, num_steps, numbers, chosen)
+        except (RuntimeError, TypeError, ValueError):
+            params = ops.unpack(packed.detach(), num_steps, dim)
+            _explain(z, *params, Formulas(constraint, activation, slope, log_det_eps), backend)
+            raise
     params = ops.unpack(packed.detach(), num_steps, dim)
     problem = shapes.check(z, *params, Formulas(constraint, activation, slope, log_det_eps))
-    formulas = problem.formulas
+    numbers = problem.formulas.numbers()
     chosen = _choose(problem, backend)
     if chosen == "reference":
         return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
     if z.dtype != packed.dtype or not backends.computes_halves(chosen, problem):
-        z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, formulas, chosen)
+        z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, numbers, chosen)
         return z_K.to(z.dtype), log_det
-    return autograd.packed_planar_flow(z, packed, num_steps, formulas, chosen)
+    return autograd.packed_planar_flow(z, packed, num_steps, numbers, chosen)
 
 
 def planar_flow_inverse(
@@ -107,6 +126,15 @@ def planar_flow_inverse(
     In float32 the root of each step is right for w . u from -80 to 1e34, its gradients from -40: below, z_0 or its
     gradient leaves the range of float32 itself, growing as 1 / softplus(w . u) and its square.
     """
+    if not autograd.is_observed() and shapes.are_ordinary(z, u, w, b):
+        try:
+            chosen = _choose_unchecked(z, u, backend, inverse=True)
+            if chosen != "reference":
+                numbers = shapes.numbers_of(constraint, activation, slope, 0.0, True)
+                return autograd.planar_flow_inverse(z, u, w, b, numbers, chosen)
+        except (RuntimeError, TypeError, ValueError):
+            _explain(z, u, w, b, Formulas(constraint, activation, slope), backend, inverse=True)
+            raise
     problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope))
     formulas = problem.formulas
     shapes.check_invertible(formulas)
@@ -115,7 +143,7 @@ def planar_flow_inverse(
     if chosen == "reference":
         z_0, log_det = _call_reference(reference.planar_inverse, *inputs, *formulas[:3])
     else:
-        z_0, log_det = autograd.planar_flow_inverse(*inputs, formulas, chosen)
+        z_0, log_det = autograd.planar_flow_inverse(*inputs, formulas.numbers(), chosen)
     return z_0.to(z.dtype), log_det
 
 
@@ -141,6 +169,30 @@ def _call_reference(flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, 
 
 def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(problem.compute_dtype) for t in tensors)
+
+
+def _choose_unchecked(
+    z: Tensor, u: Tensor, backend: str | None, num_steps: int | None = None, inverse: bool = False
+) -> str:
+    """The backend of an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
+    if z.is_cpu and backends.is_cpp(backend):
+        return "cpp"
+    (rows, dim), amortized = z.shape, num_steps is not None or u.ndim == 3
+    steps, sets = u.shape[-2] if num_steps is None else num_steps, rows if amortized else 1
+    return backends.select(shapes.Problem(rows, dim, steps, sets, amortized, z.dtype, z.device.type, inverse), backend)
+
+
+def _explain(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str | None, inverse: bool = False
+) -> None:
+    """Raises what is wrong with a call that was refused, in the words of the checks, which may find nothing."""
+    try:
+        problem = shapes.check(z, u, w, b, formulas)
+        if inverse:
+            shapes.check_invertible(problem.formulas)
+        backends.select(problem._replace(inverse=inverse), backend)
+    except (RuntimeError, TypeError, ValueError) as reason:
+        raise reason from None
 
 
 def _choose(problem: shapes.Problem, backend: str | None) -> str:

@@ -124,7 +124,7 @@ planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_
 
 def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
-    u, w, b = packed.split([num_steps * dim, num_steps * dim, num_steps], dim=-1)
+    u, w, b = packed.split_with_sizes([num_steps * dim, num_steps * dim, num_steps], -1)
     return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
 
 

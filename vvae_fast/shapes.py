@@ -74,6 +74,37 @@ def untraced(check: Callable) -> Callable:
     return wrapped
 
 
+def are_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Whether z is [R, D] and u [K, D] or [R, K, D], of one dtype of full precision with w and b: what nearly every
+    call passes. Of what `check` refuses, the operators refuse all else."""
+    if not (isinstance(z, Tensor) and isinstance(u, Tensor) and isinstance(w, Tensor) and isinstance(b, Tensor)):
+        return False
+    dtype, rank = z.dtype, u.ndim
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and dtype is u.dtype is w.dtype is b.dtype
+        and z.ndim == 2
+        and z.shape[1] > 0
+        and (rank == 2 or (rank == 3 and u.shape[0] == z.shape[0]))
+    )
+
+
+def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
+    """The same for z [R, D] and packed [R, K (2 D + 1)]."""
+    return (
+        isinstance(z, Tensor)
+        and isinstance(packed, Tensor)
+        and z.dtype is packed.dtype
+        and (z.dtype is torch.float32 or z.dtype is torch.float64)
+        and type(num_steps) is int is type(dim)
+        and num_steps >= 0
+        and dim > 0
+        and z.ndim == 2
+        and z.shape[1] == dim
+        and packed.shape == (z.shape[0], num_steps * (2 * dim + 1))
+    )
+
+
 @untraced
 def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
@@ -122,6 +153,18 @@ def check_formulas(formulas: Formulas) -> Formulas:
     if log_det_eps != 0.0 and not 0 <= log_det_eps <= MOST:
         raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
     return formulas
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
+def numbers_of(
+    constraint: str, activation: str, slope: float, log_det_eps: float, inverse: bool = False
+) -> tuple[int, int, float, float]:
+    """`Formulas.numbers` of what `check_formulas` and, for the inverse, `check_invertible` have let pass: once for all
+    calls with the same arguments. Raises a TypeError, too, for what cannot be a key."""
+    formulas = check_formulas(Formulas(constraint, activation, slope, log_det_eps))
+    if inverse:
+        check_invertible(formulas)
+    return formulas.numbers()
 
 
 def check_invertible(formulas: Formulas) -> None:
