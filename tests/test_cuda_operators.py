@@ -146,6 +146,9 @@ def test_backward_hands_over_every_stride(operators, dtype, change, sets):
         for x, y in zip(weights, wanted_weights(grad_z, grad_log_det, u, w, b, a, formulas), strict=True):
             equal(x, y, dtype)
             assert x.shape == y.shape
+        alone, *nothing = operators.planar_backward(grad_z, grad_log_det, *inputs, a, *formulas, False)
+        equal(alone, dz, dtype)
+        assert [t.shape for t in nothing] == [(0,)] * 3
     for grads in ((grad_z[:1, :1].expand(6, 4), grad_log_det[:1].expand(6)), (grad_z, grad_log_det)):
         dz = operators.planar_backward(*grads, *inputs, a, *USUAL)[0]
         equal(dz, grads[0].double() + grads[1].double()[:, None] + z.double(), dtype)
@@ -169,6 +172,9 @@ def test_inverse_hands_over_every_stride(operators, dtype, change, sets):
         for x, y in zip(weights, wanted_weights(grad_z, -grad_log_det, *inputs[1:], a, (*formulas, 0)), strict=True):
             equal(x, y, dtype)
             assert x.shape == y.shape
+        alone, *nothing = operators.planar_inverse_backward(grad_z, grad_log_det, *inputs, a, *formulas, False)
+        equal(alone, dz, dtype)
+        assert [t.shape for t in nothing] == [(0,)] * 3
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -185,6 +191,9 @@ def test_packed_gradients_are_those_of_the_views(operators, dtype, change, sets)
     assert dpacked.is_contiguous()
     for x, y in zip((dz, *ops.unpack(dpacked, 3, 4)), wanted, strict=True):
         assert torch.equal(x, y)
+    alone, nothing = operators.planar_backward_packed(*grads, z, packed, a, *TANH[1], False)
+    assert torch.equal(alone, dz)
+    assert nothing.shape == (0,)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -10,6 +10,7 @@ from problems import (
     assert_accuracy_rule,
     assert_close_to_oracle,
     assert_right_at_an_edge,
+    invert,
     oracle,
     random_problem,
     relative_errors,
@@ -209,9 +210,25 @@ def test_the_raw_operators_pass_opcheck(params):
     torch.library.opcheck(TRITON.planar_forward, (*p.inputs, *FORMULAS, False))
     a = TRITON.planar_forward(*p.inputs, *FORMULAS, True)[2]
     torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, *FORMULAS))
+    torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, *FORMULAS, False))
     if params:
         arguments = (p.grad_z, p.grad_log_det, p.z, packed_of(p), a, *FORMULAS)
         torch.library.opcheck(TRITON.planar_backward_packed, arguments)
+
+
+@pytest.mark.parametrize(("batch", "params", "compact"), [((40,), (), False), ((2, 3), (3,), False), ((40,), (), True)])
+def test_a_frozen_flow_gets_the_same_dz_alone(batch, params, compact, monkeypatch):
+    monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: compact)
+    p = random_problem(batch, 2, 4, params, scale=0.5).to(DEVICE)
+    z = p.z.clone().requires_grad_()
+    outputs = vvae_fast.planar_flow(z, *p.inputs[1:], backend="triton")
+    (dz,) = torch.autograd.grad(outputs, z, (p.grad_z, p.grad_log_det))
+    assert torch.equal(dz, run(p, backend="triton")[2])
+    if compact or params:
+        return
+    z_0 = vvae_fast.planar_flow_inverse(z, *p.inputs[1:], backend="triton")
+    (dz,) = torch.autograd.grad(z_0, z, (p.grad_z, p.grad_log_det))
+    assert torch.equal(dz, invert(p, "triton")[2])
 
 
 @pytest.mark.parametrize("params", [(), (3,)])

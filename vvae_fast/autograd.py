@@ -39,8 +39,8 @@ class PlanarFlowFunction(torch.autograd.Function):
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
             return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
-        planar_backward = ops.OPERATORS[ctx.backend].planar_backward
-        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers), None, None
+        planar_backward, params = ops.OPERATORS[ctx.backend].planar_backward, any(ctx.needs_input_grad[1:])
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers, params), None, None
 
 
 def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,10 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             u, w, b = ops.unpack(packed, ctx.num_steps, z.shape[-1])
             dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers)
             return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
-        planar_backward = ops.OPERATORS[ctx.backend].planar_backward_packed
+        planar_backward, params = ops.OPERATORS[ctx.backend].planar_backward_packed, ctx.needs_input_grad[1]
+        if z.dim() == packed.dim() == 2:
+            dz, dpacked = planar_backward(grad_z, grad_log_det, z, packed, a, *ctx.numbers, params)
+            return dz, dpacked if params else None, None, None, None
         dz, dpacked = planar_backward(
             grad_z.reshape(-1, z.shape[-1]),
             grad_log_det.reshape(-1),
@@ -82,8 +85,9 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             packed.flatten(0, -2) if packed.dim() > 1 else packed[None],
             a,
             *ctx.numbers,
+            params,
         )
-        return dz.view(z.shape), dpacked.view(packed.shape), None, None, None
+        return dz.view(z.shape), dpacked.view(packed.shape) if params else None, None, None, None
 
 
 def packed_planar_flow(
@@ -117,8 +121,8 @@ class PlanarInverseFunction(torch.autograd.Function):
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
-        planar_backward = ops.OPERATORS[ctx.backend].planar_inverse_backward
-        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers[:3]), None, None
+        planar_backward, params = ops.OPERATORS[ctx.backend].planar_inverse_backward, any(ctx.needs_input_grad[1:])
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers[:3], params), None, None
 
 
 def planar_flow_inverse(
@@ -222,10 +226,12 @@ def _run_backward(
     b: Tensor,
     a: Tensor,
     numbers: tuple[int | float, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz, du, dw and db by the operator of the flow or of its inverse."""
+    params: bool,
+) -> tuple[Tensor | None, ...]:
+    """dz, and with `params` du, dw and db, by the operator of the flow or of its inverse."""
     if z.dim() == 2:
-        return planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
+        gradients = planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers, params)
+        return gradients if params else (gradients[0], None, None, None)
     dim = z.shape[-1]
     dz, du, dw, db = planar_backward(
         grad_z.reshape(-1, dim),
@@ -234,5 +240,8 @@ def _run_backward(
         *_flat_params(u, w, b),
         a,
         *numbers,
+        params,
     )
+    if not params:
+        return dz.view(z.shape), None, None, None
     return dz.view(z.shape), du.view(u.shape), dw.view(w.shape), db.view(b.shape)

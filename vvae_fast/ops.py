@@ -1,15 +1,17 @@
 """The operator schemas, their fakes, and the extensions that implement those of the C++ and the CUDA backend.
 
     planar_forward(z, u, w, b, *formulas, save) -> (z_K, log_det, a)
-    planar_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas) -> (dz, du, dw, db)
-    planar_backward_packed(grad_z, grad_log_det, z, packed, a, *formulas) -> (dz, dpacked)
+    planar_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas, params=True) -> (dz, du, dw, db)
+    planar_backward_packed(grad_z, grad_log_det, z, packed, a, *formulas, params=True) -> (dz, dpacked)
     planar_inverse(z, u, w, b, *formulas, save) -> (z_0, log_det, a)
-    planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas) -> (dz, du, dw, db)
+    planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas, params=True) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
 have the dtype of computation. The inverse's a are the same pre-activations, and its z is what it was given, z_K.
+Without `params` nobody wants du, dw, db or dpacked: they are empty, [0], and the kernels leave out what they can of
+their work; dz has the same bits.
 *formulas are `shapes.Formulas.numbers()`, for the inverse without the last. The operators of the other backends are
 named triton_planar_forward, cuda_planar_forward and so on.
 """
@@ -65,15 +67,16 @@ class Operators(NamedTuple):
 
 _INVERTIBLE = "int constraint, int activation, float slope"
 _FORMULAS = f"{_INVERTIBLE}, float log_det_eps"
+_PARAMS = "bool params=True"
 _SCHEMAS = {
     "planar_forward": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_FORMULAS}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a,"
-    f" {_FORMULAS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" {_FORMULAS}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
-    f" {_FORMULAS}) -> (Tensor, Tensor)",
+    f" {_FORMULAS}, {_PARAMS}) -> (Tensor, Tensor)",
     "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b,"
-    f" Tensor a, {_INVERTIBLE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor a, {_INVERTIBLE}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -92,17 +95,29 @@ def _planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, *formulas_and_sa
 
 
 def _planar_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, *formulas
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    *formulas_and_params,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
-    return z.new_empty(z.shape), u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
+    return z.new_empty(z.shape), *(_gradient(t, formulas_and_params) for t in (u, w, b))
 
 
 def _planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *formulas
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *formulas_and_params
 ) -> tuple[Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
-    return z.new_empty(z.shape), packed.new_empty(packed.shape)
+    return z.new_empty(z.shape), _gradient(packed, formulas_and_params)
+
+
+def _gradient(of: Tensor, formulas_and_params: tuple[object, ...]) -> Tensor:
+    """Of a parameter; `params` is the last argument, and left out where it is True."""
+    return of.new_empty((0,) if formulas_and_params[-1] is False else of.shape)
 
 
 def _define(name: str, schema: str, fake: Callable) -> OpOverload:

@@ -94,7 +94,8 @@ struct Backward : Problem<T> {
   Column<const T> grad_log_det;
   Matrix<const T> a;     // [steps][rows]
   Matrix<T> dz;          // [rows][dim], columns contiguous
-  Params<T> du, dw, db;  // columns contiguous
+  Params<T> du, dw, db;  // columns contiguous; data null where dz alone is wanted
+  bool wants_params() const { return du.data; }
 };
 
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
@@ -117,6 +118,7 @@ struct Prepared {
 };
 
 // The sums over samples of one slice of the tiles; slices are added in order, so the bits do not depend on threads.
+// Nothing is summed where dz alone is wanted.
 template <class T>
 struct Partial {
   T *du_hat, *dw;       // [padded steps][padded dim] in blocks

@@ -110,12 +110,16 @@ void run_shared(const Forward<T>& p, const Kernels<T>& kernels) {
 template <class T>
 void run_shared(const Backward<T>& p, const Kernels<T>& kernels) {
   const Prepared<T> prepared = prepare(p, kernels);
-  const int64_t tiles = ceil_div(p.rows, kTile), partial = Partial<T>::size(p.steps, p.dim);
+  const int64_t tiles = ceil_div(p.rows, kTile), size = kernels.shared_backward_scratch(p.steps, p.dim);
+  const auto tile_pass = kernels.passes(p).shared_backward;
+  if (!p.wants_params())
+    return for_each(tiles, 2 * kTile * p.steps * p.dim, [&](int64_t tile) {
+      tile_pass(p, prepared, Partial<T>(nullptr, 0, 0), tile, arena<T>(kTileScratch, size));
+    });
+  const int64_t partial = Partial<T>::size(p.steps, p.dim);
   const int64_t affordable = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, partial * sizeof(T)));
   const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(tiles, kTilesOfSlice), kMaxSlices, affordable}));
   T* partials = arena<T>(kPartials, slices * partial);
-  const int64_t size = kernels.shared_backward_scratch(p.steps, p.dim);
-  const auto tile_pass = kernels.passes(p).shared_backward;
   for_each(slices, 5 * kTile * ceil_div(tiles, slices) * p.steps * p.dim, [&](int64_t slice) {
     std::fill_n(partials + slice * partial, partial, T(0));
     const Partial<T> sums(partials + slice * partial, p.steps, p.dim);

@@ -283,28 +283,52 @@ PLANAR_FN void step_back(const Backward<T>& p, const Block<T, N>& block, const T
   }
 }
 
+// The same of g alone: no du, dw and db.
+template <class T, int N>
+PLANAR_FN void gradient_back(const Backward<T>& p, const Block<T, N>& block, T* g, int64_t k, Adjoint<T>& x) {
+  using S = Simd<T>;
+  const int64_t before = k ? k - 1 : 0;
+  const int count = block.count;
+  for (int i = 0; i < count; ++i) {
+    const T *w_row = block.w[i] + k * p.w.step;
+    const T *u_earlier = block.u[i] + before * p.u.step, *w_earlier = block.w[i] + before * p.w.step;
+    T* g_row = g + i * block.padded();
+    const auto delta = S::splat(x.delta[i]);
+    typename S::V g_u{}, g_w{};
+    for (int64_t v = 0; v < block.length(); ++v) {
+      T* g_v = g_row + v * S::width;
+      const auto g_before = S::load(g_v) + delta * load_row(w_row, v, block);
+      S::store(g_v, g_before);
+      g_u += g_before * load_row(u_earlier, v, block);
+      g_w += g_before * load_row(w_earlier, v, block);
+    }
+    x.g_u[i] = g_u, x.g_w[i] = g_w;
+  }
+}
+
 template <class T>
 int64_t amortized_backward_scratch(int64_t steps, int64_t dim) {
   return Simd<T>::width * (steps + 1) * round_up(dim, Simd<T>::width) + steps * int64_t(sizeof(Step<T>) / sizeof(T));
 }
 
 // One block of rows, sample `sample` of the parameter sets from `first_set` on: forward once more from the saved
-// pre-activations, keeping every z (u and w come into the cache), then the steps back.
+// pre-activations, keeping every z (u and w come into the cache), then the steps back. dz alone needs no z.
 template <class T, int N, class F, bool inverse>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
   const F f = F::of(p.formulas);
+  const bool params = p.wants_params();
   const Block<T, N> block(p, sample * p.sets + first_set, count);
   const int64_t size = S::width * block.padded();
   Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);                        // [steps]
   T *g = reinterpret_cast<T*>(steps + p.steps), *z = g + size;                 // [width][padded], [steps][width][padded]
   load_rows(g, p.grad_z, block);
-  if (p.steps) load_rows(z, p.z, block);
+  if (p.steps && params) load_rows(z, p.z, block);
   typename S::V lambda{};
   for (int i = 0; i < count; ++i) lambda[i] = p.grad_log_det.data[(block.first + i) * p.grad_log_det.stride];
   for (int64_t k = 0; k < p.steps; ++k) {
     steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block), f)};
-    if (k == 0) continue;
+    if (k == 0 || !params) continue;
     const auto& [q, act] = steps[k - 1];
     update(p, block, z + (k - 1) * size, z + k * size, k - 1, k, Update<T>(inverse ? -act.h : act.h, q));
   }
@@ -320,9 +344,13 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
       scalars = inverse_step_adjoint<S>(e, lambda, act, q.c, q.s, f);
     else
       scalars = step_adjoint<S>(e, lambda, act, q.c, q.s, unit<S>(q.s, p.formulas.constraint), f);
+    S::store(x.delta, scalars.delta);
+    if (!params) {
+      gradient_back(p, block, g, k, x);
+      continue;
+    }
     const auto adjoint = constrain_backward<S>(q, h * g_w, scalars.gamma);
     S::store(x.h, h);
-    S::store(x.delta, scalars.delta);
     S::store(x.dalpha, adjoint.dalpha);
     S::store(x.of_u, inverse ? inverse_of_u<S>(adjoint.dalpha, scalars.delta, h, q) : adjoint.dalpha);
     S::store(x.of_v, adjoint.of_v);

@@ -157,6 +157,9 @@ void backward_as(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor&
       q.amortized, *chosen_isa().load());
 }
 
+// For a caller who wants dz alone.
+Tensor nothing(const Tensor& z) { return new_empty(z, {0}); }
+
 // A gradient's memory; amortized parameter sets that no row uses have the gradient zero.
 Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64_t rows) {
   Tensor gradient = new_empty(z, sizes);
@@ -165,13 +168,19 @@ Tensor new_gradient(const Tensor& z, std::initializer_list<int64_t> sizes, int64
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
                                                     const Tensor& u, const Tensor& w, const Tensor& b, const Tensor& a,
-                                                    const Formulas& formulas, bool inverse) {
+                                                    const Formulas& formulas, bool inverse, bool params) {
   check_arguments(z, u, w, b);
   const Parameters q(u, w, b);
   check_saved(grad_z, grad_log_det, z, q.steps, a, z.scalar_type(), check_kind);
   const int64_t rows = z.size(0), steps = q.steps, dim = z.size(1);
   const bool sets = q.amortized;
   Tensor dz = new_empty(z, {rows, dim});
+  if (!params) {
+    with_type(z, [&](auto zero) {
+      backward_as<decltype(zero)>(grad_z, grad_log_det, z, q, a, formulas, inverse, dz, {});
+    });
+    return {dz, nothing(z), nothing(z), nothing(z)};
+  }
   Tensor du = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor dw = sets ? new_gradient(z, {q.sets, steps, dim}, rows) : new_gradient(z, {steps, dim}, rows);
   Tensor db = sets ? new_gradient(z, {q.sets, steps}, rows) : new_gradient(z, {steps}, rows);
@@ -186,22 +195,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_z, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                            const Tensor& z, const Tensor& u, const Tensor& w,
                                                            const Tensor& b, const Tensor& a, int64_t constraint,
-                                                           int64_t activation, double slope, double log_det_eps) {
-  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas_of(constraint, activation, slope, log_det_eps), false);
+                                                           int64_t activation, double slope, double log_det_eps,
+                                                           bool params) {
+  const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
+  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas, false, params);
 }
 
 // From the inverse's own z and the roots a, (35) and (40).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
                                                                    const Tensor& b, const Tensor& a, int64_t constraint,
-                                                                   int64_t activation, double slope) {
-  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas_of(constraint, activation, slope, 0), true);
+                                                                   int64_t activation, double slope, bool params) {
+  const Formulas formulas = formulas_of(constraint, activation, slope, 0);
+  return backward(grad_z, grad_log_det, z, u, w, b, a, formulas, true, params);
 }
 
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
 std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
                                                   const Tensor& packed, const Tensor& a, int64_t constraint,
-                                                  int64_t activation, double slope, double log_det_eps) {
+                                                  int64_t activation, double slope, double log_det_eps, bool params) {
   const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   check_packed(z, packed, a);
   const int64_t rows = z.size(0), dim = z.size(1), steps = a.size(0), sets = packed.size(0);
@@ -214,9 +226,10 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   check_arguments(z, u, w, b);
   check_saved(grad_z, grad_log_det, z, steps, a, z.scalar_type(), check_kind);
   const Parameters q(u, w, b);
-  Tensor dz = new_empty(z, {rows, dim}), dpacked = new_gradient(z, {sets, width}, rows);
+  Tensor dz = new_empty(z, {rows, dim}), dpacked = params ? new_gradient(z, {sets, width}, rows) : nothing(z);
   with_type(z, [&](auto zero) {
     using T = decltype(zero);
+    if (!params) return backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, false, dz, {});
     T* to = dpacked.mutable_data_ptr<T>();
     backward_as<T>(grad_z, grad_log_det, z, q, a, formulas, false, dz,
                    {{to, width, dim, 1}, {to + steps * dim, width, dim, 1}, {to + 2 * steps * dim, width, 1, 1}});

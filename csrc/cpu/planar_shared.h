@@ -158,14 +158,19 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
   }
 }
 
-// delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12) or (35); db and gamma by lane.
-template <class T, bool inverse, class F>
+// delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12) or (35); with `params` db and
+// gamma by lane.
+template <class T, bool inverse, bool params, class F>
 PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& q,
                          const Partial<T>& sums, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int64_t k = steps - 1; k >= 0; --k) {
     const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]), unit = S::splat(q.unit[start + k]);
-    auto db = S::load(sums.db + (start + k) * kMaxLanes), gamma = S::load(sums.gamma + (start + k) * kMaxLanes);
+    [[maybe_unused]] typename S::V db{}, gamma{};
+    if constexpr (params) {
+      db = S::load(sums.db + (start + k) * kMaxLanes);
+      gamma = S::load(sums.gamma + (start + k) * kMaxLanes);
+    }
     for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
       typename S::V e[kRegisters];
       for (int v = 0; v < kRegisters; ++v) e[v] = S::load(delta + k * kTile + lane + v * S::width);
@@ -182,12 +187,16 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
         else
           x = step_adjoint<S>(e[v], lambda_at, act, c, s, unit, f);
         S::store(delta + k * kTile + at, x.delta);
-        db += x.delta;
-        gamma += x.gamma;  // (15)
+        if constexpr (params) {
+          db += x.delta;
+          gamma += x.gamma;  // (15)
+        }
       }
     }
-    S::store(sums.db + (start + k) * kMaxLanes, db);
-    S::store(sums.gamma + (start + k) * kMaxLanes, gamma);
+    if constexpr (params) {
+      S::store(sums.db + (start + k) * kMaxLanes, db);
+      S::store(sums.gamma + (start + k) * kMaxLanes, gamma);
+    }
   }
 }
 
@@ -196,7 +205,8 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   const F f = F::of(p.formulas);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   const int64_t padded_dim = round_up(p.dim, 4), padded_steps = round_up(p.steps, kChunk);
-  const int64_t spans = ceil_div(p.steps, q.span);
+  const bool params = p.wants_params();
+  const int64_t spans = params ? ceil_div(p.steps, q.span) : 0;  // dz alone needs no z
   T* z = scratch;                             // [spans][padded dim][kTile]: z where each span starts
   T* g = z + spans * padded_dim * kTile;      // [padded dim][kTile]
   T* h = g + padded_dim * kTile;              // [padded steps][kTile]
@@ -208,7 +218,7 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   load_lanes(lambda, p.grad_log_det.from(row), n, T(0));
   activate_tile<T, inverse>(p, row, n, h, h_prime, f);
   prefetch_tile(p.grad_z, row + kTile, p.rows, p.dim);
-  prefetch_tile(p.z, row + kTile, p.rows, p.dim);
+  if (params) prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   if (spans) {
     load_tile(z, p.z.from(row), n, p.dim);
     fill(z + p.dim * kTile, T(0), (padded_dim - p.dim) * kTile);
@@ -221,15 +231,19 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   }
   for (int64_t start = (p.steps - 1) / q.chunk * q.chunk; start >= 0 && p.steps; start -= q.chunk) {
     const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
-    const int64_t span = start / q.span, before = start - span * q.span;  // the span's steps before the chunk
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
     product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
-    scan_back<T, inverse>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
-    const int64_t rows = round_up(steps, 4);
-    outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
-    outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
-    outer(sums.triangle + start * q.span, h_chunk - before * kTile, delta, before + rows, q.chunk);  // (14)
+    if (params) {
+      const int64_t span = start / q.span, before = start - span * q.span;  // the span's steps before the chunk
+      scan_back<T, inverse, true>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
+      const int64_t rows = round_up(steps, 4);
+      outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
+      outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
+      outer(sums.triangle + start * q.span, h_chunk - before * kTile, delta, before + rows, q.chunk);  // (14)
+    } else {
+      scan_back<T, inverse, false>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
+    }
     product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                                  // (13)
   }
   store_tile(g, p.dz.from(row), n, p.dim, p.stream);

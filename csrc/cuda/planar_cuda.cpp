@@ -146,9 +146,10 @@ void backward_into(const Problem& p, const Tensor& grad_z, const Tensor& grad_lo
   }
 }
 
-// dz, and du, dw and db as tensors of their own.
+// dz, and du, dw and db as tensors of their own. Without `params` the kernels compute them all the same, and they are
+// dropped: what that costs was not measured on a GPU.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tensor& grad_z, const Tensor& grad_log_det,
-                                                    const Tensor& z, const Tensor& a) {
+                                                    const Tensor& z, const Tensor& a, bool params) {
   const int64_t steps = p.steps, dim = p.dim;
   const bool sets = p.amortized;
   Tensor dz = new_empty(z, {p.rows, p.dim});
@@ -157,39 +158,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   Tensor db = sets ? new_empty(z, {p.sets, steps}) : new_empty(z, {steps});
   const auto to = [&](const Tensor& t, int64_t step) { return Gradients{t.mutable_data_ptr(), steps * step, step}; };
   backward_into(p, grad_z, grad_log_det, z, a, dz, to(du, dim), to(dw, dim), to(db, 1), {&du, &dw, &db});
+  if (!params) return {dz, new_empty(z, {0}), new_empty(z, {0}), new_empty(z, {0})};
   return {dz, du, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                            const Tensor& z, const Tensor& u, const Tensor& w,
                                                            const Tensor& b, const Tensor& a, int64_t constraint,
-                                                           int64_t activation, double slope, double log_det_eps) {
+                                                           int64_t activation, double slope, double log_det_eps,
+                                                           bool params) {
   const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   const CheckKind check_kind(z);
   check_problem(z, u, w, b, check_kind);
   const Problem p = problem(z, u, w, b, formulas);
   check_saved(grad_z, grad_log_det, z, p.steps, a, computed_type(z), check_kind);
-  return backward(p, grad_z, grad_log_det, z, a);
+  return backward(p, grad_z, grad_log_det, z, a, params);
 }
 
 // From the inverse's own z and the roots a, (35) and (40).
 std::tuple<Tensor, Tensor, Tensor, Tensor> planar_inverse_backward(const Tensor& grad_z, const Tensor& grad_log_det,
                                                                    const Tensor& z, const Tensor& u, const Tensor& w,
                                                                    const Tensor& b, const Tensor& a, int64_t constraint,
-                                                                   int64_t activation, double slope) {
+                                                                   int64_t activation, double slope, bool params) {
   const Formulas formulas = formulas_of(constraint, activation, slope, 0);
   const CheckKind check_kind(z);
   check_problem(z, u, w, b, check_kind);
   check_inverse(z);
   const Problem p = problem(z, u, w, b, formulas, true);
   check_saved(grad_z, grad_log_det, z, p.steps, a, computed_type(z), check_kind);
-  return backward(p, grad_z, grad_log_det, z, a);
+  return backward(p, grad_z, grad_log_det, z, a, params);
 }
 
 // The same for amortized parameters that lie behind one another in the rows of packed [P, K (2 D + 1)]: u, w, b.
 std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
                                                   const Tensor& packed, const Tensor& a, int64_t constraint,
-                                                  int64_t activation, double slope, double log_det_eps) {
+                                                  int64_t activation, double slope, double log_det_eps, bool params) {
   const Formulas formulas = formulas_of(constraint, activation, slope, log_det_eps);
   const CheckKind check_kind(z);
   check_packed(z, packed, a);
@@ -209,6 +212,7 @@ std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Te
   char* to = static_cast<char*>(dpacked.mutable_data_ptr());
   backward_into(p, grad_z, grad_log_det, z, a, dz, {to, width, dim}, {to + steps * dim * bytes, width, dim},
            {to + 2 * steps * dim * bytes, width, 1}, {&dpacked});
+  if (!params) dpacked = new_empty(z, {0});
   return {dz, dpacked};
 }
 

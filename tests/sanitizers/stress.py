@@ -46,6 +46,7 @@ def call_all(p: list[torch.Tensor], formulas: Formulas) -> list[torch.Tensor]:
     numbers = formulas.numbers()
     z_K, log_det, a = ops.planar_forward(z, u, w, b, *numbers, True)
     outputs = [z_K, log_det, a, *ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)]
+    outputs.append(ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers, False)[0])  # dz alone
     if u.dim() == 3:
         packed = torch.cat([u.flatten(-2), w.flatten(-2), b], -1)
         outputs += ops.planar_backward_packed(grad_z, grad_log_det, z, packed, a, *numbers)

@@ -62,7 +62,7 @@ def _implement(name: str) -> None:
     """Registers planar.py's function of that name, which takes `Formulas` where the operator takes their numbers."""
     operator = getattr(ops.OPERATORS["triton"], name)
     names = [argument.name for argument in operator._schema.arguments]
-    first, end = names.index("constraint"), len(names) - ("save" in names)
+    first, end = names.index("constraint"), names.index("save" if "save" in names else "params")
 
     @torch.library.impl(operator.name(), _DEVICES)
     def _(*args) -> tuple[Tensor, ...]:

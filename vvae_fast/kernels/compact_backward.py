@@ -135,8 +135,9 @@ def launch_compact_backward(
     dw: Tensor,
     db: Tensor,
     formulas: Formulas,
+    params: bool = True,
 ) -> None:
-    """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous."""
+    """Fills dz [R, D], contiguous, and with `params` du, dw, db, in which the steps of a set are contiguous."""
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     rows_per_set = rows // num_sets
@@ -158,4 +159,5 @@ def launch_compact_backward(
         config.precision,
         num_warps=config.num_warps,
     )
-    launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, formulas)
+    if params:
+        launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, formulas)

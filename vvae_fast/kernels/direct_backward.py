@@ -213,10 +213,11 @@ def launch_direct_backward(
     dw: Tensor,
     db: Tensor,
     formulas: Formulas,
+    params: bool = True,
     inverse: bool = False,
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous. The inverse's z is what
-    it was given, z_K, and a are its roots."""
+    it was given, z_K, and a are its roots. Without `params` du, dw and db hold anything."""
     rows, dim = z.shape
     num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
     shared = num_sets == 1
@@ -260,7 +261,7 @@ def launch_direct_backward(
             num_warps=config.num_warps,
             capped=True,
         )
-    if in_partials:
+    if in_partials and params:
         block, num_partials = 32, programs if shared else 1
         blocks = ceil_div(size, block)
         launch(

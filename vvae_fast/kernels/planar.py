@@ -27,17 +27,32 @@ def planar_forward(
 
 
 def planar_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    formulas: Formulas,
+    params: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z."""
+    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z; all but dz empty without `params`."""
     du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
-    return _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas), du, dw, db
+    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params)
+    return dz, *((du, dw, db) if params else _nothing(z, 3))
 
 
 def planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, formulas: Formulas
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    packed: Tensor,
+    a: Tensor,
+    formulas: Formulas,
+    params: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db lie behind one another."""
+    """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db lie behind one another; empty without `params`."""
     if z.dim() != 2 or a.dim() != 2:
         raise ValueError(f"z must be [R, D] and a [K, R], got {tuple(z.shape)} and {tuple(a.shape)}")
     num_steps, dim = a.shape[0], z.shape[1]
@@ -45,8 +60,9 @@ def planar_backward_packed(
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
     dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    params, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
-    return _backward(grad_z, grad_log_det, z, *params, a, *gradients, formulas), dpacked
+    parts, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
+    dz = _backward(grad_z, grad_log_det, z, *parts, a, *gradients, formulas, params)
+    return dz, *((dpacked,) if params else _nothing(z, 1))
 
 
 def planar_inverse(
@@ -61,12 +77,22 @@ def planar_inverse(
 
 
 def planar_inverse_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, a: Tensor, formulas: Formulas
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    a: Tensor,
+    formulas: Formulas,
+    params: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z, the inverse's own: in the direct form."""
+    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z, the inverse's own: in the direct form.
+    Without `params` the last three are empty."""
     _check_direct(z)
     du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
-    return _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, inverse=True), du, dw, db
+    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params, inverse=True)
+    return dz, *((du, dw, db) if params else _nothing(z, 3))
 
 
 def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +105,11 @@ def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Te
         z_out.copy_(z)
         log_det.zero_()
     return z_out, log_det, z.new_empty((num_steps, rows) if save else (0,), dtype=dtype)
+
+
+def _nothing(z: Tensor, count: int) -> tuple[Tensor, ...]:
+    """What the operators return for gradients that nobody wants."""
+    return tuple(z.new_empty(0) for _ in range(count))
 
 
 def _is_launched(z: Tensor, u: Tensor) -> bool:
@@ -108,18 +139,20 @@ def _backward(
     dw: Tensor,
     db: Tensor,
     formulas: Formulas,
+    params: bool,
     inverse: bool = False,
 ) -> Tensor:
-    """Fills du, dw and db, in which a set's steps are contiguous, and returns dz."""
+    """Fills du, dw and db, in which a set's steps are contiguous, and returns dz. Without `params` they are room to
+    work in: the direct form's kernel computes its sums all the same, and the launch that adds these is left out."""
     shapes.check_rows(z, u, w, b)
     shapes.check_saved(grad_z, grad_log_det, z, a, u.shape[-2])
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if _is_launched(z, u):
         arguments = (grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
         if not inverse and _is_compact(z, u):
-            launch_compact_backward(*arguments)
+            launch_compact_backward(*arguments, params)
         else:
-            launch_direct_backward(*arguments, inverse)
+            launch_direct_backward(*arguments, params, inverse)
     else:
         dz.copy_(grad_z)
         for t in (du, dw, db):
