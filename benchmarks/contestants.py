@@ -98,7 +98,7 @@ class _CudaDirect(PlanarFlowFunction):
 
 def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """What the cuda backend's compact form is compared with: the recursion step by step."""
-    return _CudaDirect.apply(z, u, w, b, Formulas().numbers(), "cuda")
+    return _CudaDirect.apply(z, u, w, b, (Formulas().numbers(), "cuda"))
 
 
 def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:

@@ -12,6 +12,7 @@ from vvae_fast import ops, reference, shapes
 from vvae_fast.shapes import Formulas
 
 Numbers = tuple[int, int, float, float]
+How = tuple[Numbers, str]  # numbers and backend: each argument of a Function costs, be it no tensor
 
 _transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
@@ -21,32 +22,30 @@ class PlanarFlowFunction(torch.autograd.Function):
     """planar_forward and planar_backward on z [*batch, D], saving z and the pre-activations a [K, rows] only."""
 
     @staticmethod
-    def forward(
-        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        z_K, log_det, a = _run_forward(z, u, w, b, numbers, backend, save=True)
+    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tensor]:
+        z_K, log_det, a = _run_forward(z, u, w, b, *how, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.numbers, ctx.backend = numbers, backend
+        ctx.how = how
         ctx.set_materialize_grads(False)
         return z_K, log_det
 
     @staticmethod
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
-            return None, None, None, None, None, None
-        z, u, w, b, a = ctx.saved_tensors
+            return None, None, None, None, None
+        (z, u, w, b, a), (numbers, backend) = ctx.saved_tensors, ctx.how
         if grad_z is None or grad_log_det is None:
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
-        planar_backward, params = ops.OPERATORS[ctx.backend].planar_backward, any(ctx.needs_input_grad[1:])
-        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers, params), None, None
+            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, numbers), None
+        planar_backward, params = ops.OPERATORS[backend].planar_backward, any(ctx.needs_input_grad[1:])
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, numbers, params), None
 
 
 def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
     """z_K [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return _apply(PlanarFlowFunction, z, u, w, b, numbers, backend)
+        return _apply(PlanarFlowFunction, z, u, w, b, (numbers, backend))
     return _run_forward(z, u, w, b, numbers, backend, save=False)[:2]
 
 
@@ -103,26 +102,24 @@ class PlanarInverseFunction(torch.autograd.Function):
     """planar_inverse and planar_inverse_backward on z [*batch, D], saving z and the roots a [K, rows]."""
 
     @staticmethod
-    def forward(
-        ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        z_0, log_det, a = _run_inverse(z, u, w, b, numbers, backend, save=True)
+    def forward(ctx, z: Tensor, u: Tensor, w: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tensor]:
+        z_0, log_det, a = _run_inverse(z, u, w, b, *how, save=True)
         ctx.save_for_backward(z, u, w, b, a)
-        ctx.numbers, ctx.backend = numbers, backend
+        ctx.how = how
         ctx.set_materialize_grads(False)
         return z_0, log_det
 
     @staticmethod
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
-            return None, None, None, None, None, None
-        z, u, w, b, a = ctx.saved_tensors
+            return None, None, None, None, None
+        (z, u, w, b, a), (numbers, backend) = ctx.saved_tensors, ctx.how
         if grad_z is None or grad_log_det is None:
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
-            return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers), None, None
-        planar_backward, params = ops.OPERATORS[ctx.backend].planar_inverse_backward, any(ctx.needs_input_grad[1:])
-        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, ctx.numbers[:3], params), None, None
+            return *_reference_inverse_backward(grad_z, grad_log_det, z, u, w, b, numbers), None
+        planar_backward, params = ops.OPERATORS[backend].planar_inverse_backward, any(ctx.needs_input_grad[1:])
+        return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, numbers[:3], params), None
 
 
 def planar_flow_inverse(
@@ -130,7 +127,7 @@ def planar_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """z_0 [*batch, D] and log_det [*batch] of arguments that share one dtype, which the kernels of `backend` take."""
     if torch.is_grad_enabled() and (z.requires_grad or u.requires_grad or w.requires_grad or b.requires_grad):
-        return _apply(PlanarInverseFunction, z, u, w, b, numbers, backend)
+        return _apply(PlanarInverseFunction, z, u, w, b, (numbers, backend))
     return _run_inverse(z, u, w, b, numbers, backend, save=False)[:2]
 
 
