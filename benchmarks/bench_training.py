@@ -1,12 +1,14 @@
 """One training step of the 784-400-40 VAE (B = 100, on a GPU 512 too) with or without a flow. Run with `make bench`."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from contestants import eager_loop, no_op
+from contestants import COMPILED, LOOPS, no_op
+from loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
 from measure import Block, Refused, failures_refused
 from torch import Tensor, nn
 
@@ -14,10 +16,12 @@ from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder
 
 LATENT, HIDDEN, BATCH, GPU_BATCH = 40, 400, 100, 512
-ROUNDS, QUICK_ROUNDS = 31, 5  # the ratios are near 1 and machines are noisy: many short rounds
+ROUNDS, QUICK_ROUNDS = 21, 5  # the ratios are near 1 and machines are noisy: many short rounds
 GPU_ROUNDS = 9
 BLOCK_SECONDS = 0.08
 PASS = "step"
+COMPILE = "torch.compile"
+LOOPED = (PLAIN, COMPILE, REFERENCE)
 NO_OP = partial(no_op, like=torch.zeros_like)
 
 
@@ -36,48 +40,46 @@ class Training:
 
     def takes(self, name: str) -> bool:
         """Whether the contestant is timed: of the larger batch the flows with shared parameters that are no loops."""
-        return self.rows == BATCH or not ("amortized" in name or "loop" in name)
+        return self.rows == BATCH or not ("amortized" in name or name.startswith(LOOPED))
 
 
 GROUPS = [Training("Adam"), Training("fused-Adam", (("fused", True),))]
 GPU_GROUPS = [*(replace(group, rows=GPU_BATCH) for group in GROUPS), *GROUPS]
 
 
-class OtherSharedFlow(PlanarFlow):
-    """A flow with shared parameters that another contestant computes."""
-
-    def __init__(self, num_steps: int, flow: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        super().__init__(LATENT, num_steps)
-        self.compute = flow
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.compute(z, self.u, self.w, self.b)
+def shared(loop: Loop) -> Looped:
+    """80 steps with shared parameters, computed by a loop."""
+    return Looped(PlanarFlow(LATENT, 80), loop)
 
 
-class OtherAmortizedFlow(AmortizedPlanarFlow):
-    """An amortized flow that another contestant computes."""
+def amortized(loop: Loop) -> Looped:
+    """16 steps with parameters for each data point, computed by a loop."""
+    return Looped(AmortizedPlanarFlow(LATENT, 16, HIDDEN), loop)
 
-    def __init__(self, num_steps: int, flow: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        super().__init__(LATENT, num_steps, HIDDEN)
-        self.compute = flow
 
-    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.compute(z, *self.params(context))
+@cache
+def compiled() -> Loop:
+    """One for all steps: a shape is compiled once."""
+    return torch.compile(LOOPS[COMPILED], dynamic=False)
 
 
 def flows(backends: list[str]) -> dict[str, Callable[[], nn.Module | None]]:
     """The flow of each contestant: None for the vanilla VAE."""
     return {
         "vanilla": lambda: None,
-        "no-op K=80": lambda: OtherSharedFlow(80, NO_OP),
+        "no-op K=80": lambda: shared(NO_OP),
         **{f"vvae_fast {name} K=80": partial(PlanarFlow, LATENT, 80, backend=name) for name in backends},
-        "eager loop K=80": lambda: OtherSharedFlow(80, eager_loop),
-        "no-op amortized K=16": lambda: OtherAmortizedFlow(16, NO_OP),
+        f"{PLAIN} K=80": lambda: shared(plain_loop),
+        f"{COMPILE} K=80": lambda: shared(compiled()),
+        f"{REFERENCE} K=80": lambda: shared(reference_loop),
+        "no-op amortized K=16": lambda: amortized(NO_OP),
         **{
             f"vvae_fast {name} amortized K=16": partial(AmortizedPlanarFlow, LATENT, 16, HIDDEN, backend=name)
             for name in backends
         },
-        "eager loop amortized K=16": lambda: OtherAmortizedFlow(16, eager_loop),
+        f"{PLAIN} amortized K=16": lambda: amortized(plain_loop),
+        f"{COMPILE} amortized K=16": lambda: amortized(compiled()),
+        f"{REFERENCE} amortized K=16": lambda: amortized(reference_loop),
     }
 
 
@@ -92,10 +94,10 @@ def make_data(device: torch.device, rows: int = BATCH) -> Tensor:
 
 @cache
 def training_step(name: str, group: Training, device: torch.device, backends: tuple[str, ...]) -> Callable[[], None]:
-    """One Adam step of a checked model; raises Refused where the flow's loss or gradients differ from the loop's."""
+    """One Adam step of a checked model; raises Refused where its loss or gradients differ from the reference's."""
     flow = flows(list(backends))[name]
     model, x = make_model(flow, device), make_data(device, group.rows)
-    if name.startswith("vvae_fast"):
+    if name.startswith(("vvae_fast", *LOOPED)):
         with failures_refused():
             check(model, x)
     optimizer = torch.optim.Adam(model.parameters(), **dict(group.options))
@@ -109,33 +111,48 @@ def training_step(name: str, group: Training, device: torch.device, backends: tu
 
 
 def check(model: VAE, x: Tensor) -> None:
-    """The loss and every gradient against the reference backend's, for the same noise."""
+    """The loss and every gradient against those with the reference, for the same noise."""
     trial = copy.deepcopy(model)
     with torch.no_grad():  # a flow starts as the identity: away from there
         for parameter in trial.flow.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    answers = []
-    for backend in (trial.flow.backend, "reference"):
-        trial.flow.backend = backend
-        torch.manual_seed(1)
-        loss = trial(x).neg_elbo.mean()
-        answers.append([loss.detach(), *torch.autograd.grad(loss, list(trial.parameters()))])
-    for got, wanted in zip(*answers, strict=True):
+    answer = _answer(trial, x)
+    if isinstance(trial.flow, Looped):
+        trial.flow.loop = reference_loop
+    else:
+        trial.flow.backend = "reference"
+    for got, wanted in zip(answer, _answer(trial, x), strict=True):
         error = ((got - wanted).norm() / wanted.norm()).item()
         if not error < 1e-4:
             raise Refused(f"wrong: loss or gradient is off by {error:.1e} of its norm")
+
+
+def _answer(model: VAE, x: Tensor) -> list[Tensor]:
+    """The loss and the gradients."""
+    torch.manual_seed(1)
+    loss = model(x).neg_elbo.mean()
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def names(group: Training, backends: list[str], in_full: bool) -> list[str]:
+    """The contestants of a group: in the quick run and in a GPU's four minutes neither the compiled nor the slowest."""
+    taken = [name for name in flows(backends) if group.takes(name)]
+    return [name for name in taken if in_full or not name.startswith((COMPILE, REFERENCE))]
 
 
 def pytest_generate_tests(metafunc):
     bench = metafunc.config.bench
     rounds = QUICK_ROUNDS if bench.quick else GPU_ROUNDS if bench.on_gpu else ROUNDS
     groups = GPU_GROUPS if bench.on_gpu else GROUPS
-    names = {group: [name for name in flows(bench.backends) if group.takes(name)] for group in groups}
-    blocks = [Block(group, PASS, name, r) for group in groups for r in range(rounds) for name in names[group]]
+    trials = {group: names(group, bench.backends, not (bench.quick or bench.on_gpu)) for group in groups}
+    blocks = [Block(group, PASS, name, r) for group in groups for r in range(rounds) for name in trials[group]]
     metafunc.parametrize("block", blocks, ids=str)
 
 
 def bench_vae_step(block, bench, benchmark):
     with bench.recording(block):
+        start = time.perf_counter()
         step = training_step(block.contestant, block.group, bench.run.device, tuple(bench.backends))
+        if block.contestant.startswith(COMPILE) and block.contestant not in [x for _, x in bench.run.compile_seconds]:
+            bench.run.compile_seconds[block.group, block.contestant] = time.perf_counter() - start
         bench.run.time_block(block, step, benchmark, None, BLOCK_SECONDS, wall_only=True)

@@ -1,4 +1,4 @@
-"""What computes a case: this package's backends, the loops that a user would write, and the no-op. Peers: peers.py.
+"""What computes a case: this package's backends, the loops of loops.py, and the no-op. Peers: peers.py.
 
 A contestant is prepared for one case: it gets its own copies of the inputs and gives a call without arguments.
 """
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from loops import PLAIN, REFERENCE, plain_loop, reference_loop
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import ops, reference
+from vvae_fast import ops
 from vvae_fast.autograd import PlanarFlowFunction
 from vvae_fast.shapes import Formulas
+
+LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
+COMPILED = PLAIN  # of the two, what torch.compile is given: see loops.py
 
 
 class Unavailable(Exception):
@@ -67,11 +71,6 @@ def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.emp
     return _NoOp.apply(z, u, w, b, like)
 
 
-def eager_loop(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop over steps that everyone writes, with the stable constraint and determinant: the reference backend."""
-    return reference.planar_forward(z, u, w, b)[:2]
-
-
 @contextlib.contextmanager
 def cuda_form(name: str) -> Iterator[None]:
     """The cuda backend's kernels take this form, whatever the shape."""
@@ -107,7 +106,7 @@ def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) 
 
 def _compiled(inputs: list[Tensor]) -> Prepared:
     torch._dynamo.reset()
-    return _function(torch.compile(eager_loop, dynamic=False), inputs)
+    return _function(torch.compile(LOOPS[COMPILED], dynamic=False), inputs)
 
 
 def _unavailable(status: str, inputs: list[Tensor]) -> Prepared:
@@ -130,7 +129,7 @@ def _why_not(name: str, state: dict[str, object], device: torch.device) -> str |
 
 
 def ours(device: torch.device | str = "cpu") -> list[Contestant]:
-    """A contestant for each backend of the package, but for the reference, which is the eager loop; and the cuda
+    """A contestant for each backend of the package, but for the reference, which is a loop; and the cuda
     backend's direct form."""
     found = []
     for name, state in vvae_fast.info()["backends"].items():
@@ -146,9 +145,9 @@ def ours(device: torch.device | str = "cpu") -> list[Contestant]:
 
 
 def baselines() -> list[Contestant]:
-    """The no-op, the eager loop and torch.compile's version of it."""
+    """The no-op, the loops, and torch.compile's version of one."""
     return [
         Contestant("no-op", "no-op", partial(_function, no_op)),
-        Contestant("eager loop", "peer", partial(_function, eager_loop)),
+        *(Contestant(name, "peer", partial(_function, loop)) for name, loop in LOOPS.items()),
         Contestant("torch.compile", "peer", _compiled, compiled=True),
     ]

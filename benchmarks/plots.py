@@ -15,14 +15,15 @@ COLORS = {  # in the legends' order
     "vvae_fast": "#c0392b",
     NO_OP: "#7f8c8d",
     "torch.compile": "#2471a3",
-    "eager loop": "#1e8449",
+    "plain loop": "#1e8449",
+    "reference": "#7dcea0",
     "normflows": "#b9770e",
     "Pyro": "#7d3c98",
     "pythae": "#d16ba5",
     "floor": "#000000",
     "vvae_fast triton": "#e67e22",  # beside another backend of ours; alone it is vvae_fast
 }
-MARKERS = dict(zip(COLORS, ["o", "X", "s", "^", "D", "v", "P", "", "h"], strict=True))
+MARKERS = dict(zip(COLORS, ["o", "X", "s", "^", "<", "D", "v", "P", "", "h"], strict=True))
 Points = dict[str, list[tuple[float, float]]]  # (x, y) of each label
 
 

@@ -8,13 +8,26 @@ import sys
 from pathlib import Path
 
 import results
+from captions import (
+    BACKEND_CAPTION,
+    LEAST_FLOOR,
+    NO_GPU,
+    NOISY,
+    compile_times,
+    floor_caption,
+    memory_caption,
+    on_gpu,
+    step_caption,
+    time_caption,
+)
 from cases import PASSES
+from loops import PLAIN, REFERENCE
 from results import Results, Row
 
 ROOT = results.ROOT
 START, END = "<!-- bench -->\n", "<!-- /bench -->"
 OURS = "vvae_fast"  # the column of the fastest backend
-PEERS = ("torch.compile", "eager loop", "normflows", "Pyro", "pythae")
+PEERS = ("torch.compile", PLAIN, REFERENCE, "normflows", "Pyro", "pythae")
 HEADLINE = (
     *("shared-B100-D2-K8", "shared-B100-D40-K16", "shared-B128-D40-K80", "shared-B1000-D64-K32"),
     *("shared-B4096-D64-K32", "amortized-B1000-D40-K16"),
@@ -28,10 +41,6 @@ GPU_FLOOR_CASES = (
     *("shared-B4096-D512-K64", "shared-B4096-D1024-K32", "shared-B4096-D64-K256"),
     *("amortized-B1000-D40-K16", "amortized-B4096-D40-K16"),
 )
-
-
-NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
-LEAST_FLOOR = 2e-6  # seconds, a function call: a ratio to less says nothing
 
 
 def table(columns: list[str], lines: list[list[str]]) -> str:
@@ -79,13 +88,17 @@ def title(row: Row) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Time, the ratio to ours in the same rounds, and ~ where the rounds disagree."""
+    """Time, how many times as fast as the plain loop in the same rounds, and ~ where the rounds disagree."""
     if row is None:
         return ""
     if row.median is None:
         return row.status.split(":")[0]
-    text = duration(row.wall) if row.role == "ours" else f"{duration(row.wall)} ({ratio(row.to_base)})"
-    return text + "~" * noisy(row.wall_rounds)
+    return f"{duration(row.wall)}{speedup(row)}" + "~" * noisy(row.wall_rounds)
+
+
+def speedup(row: Row) -> str:
+    """Over the base; empty for itself, and where it was not timed."""
+    return "" if row.to_base is None or row.base == row.contestant else f" ({ratio(1 / row.to_base)})"
 
 
 def noisy(rounds: list[float]) -> bool:
@@ -97,10 +110,6 @@ def floor_ratio(row: Row) -> str:
     return ratio(row.to_floor) if row.floor and row.floor >= LEAST_FLOOR else "-"
 
 
-def on_gpu(run: Results) -> bool:
-    return run.header["device"] == "cuda"
-
-
 def where_from(run: Results) -> str:
     """The machine, versions and commit that printed the numbers."""
     h = run.header
@@ -110,7 +119,7 @@ def where_from(run: Results) -> str:
 
 
 def time_table(run: Results, pass_: str, names: tuple[str, ...] | list[str]) -> str:
-    """A line for each case: ours, the no-op, the peers, and how far ours is from the floor and the fastest peer."""
+    """A line for each case: ours, the no-op, the peers, and how far ours is from the floor."""
     others = ["no-op", *PEERS]
     others = [name for name in others if any(name in pick(run, pass_, case) for case in names)]
     lines = []
@@ -163,7 +172,7 @@ def backend_table(run: Results) -> str:
 
 def memory_table(run: Results) -> str:
     """Bytes saved for the backward beside the inputs, and the peak of a forward and backward."""
-    names = [OURS, "eager loop", "normflows", "Pyro", "pythae"]
+    names = [OURS, *(name for name in PEERS if any(name in pick(run, "memory", case) for case in cases(run, "memory")))]
     lines = []
     for case in cases(run, "memory"):
         found = pick(run, "memory", case)
@@ -214,7 +223,7 @@ def _floor_cell(row: Row) -> str:
 
 
 def memory_sentence(run: Results) -> str:
-    """What the forward saves, in the largest case and where the eager loop was measured too."""
+    """What the forward saves, in the largest case and where the plain loop was measured too."""
     found = [pick(run, "memory", case) for case in cases(run, "memory")]
     found = [rows for rows in found if OURS in rows and rows[OURS].saved_bytes and not rows[OURS].amortized]
     if not found:
@@ -222,10 +231,10 @@ def memory_sentence(run: Results) -> str:
     largest = max((rows[OURS] for rows in found), key=lambda row: row.saved_bytes)
     text = f"The forward saves {size(largest.saved_bytes)} for the backward at {title(largest)}, inputs included."
     for rows in found:
-        eager = rows.get("eager loop")
-        if eager and eager.saved_bytes and eager.num_steps == largest.num_steps:
-            mine, other = (size(row.saved_beside_inputs_bytes) for row in (rows[OURS], eager))
-            return f"{text} Beside its inputs it saves {mine} at {title(eager)}, the eager loop {other}."
+        loop = rows.get(PLAIN)
+        if loop and loop.saved_bytes and loop.num_steps == largest.num_steps:
+            mine, other = (size(row.saved_beside_inputs_bytes) for row in (rows[OURS], loop))
+            return f"{text} Beside its inputs it saves {mine} at {title(loop)}, the plain loop {other}."
     return text
 
 
@@ -237,13 +246,6 @@ def refusals(run: Results) -> str:
             reasons.setdefault((row.contestant, row.status), []).append(row.case)
     lines = [f"- {name}, {status}: {', '.join(dict.fromkeys(at))}" for (name, status), at in reasons.items()]
     return "Not timed:\n\n" + "\n".join(lines) if lines else ""
-
-
-def compile_times(run: Results) -> str:
-    seconds = [row.compile_seconds for row in run.rows if row.compile_seconds]
-    if not seconds:
-        return ""
-    return f"torch.compile took {min(seconds):.0f} to {max(seconds):.0f} s to compile a shape, not counted above."
 
 
 def summary(run: Results) -> str:
@@ -285,54 +287,6 @@ def machine_page(run: Results) -> str:
         memory_table(run),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-TIME_CAPTION = (
-    "The floor is the time that the memory traffic or the arithmetic alone takes, docs/math.md (19), at the bandwidth "
-    "of the copy of z timed in the same rounds and the rate of that run's best matrix product. The no-op clones z and "
-    "does no other work: it is what autograd costs by itself. Times are medians of the rounds' medians; in "
-    "parentheses: the median over the rounds of the ratio to vvae_fast in the same round. `~`: the slowest round took "
-    f"more than {NOISY} times the fastest. The last column has no ratio where the floor is under "
-    f"{1e6 * LEAST_FLOOR:.0f} us, a function call."
-)
-GPU_TIME_CAPTION = (
-    "Times are by the clock, of calls in a row until the device has done the last: medians of the rounds' medians; in "
-    "parentheses: the median over the rounds of the ratio to vvae_fast in the same round. `~`: the slowest round took "
-    f"more than {NOISY} times the fastest. The floor is the time that the memory traffic or the arithmetic alone "
-    "takes, docs/math.md (19), at the bandwidth of a copy of 512 MiB timed in the same rounds and the larger rate of "
-    "that run's float32 matrix products: by fused multiply-adds, or a third of that in TF32. The last column divides "
-    "the time on the device alone (events around a call that was queued, its inputs in no cache) by the floor; it has "
-    f"no ratio where that is under {1e6 * LEAST_FLOOR:.0f} us. The no-op clones z and does no other work."
-)
-FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
-GPU_FLOOR_CAPTION = "Time on the device over the floor, in parentheses the time:"
-NO_GPU = "Not measured on a GPU."
-BACKEND_CAPTION = "Both: forward and backward, by the clock. Forward, backward: each alone, on the device."
-
-
-def step_caption(run: Results) -> str:
-    """The batch sizes are those that a run has."""
-    sizes = {row.rows for row in run.rows if row.pass_ == "step"} or {100}
-    others = "".join(f", and {rows} where the column says so" for rows in sorted(sizes - {100}))
-    return (
-        f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: median of the rounds, "
-        "smallest to largest."
-    )
-
-
-def time_caption(run: Results) -> str:
-    return GPU_TIME_CAPTION if on_gpu(run) else TIME_CAPTION
-
-
-def floor_caption(run: Results) -> str:
-    return GPU_FLOOR_CAPTION if on_gpu(run) else FLOOR_CAPTION
-
-
-def memory_caption(run: Results) -> str:
-    return (
-        "Saved: bytes that the forward saves for the backward, beside the inputs, which the caller holds anyway. "
-        f"Peak: of a forward and backward, above the inputs ({run.header['peak_bytes_method']})."
-    )
 
 
 def readme_section(run: Results, machine: str) -> str:

@@ -18,7 +18,8 @@ from statistics import median, quantiles
 
 import memory
 import torch
-from contestants import Contestant
+from contestants import COMPILED, Contestant
+from loops import PLAIN
 from measure import COPY, Run
 
 import vvae_fast
@@ -26,7 +27,7 @@ import vvae_fast
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).parent / "results"
 HEADER = (  # what the report needs of it
-    *("kind", "date", "seconds", "device", "machine", "threads", "isa", "torch", "commit", "dirty"),
+    *("kind", "date", "seconds", "device", "machine", "threads", "isa", "torch", "commit", "dirty", "compiled"),
     *("matrix_product_flops_per_second", "peak_bytes_method", "versions"),
 )
 
@@ -61,7 +62,7 @@ class Row:
     to_floor: float | None = None
     fastest_peer: str | None = None
     to_fastest_peer: float | None = None  # host_median over the fastest peer's: below 1 is faster
-    base: str | None = None  # the vanilla step, or the fastest of ours
+    base: str | None = None  # the vanilla step, or the plain loop
     base_ratios: list[float] = field(default_factory=list)  # of each round by the clock, over the base's in the same
     to_base: float | None = None  # their median
     compile_seconds: float | None = None
@@ -151,8 +152,7 @@ def _floor(run: Run, group, pass_: str, found: list[Row]) -> float | None:
 def _with_ratios(found: list[Row], floor: float | None) -> list[Row]:
     timed = [row for row in found if row.median]
     peer = min((row for row in timed if row.role == "peer"), key=lambda row: row.wall, default=None)
-    bases = [row for row in timed if row.role == "base"] or [row for row in timed if row.role == "ours"]
-    base = min(bases, key=lambda row: row.wall, default=None)
+    base = next((row for row in timed if row.role == "base" or row.contestant == PLAIN), None)
     return [_with_its_ratios(row, floor, peer, base) if row.median else row for row in found]
 
 
@@ -198,6 +198,7 @@ def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> di
         "vvae_fast": vvae_fast.__version__,
         "commit": head,
         "dirty": dirty,
+        "compiled": COMPILED,  # what torch.compile was given
         "matrix_product_flops_per_second": {dtype: _rounded(rate) for dtype, rate in run.rates.items()},
         "matrix_product_units": {
             dtype: {unit: _rounded(rate) for unit, rate in rates.items()} for dtype, rates in run.unit_rates.items()

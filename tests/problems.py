@@ -102,7 +102,7 @@ def on_each_isa(answer: Callable[[], T]) -> dict[str, T]:
 def errors_over_draws(
     problems: list[Problem], backend: str = "cpp", device: str = "cpu", inverse: bool = False, **formulas
 ) -> dict[str, Tensor]:
-    """[draws, 6] relative errors in float32 against float64 on the CPU: those of "loop", the eager loop on the device,
+    """[draws, 6] relative errors in float32 against float64 on the CPU: those of "loop", the reference on the device,
     and of each instruction set, or of another backend."""
     answer, truth = (invert, partial(invert, backend="reference")) if inverse else (run, oracle)
     rows = {}
@@ -116,7 +116,7 @@ def errors_over_draws(
 
 
 def assert_as_accurate(ours: Tensor, loop: Tensor, about: object = "") -> None:
-    """The accuracy rule, on the errors [draws, 6] of ours and of the eager loop: the geometric mean of ours is at most
+    """The accuracy rule, on the errors [draws, 6] of ours and of the reference: the geometric mean of ours is at most
     MEAN times the loop's, and the root mean square, which one bad draw raises, ROOT_MEAN_SQUARE times; both but for
     STANDARD_ERRORS of what the draws scatter. No single draw decides: in one or another the loop is exact by luck, and
     in which one, the processor's order of sums says."""

@@ -123,7 +123,7 @@ def one_dimension(z: Tensor, u: float, num_steps: int, amortized: bool) -> list[
 @pytest.mark.parametrize("backend", BESIDE_THE_LOOP)
 @both_kinds
 def test_tanh_keeps_the_digits_of_its_derivative_where_it_saturates(backend, amortized):
-    """Row by row: autograd's 1 - h^2 loses them, so that the eager loop is no measure, and other rows hide them."""
+    """Row by row: autograd's 1 - h^2 loses them, so that the loop is no measure, and other rows hide them."""
     a = torch.tensor([1.0, -3.0, 5.0, -7.0, 9.0, 12.0, -16.0, 20.0])
     a = a if amortized else a[2:]  # the first two would hide the others in their sum
     inputs = one_dimension(a, 1.0, 1, amortized)

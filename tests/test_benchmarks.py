@@ -17,7 +17,8 @@ import bench_training
 import report
 import results
 from cases import FAST, GPU_CASES, GPU_MEMORY_CASES, MEMORY_CASES, PLANAR_CASES, Case
-from contestants import Contestant, Prepared, Unavailable, cuda_direct, eager_loop, no_op, ours
+from contestants import Contestant, Prepared, Unavailable, cuda_direct, no_op, ours
+from loops import plain_loop
 from measure import COPY, Block, Refused, Run, Stage, make_inputs
 from memory import peak_bytes, saved_bytes
 from peers import peers
@@ -94,10 +95,10 @@ def test_contestants_agree_with_the_oracle(case, trial):
 
 
 def spoiled(index, spoil):
-    """The eager loop with one output changed."""
+    """The plain loop with one output changed."""
 
     def flow(*inputs):
-        outputs = list(eager_loop(*inputs))
+        outputs = list(plain_loop(*inputs))
         outputs[index] = spoil(outputs[index])
         return outputs
 
@@ -119,10 +120,10 @@ def test_a_wrong_contestant_is_refused_before_timing():
     assert refusal(SMALL, contestant(spoiled(1, lambda x: x + 1e-3))).startswith("wrong: log_det")
     assert refusal(SMALL, contestant(spoiled(1, lambda x: x * float("nan")))).startswith("wrong: log_det")
     assert refusal(SMALL, contestant(spoiled(1, lambda x: x[:, None]))).startswith("failed: RuntimeError")
-    wrong_du = contestant(lambda z, u, w, b: eager_loop(z, WrongGradient.apply(u), w, b))
+    wrong_du = contestant(lambda z, u, w, b: plain_loop(z, WrongGradient.apply(u), w, b))
     assert refusal(SMALL, wrong_du).startswith("wrong: du is off by 1.0e-03")
     assert refusal(Case(6, 3, 2, dtype="float64"), contestant(spoiled(0, lambda z: (1 + 1e-9) * z))).startswith("wrong")
-    Stage(SMALL, torch.device("cpu")).prepared(contestant(eager_loop))
+    Stage(SMALL, torch.device("cpu")).prepared(contestant(plain_loop))
     Stage(SMALL, torch.device("cpu")).prepared(contestant(no_op, role="no-op"))
 
 
@@ -161,15 +162,18 @@ def timed_run(seconds: dict[str, list[float]]) -> Run:
 
 
 def test_rows_have_their_ratios():
-    run = timed_run({COPY: [1e-6, 2e-6, 1e-6], "vvae_fast cpp": [4e-6, 5e-6, 4e-6], "eager loop": [8e-6, 20e-6, 12e-6]})
+    run = timed_run({COPY: [1e-6, 2e-6, 1e-6], "vvae_fast cpp": [4e-6, 5e-6, 4e-6], "plain loop": [8e-6, 20e-6, 12e-6]})
     bench = Bench("cpu", quick=True)
     rows = {row.contestant: row for row in results.rows(run, bench.contestants)}
-    mine, eager = rows["vvae_fast cpp"], rows["eager loop"]
+    mine, loop = rows["vvae_fast cpp"], rows["plain loop"]
     assert mine.floor == pytest.approx(SMALL.traffic("forward") / (1_000 / 1e-6), rel=1e-4)
     assert mine.to_floor == pytest.approx(4e-6 / mine.floor, rel=1e-4)
-    assert (mine.fastest_peer, mine.to_fastest_peer) == ("eager loop", pytest.approx(4 / 12, rel=1e-4))
-    assert (eager.base, eager.base_ratios, eager.to_base) == ("vvae_fast cpp", [2.0, 4.0, 3.0], 3.0)
-    assert (eager.role, rows[COPY].role, rows[COPY].to_floor) == ("peer", "copy", None)
+    assert (mine.fastest_peer, mine.to_fastest_peer) == ("plain loop", pytest.approx(4 / 12, rel=1e-4))
+    assert (mine.base, mine.base_ratios, mine.to_base) == ("plain loop", [0.5, 0.25, 0.33333], 0.33333)
+    assert (loop.role, rows[COPY].role, rows[COPY].to_floor) == ("peer", "copy", None)
+    assert (report.cell(mine), report.cell(loop)) == ("4.00 us (3.00x)", "12.0 us~")
+    without = timed_run({"vvae_fast cpp": [4e-6], "reference": [8e-6]})
+    assert {row.base for row in results.rows(without, bench.contestants)} == {None}
 
 
 def test_a_refused_contestant_is_a_row():
@@ -229,11 +233,11 @@ def test_a_form_is_a_contestant_where_a_case_names_it_and_never_ours():
     assert "vvae_fast cuda direct" not in bench.names(other)
     assert "vvae_fast cuda" in bench.names(other)
     assert "cuda direct" not in bench.backends
-    bench.contestants["vvae_fast cuda direct"] = contestant(eager_loop, role="form")
-    run = timed_run({"vvae_fast cuda": [4e-6], "vvae_fast cuda direct": [1e-6], "eager loop": [8e-6]})
+    bench.contestants["vvae_fast cuda direct"] = contestant(plain_loop, role="form")
+    run = timed_run({"vvae_fast cuda": [4e-6], "vvae_fast cuda direct": [1e-6], "plain loop": [8e-6]})
     rows = {row.contestant: row for row in results.rows(run, bench.contestants)}
-    assert {row.base for row in rows.values()} == {"vvae_fast cuda"}
-    assert rows["vvae_fast cuda"].fastest_peer == "eager loop"
+    assert {row.base for row in rows.values()} == {"plain loop"}
+    assert rows["vvae_fast cuda"].fastest_peer == "plain loop"
     picked = report.pick(results.Results({}, list(rows.values())), "forward", str(SMALL))
     assert picked[report.OURS].contestant == "vvae_fast cuda"
 
@@ -282,7 +286,9 @@ def test_report_says_where_a_peer_is_faster():
     assert "1 x 64, K = 32, forward (pythae takes 0.50 of its time)" in sentence
     faster = results.Results(run.header, [row for row in run.rows if row.rows != 1])
     assert "is the fastest in all 1 comparisons" in report.where_not_fastest(faster)
-    assert report.where_not_fastest(faster).endswith("at all in it: torch.compile, eager loop, normflows, Pyro.")
+    assert report.where_not_fastest(faster).endswith(
+        "at all in it: torch.compile, plain loop, reference, normflows, Pyro."
+    )
     assert report.where_not_fastest(results.Results(run.header, [])) == ""
 
 
@@ -385,5 +391,6 @@ def test_session_with_missing_and_broken_peers(tmp_path):
     assert rows["normflows"]["status"] == "missing: No module named normflows (pip install normflows)"
     assert rows["pythae"]["status"] == "failed: RuntimeError: broken"
     assert rows["torch.compile"]["status"].startswith("not run")
-    assert rows["eager loop"]["status"] == "ok"
-    assert rows["eager loop"]["median"] > rows["no-op"]["median"] > 0
+    assert rows["reference"]["status"] == "ok"
+    assert rows["plain loop"]["median"] > rows["no-op"]["median"] > 0
+    assert {row.get("base") for row in rows.values() if "median" in row} == {"plain loop"}
