@@ -1,11 +1,11 @@
-"""Seconds of a training epoch of each model of a study: with this package's flow, and with the eager loop in its place.
+"""Seconds of a training epoch of each model of a study: with this package's flow, and with a loop in its place.
 
     python benchmarks/epochs.py --config configs/digits.yaml
     python benchmarks/epochs.py --config configs/mnist_mlp_cpu.yaml --root DIR
 
-A step draws the batch and its bits, runs forward and backward and the optimiser, as in training. The eager loop is the
-backend "reference": a Python loop over the flow's steps. Blocks of steps of all models and both backends alternate, one
-round after another, in one process; an epoch's time is the median of the rounds' median steps times the number of
+A step draws the batch and its bits, runs forward and backward and the optimiser, as in training. The loops over the
+flow's steps are those of loops.py, the plain loop and the reference. Blocks of steps of all models alternate, one round
+after another, in one process; an epoch's time is the median of the rounds' median steps times the number of
 batches. On the CPU one thread runs, and its own time counts: what other programs take of a busy machine is not in it.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from study_results import EAGER, EPOCHS, FOLDER, OURS
+from loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
+from study_results import EPOCHS, FOLDER, OURS
 from torch import Tensor
 
-import vvae_fast
 from vvae_fast.train import processes
 from vvae_fast.train.compare import Model
 from vvae_fast.train.data import Dataset, load_dataset, make_loaders
@@ -33,16 +33,18 @@ from vvae_fast.train.objective import free_energy
 from vvae_fast.train.runconfig import VANILLA, RunConfig
 from vvae_fast.train.study import load_study
 
-BACKENDS = {OURS: "auto", EAGER: "reference"}
+LOOPS = {OURS: None, PLAIN: plain_loop, REFERENCE: reference_loop}
 
 
 class Contestant:
-    """One model trained with one backend; `block` times steps of it."""
+    """One model trained with this package's flow, or with a loop in its place; `block` times steps of it."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, backend: str) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset, loop: Loop | None) -> None:
         torch.manual_seed(config.seed)
-        self.backend, self.device = backend, processes.device()
+        self.device = processes.device()
         self.vae = build_vae(config, dataset).to(self.device)
+        if loop is not None:
+            self.vae.flow = Looped(self.vae.flow, loop)
         self.optimizer = build_optimizer(config, self.vae)
         loader, _, _ = make_loaders(dataset, config.batch_size, config.seed)
         self.batches = _endless(loader)
@@ -50,8 +52,7 @@ class Contestant:
 
     def block(self, num_steps: int) -> None:
         """Trains for some steps and keeps the median of their seconds."""
-        with vvae_fast.use_backend(self.backend):
-            self.medians.append(statistics.median(self._step() for _ in range(num_steps)))
+        self.medians.append(statistics.median(self._step() for _ in range(num_steps)))
 
     def _step(self) -> float:
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
@@ -73,11 +74,11 @@ def _endless(loader) -> Iterator[Tensor]:
 
 
 def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int, num_steps: int) -> dict:
-    """The content of EPOCHS: an epoch's seconds for each model and backend, and those of the best and worst round."""
+    """The content of EPOCHS: an epoch's seconds for each model and loop, and those of the best and worst round."""
     contestants = {
-        (model, name): Contestant(replace(base, model=model.kind, num_steps=model.num_steps), dataset, backend)
+        (model, name): Contestant(replace(base, model=model.kind, num_steps=model.num_steps), dataset, loop)
         for model in models
-        for name, backend in BACKENDS.items()
+        for name, loop in LOOPS.items()
         if model.kind != VANILLA or name == OURS  # it has no flow to loop over
     }
     for contestant in contestants.values():

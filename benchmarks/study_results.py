@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "results"
 CONFIGS = ROOT / "configs"
 EPOCHS = "epochs.json"
-OURS, EAGER = "vvae_fast", "eager"  # of EPOCHS
+OURS = "vvae_fast"  # beside the loops, of EPOCHS
 CLEAR = 2.0  # a mean difference is clear from so many standard deviations of the seeds' differences on
 VANILLA_MODEL = Model(VANILLA, 0)
 
@@ -58,8 +58,12 @@ class Results:
         """The models of a kind, from the shortest flow on."""
         return sorted((model for model in self.runs if model.kind == kind), key=lambda model: model.num_steps)
 
+    def has_seconds(self, backend: str) -> bool:
+        """Whether any were measured with it."""
+        return any(row["backend"] == backend for row in (self.epochs or {"epochs": []})["epochs"])
+
     def seconds(self, model: Model, backend: str) -> float | None:
-        """Of an epoch; None where it was not measured. The vanilla VAE has no flow, and is the same for both."""
+        """Of an epoch; None where it was not measured. The vanilla VAE has no flow, and is the same for all."""
         backend = OURS if model.kind == VANILLA else backend
         wanted = (model.kind, model.num_steps, backend)
         rows = [] if self.epochs is None else self.epochs["epochs"]

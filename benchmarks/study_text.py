@@ -1,6 +1,7 @@
 """The sentences of docs/results.md. Whatever number or direction they state is computed from the results."""
 
-from study_results import CLEAR, EAGER, OURS, VANILLA_MODEL, Results, Spread
+from loops import PLAIN
+from study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
 
 from vvae_fast.train.compare import Model
 from vvae_fast.train.runconfig import AMORTIZED, SHARED
@@ -91,8 +92,9 @@ def _cost(results: Results) -> str:
     parts = []
     for kind in kinds(results):
         model = results.flows(kind)[-1]
-        ours, eager = (results.seconds(model, backend) / vanilla for backend in (OURS, EAGER))
-        parts.append(f"{kind} K = {model.num_steps} {ours:.2f} times as long ({eager:.1f} times with the eager loop)")
+        ours, loop = (results.seconds(model, backend) for backend in (OURS, PLAIN))
+        beside = f" ({loop / vanilla:.1f} times with the {PLAIN})" if loop else ""
+        parts.append(f"{kind} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
     return f"An epoch takes, against one of the vanilla VAE: {'; '.join(parts)}."
 
 

@@ -8,14 +8,20 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
 import bench_training
+import epochs
 import loops
 import results
+import study_results
 from bench_training import GROUPS, check, flows, make_data, make_model
 from cases import GPU_CASES, MEMORY_CASES, PLANAR_CASES, Case
 from contestants import COMPILED, LOOPS, baselines
 from measure import Refused, Stage, make_gradients, make_inputs
 from test_benchmarks import contestant, timed_run
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vvae_fast.train.compare import Model
+from vvae_fast.train.data import load_dataset
+from vvae_fast.train.study import load_study
 
 CPU = torch.device("cpu")
 SHARED = [loops.step_by_step, loops.products_first]
@@ -97,6 +103,17 @@ def test_the_vae_step_has_the_loops_and_a_compiled_one():
     few = bench_training.names(GROUPS[0], ["triton"], in_full=False)
     assert not any(name.startswith(("torch.compile", loops.REFERENCE)) for name in few)
     assert f"{loops.PLAIN} K=80" in few
+
+
+def test_an_epoch_is_timed_with_the_flow_and_with_both_loops():
+    """A step of each; the vanilla VAE has no flow to loop over."""
+    study = load_study(study_results.CONFIGS / "digits.yaml")
+    models = [Model("vanilla", 0), Model("amortized", 2), Model("shared", 2)]
+    dataset = load_dataset("digits")
+    content = epochs.measure(study.base(dataset), dataset, models, rounds=1, num_steps=1)
+    timed = [(row["model"], row["backend"]) for row in content["epochs"] if row["seconds"] > 0]
+    flows = [(model, name) for model in ("amortized", "shared") for name in ("vvae_fast", "plain loop", "reference")]
+    assert timed == [("vanilla", "vvae_fast"), *flows]
 
 
 @pytest.mark.parametrize("kind", [bench_training.shared, bench_training.amortized])
