@@ -15,6 +15,7 @@ import pytest
 import report
 import results
 import torch
+from contestants import NO_LEAF
 from session import Bench, Progress
 
 MODULES = ("bench_planar", "bench_training", "bench_memory")
@@ -39,6 +40,7 @@ def pytest_configure(config):
     # pytest-benchmark's, where a session is interrupted between two timings: all warnings are errors here.
     unused = "ignore:Benchmark fixture was not used:pytest_benchmark.logger.PytestBenchmarkWarning"
     config.addinivalue_line("filterwarnings", unused)
+    config.addinivalue_line("filterwarnings", NO_LEAF)
     # Compile times are those of a cold cache, and inductor reads this when it first compiles.
     config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache

@@ -20,6 +20,9 @@ from vvae_fast.shapes import Formulas
 LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
 COMPILED = PLAIN  # of the two, what torch.compile is given: see loops.py
 
+# torch.compile asks each input for its gradient, which one that a network made has not: all warnings are errors here.
+NO_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"
+
 
 class Unavailable(Exception):
     """The contestant cannot run here, or not this case; the message, "missing: ..." or "not run: ...", is its row."""

@@ -1,6 +1,7 @@
 """The loops that the benchmarks compare with: right, as short as they are said to be, and in the VAE step."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import results
 import study_results
 from bench_training import GROUPS, check, flows, make_data, make_model
 from cases import GPU_CASES, MEMORY_CASES, PLANAR_CASES, Case
-from contestants import COMPILED, LOOPS, baselines
+from contestants import COMPILED, LOOPS, NO_LEAF, baselines
 from measure import Refused, Stage, make_gradients, make_inputs
 from test_benchmarks import contestant, timed_run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +115,24 @@ def test_an_epoch_is_timed_with_the_flow_and_with_both_loops():
     timed = [(row["model"], row["backend"]) for row in content["epochs"] if row["seconds"] > 0]
     flows = [(model, name) for model in ("amortized", "shared") for name in ("vvae_fast", "plain loop", "reference")]
     assert timed == [("vanilla", "vvae_fast"), *flows]
+
+
+@pytest.mark.filterwarnings(NO_LEAF)
+def test_the_flow_of_a_step_is_compiled_once_for_both_optimizers(monkeypatch):
+    """By a compiler that only counts: the benchmarks' own takes a minute."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    bench_training.compiled.cache_clear()
+    for group in GROUPS:
+        bench_training.training_step("torch.compile amortized K=16", group, CPU, ("cpp",))()
+    bench_training.compiled.cache_clear()
+    bench_training.training_step.cache_clear()
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("kind", [bench_training.shared, bench_training.amortized])
