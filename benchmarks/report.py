@@ -27,7 +27,7 @@ from results import Results, Row
 ROOT = results.ROOT
 START, END = "<!-- bench -->\n", "<!-- /bench -->"
 OURS = "vvae_fast"  # the column of the fastest backend
-PEERS = ("torch.compile", PLAIN, REFERENCE, "normflows", "Pyro", "pythae")
+PEERS = (PLAIN, "torch.compile", REFERENCE, "normflows", "Pyro", "pythae")
 HEADLINE = (
     *("shared-B100-D2-K8", "shared-B100-D40-K16", "shared-B128-D40-K80", "shared-B1000-D64-K32"),
     *("shared-B4096-D64-K32", "amortized-B1000-D40-K16"),
