@@ -1,25 +1,33 @@
 """Loops over the steps in PyTorch: the plain loop, which every ratio is to, and the reference.
 
 The plain loop is the fastest that was found of those that do one kind of problem, float32 or float64, at the defaults,
-in at most twenty lines. Tried, forward and backward, interleaved, on one thread of a CPU with AVX2, in ms:
+in at most twenty lines. Tried, forward and backward, in turns, ms of CPU time on one thread with AVX2, medians of 12:
 
-    128 x 40, K = 80                            4,096 x 64, K = 32
-    reference                            46.8   reference                                    69.1
-    README's loop                        22.3   README's loop                                35.4
-    hoisted, w[k], a logarithm a step    24.4   hoisted, w[k], a logarithm a step            33.2
-    unbind, z @ w + b, addr               6.5   unbind, z @ w + b, addr                      18.4
-    unbind, addmv, addr                   6.1   unbind, addmv, addr                          19.9
-    unbind, addmv, addcmul               12.6   unbind, addmv, addcmul                       31.3
-    z transposed                          6.5   z transposed                                 18.6
-    products of all steps first           7.6   products of all steps first                   8.8
+                                        128 x 40, K = 80   4,096 x 64, K = 32
+    reference                                       78.9                 79.6
+    README's loop                                   30.7                 52.7
+    hoisted, w[k], a logarithm a step               25.1                 30.7
+    unbind, z @ w + b, addr                          8.9                 24.1
+    unbind, addmv, addr                              8.0                 21.1
+    the same with tanh_ in place                     8.3                 22.1
+    unbind, addmv, addcmul                          16.0                 36.4
+    unbind, addmv, addr, z transposed                9.8                 21.2
+    products of all steps first                      9.7                 14.9
 
-Of the CPU's time, the least of five rounds. unbind and one logarithm of all steps gain most: the gradient of w[k] is a
-tensor of zeros as large as w for each step. tanh_ in place gains nothing. The products of all steps first, w . z and
-w . u, win from a few hundred rows on, where a step no longer costs calls but memory. Amortized, linalg.vecdot and steps
-copied to the front take as long as a sum of products, batched matrix products and the products first longer.
+                                            1,000 x 40, K = 16, amortized
+    reference                                                        56.7
+    README's loop                                                    85.7
+    unbind, sum of products, addcmul                                 18.4
+    unbind, linalg.vecdot, addcmul                                   19.2
+    unbind, baddbmm, addcmul                                         33.9
+    products of all steps first                                      33.7
 
-Compiled by torch.compile, at 100 x 40, K = 16, the same way: the reference 0.81, step by step 0.62, which also compiles
-in a third of the time; with sums of products in the place of addmv and addr 0.70. So it is what torch.compile is given.
+unbind and one logarithm of all steps gain most: the gradient of w[k] is a tensor of zeros as large as w for each step.
+The products of all steps first, w . z and w . u, cost as much as step by step at 256 and 512 rows and less at 1,000,
+where a step no longer costs calls but memory.
+
+Compiled by torch.compile, at 100 x 40, K = 16: the reference 1.01, step by step 0.88, which also compiles in a third of
+the time; with sums of products in the place of addmv and addr 0.89. So step by step is what torch.compile is given.
 """
 
 from collections.abc import Callable
