@@ -27,7 +27,8 @@ The products of all steps first, w . z and w . u, cost as much as step by step a
 where a step no longer costs calls but memory.
 
 Compiled by torch.compile, at 100 x 40, K = 16: the reference 1.01, step by step 0.88, which also compiles in a third of
-the time; with sums of products in the place of addmv and addr 0.89. So step by step is what torch.compile is given.
+the time; with sums of products in the place of addmv and addr 0.89. So the plain loop is what torch.compile is given.
+The products of all steps first were not compared compiled.
 """
 
 from collections.abc import Callable
