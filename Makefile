@@ -1,12 +1,12 @@
-# make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results: each makes .venv when
-# missing and rebuilds what changed only.
+# make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
+# .venv when missing and rebuilds what changed only.
 # make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results gpu clean
+.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -50,6 +50,10 @@ report: .venv/built
 # docs/results.md and its figures, from docs/results/ and configs/.
 results: .venv/built
 	$(BIN)/python benchmarks/study_report.py
+
+# What the GPU kernels cost by their machine code, without a GPU; needs nvcc. TABLES=cuda or triton: one of the two.
+sass: .venv/built
+	$(BIN)/python benchmarks/sass_tables.py $(TABLES)
 
 gpu:
 	@$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))

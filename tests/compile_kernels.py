@@ -1,8 +1,9 @@
 """Compiles what the Triton launchers would launch, for a GPU that is not here, and reads registers and spills.
 
-    python tests/compile_kernels.py TARGET CASES       # both JSON; prints one JSON line a kernel
+    python tests/compile_kernels.py TARGET CASES [FOLDER]  # both JSON; prints one JSON line a kernel
 
-A process of its own: where Triton interprets, its kernels cannot be compiled. Used by test_compiled_kernels.py.
+FOLDER gets NVIDIA's machine code, a file for each line, whose name is in it. A process of its own: where Triton
+interprets, its kernels cannot be compiled. Used by compiled.py.
 """
 
 import json
@@ -114,7 +115,7 @@ def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype:
     return recorder.launches
 
 
-def main(target: list, cases: list) -> None:
+def main(target: list, cases: list, folder: Path | None) -> None:
     amd = target[0] == "hip"
     launch.AMD, direct_backward.BARRIER_ORDERS_MEMORY = amd, not amd  # what the launchers go by
     for case in cases:
@@ -123,8 +124,11 @@ def main(target: list, cases: list) -> None:
             compiled = triton.compile(source(kernel, args), target=GPUTarget(*target), options=chosen)
             row = {"kernel": kernel.__name__, "case": case, "num_warps": chosen["num_warps"], **resources(compiled)}
             row |= {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - start, 2)}
+            if folder and "cubin" in compiled.asm:
+                row["cubin"] = f"{len(list(folder.iterdir()))}.cubin"
+                (folder / row["cubin"]).write_bytes(compiled.asm["cubin"])
             print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

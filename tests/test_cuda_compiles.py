@@ -1,69 +1,25 @@
-"""The CUDA kernels compile for GPUs that are not here, and keep everything in registers."""
+"""The CUDA kernels compile for GPUs that are not here, keep everything in registers, and cost what the table says."""
 
-import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
-from cuda_host import CSRC, DTYPES, keep_dtypes, kernel_names, sources
-
-# What is compiled for each: a dtype takes a minute or more. float64 needs the most registers, bfloat16 the newest
-# instructions; float32 and float16 have neither of their own.
-DTYPES_OF = {"sm_80": (torch.float64, torch.bfloat16), "sm_90": tuple(DTYPES)}
-FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", "-o", "/dev/null"]
-
-ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
-
-
-class Compiled(NamedTuple):
-    kernel: str  # with its template's arguments
-    arch: str
-    stack: int  # bytes, as all but the registers
-    spill_stores: int
-    spill_loads: int
-    registers: int
-
-
-def demangled(names: list[str]) -> list[str]:
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
-
-
-def compile_one(source: Path, arch: str) -> list[Compiled]:
-    target = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
-    done = subprocess.run(["nvcc", *FLAGS, target, source], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [match.groupdict() for match in ENTRY.finditer(done.stderr)]
-    assert len(found) == done.stderr.count("Compiling entry function")
-    names = demangled([entry.pop("name") for entry in found])
-    return [
-        Compiled(name, entry["arch"], *(int(entry[key]) for key in ("stack", "stores", "loads", "registers")))
-        for name, entry in zip(names, found, strict=True)
-    ]
+import sass_report
+import sass_tables
+from compiled import DTYPES_OF, ENTRY, Compiled, compile_cuda, table_of
+from cuda_host import kernel_names
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[Compiled]:
-    """Every kernel of each architecture's dtypes; the longest source first, two at a time."""
+def folder(tmp_path_factory):
+    """Of the object files."""
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def compiled(folder) -> list[Compiled]:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not installed")
-    work = []
-    for arch, dtypes in DTYPES_OF.items():
-        csrc = shutil.copytree(CSRC, tmp_path_factory.mktemp(arch) / "csrc")
-        keep_dtypes(csrc, dtypes)
-        work += [(source, arch) for source in sources(csrc)]
-    longest_first = sorted(work, key=lambda one: (-one[0].stat().st_size, -len(DTYPES_OF[one[1]])))
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda one: compile_one(*one), longest_first)
-        return [kernel for kernels in found for kernel in kernels]
+    return compile_cuda(folder)
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
@@ -80,6 +36,14 @@ def test_nothing_spills(compiled):
     wrong = [entry for entry in compiled if entry.stack or entry.spill_stores or entry.spill_loads]
     assert not wrong, "\n".join(map(str, wrong))
     assert all(0 < entry.registers <= 255 for entry in compiled)  # they were read
+
+
+def test_no_kernel_costs_more_than_the_table_says(compiled, folder):
+    """`make sass` makes the table anew; the figures depend on the compiler. Of seldom used kernels only what they take
+    of the machine is compared: disassembling all takes a minute."""
+    tools, table = table_of("cuda")
+    rows = sass_tables.rows_of_objects(folder / sass_report.ARCH, tools, sass_report.USUAL)
+    assert sass_report.worse(rows, table) == []
 
 
 def test_entries_are_read_from_what_ptxas_says():
