@@ -120,17 +120,21 @@ __device__ __forceinline__ void step_forward(State<S, Layout, F>& at, const Tile
   __syncwarp();
 }
 
-// g back over the chunk's steps; into the tile what is summed over its rows.
+// g back over the chunk's steps; into the tile what is summed over its rows. a becomes that of the chunk before.
 template <bool inverse, class S, class Layout, class F, class T = compute_t<S>>
 __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T, Layout>& tile, const T* u_hat,
-                                          const T* w, const Numbers<T>* numbers, int first, int count) {
+                                          const T* w, const Numbers<T>* numbers, int first, int count,
+                                          T (&a)[kStepsOfLane<Layout>]) {
   constexpr int columns = Layout::columns;
   const int lane = lane_of_row<Layout>(), start = at.group * tile.scalars.stride;
   write_row(tile.g + at.group * columns, at.g);
   write_row(tile.z + at.group * columns, at.z);
   const auto& f = at.p.params.activation;
-  for (int i = lane; i < count; i += Layout::lanes) {
-    const auto act = activate<Lane<T>>(at.a_of(first + i), f);
+#pragma unroll
+  for (int j = 0; j < kStepsOfLane<Layout>; ++j) {
+    const int i = lane + j * Layout::lanes;
+    if (i >= count) break;
+    const auto act = activate<Lane<T>>(a[j], f);
     const T c = numbers[i].c, s = numbers[i].s;
     AdjointParts<Lane<T>> x = {};  // where the rows end the determinant may be 0
     if constexpr (inverse) {
@@ -144,6 +148,7 @@ __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T,
     tile.slope[start + i] = x.slope;
     tile.bend[start + i] = x.bend;
   }
+  if (first > 0) read_a(at, first - at.p.chunk, a);
   __syncwarp();
   auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
   T e = dot(at.g, u_i);
@@ -169,9 +174,9 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
   const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
   const int group = int(threadIdx.x) / Layout::lanes, block_rows = p.split.block_rows;
   const int dim = p.params.dim, steps = p.params.steps, chunks = (steps + p.chunk - 1) / p.chunk;
-  const bool working = group < block_rows, all_staged = p.staged == steps;  // working: the same in all of a warp
+  const bool all_staged = p.staged == steps;
   const Staged<T, Layout> staged(shared_memory(), p.staged);
-  const Tile<T, Layout> tile(shared_memory() + p.staged * Staged<T, Layout>::bytes_of_step, block_rows,
+  const Tile<T, Layout> tile(shared_memory() + p.staged * Staged<T, Layout>::bytes_of_step, kGroups<Layout>,
                              scalar_stride(p.chunk));
   int staged_first = -1;  // of the steps that are staged
   const auto need = [&](int first, int count) {
@@ -184,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
   const int64_t first_block_row = program * block_rows, rows_apart = int64_t(p.split.programs) * block_rows;
   for (int64_t first_row = first_block_row; first_row < p.split.rows_per_set; first_row += rows_apart) {
     const int64_t nth = first_row + group, row = set + p.sets * nth;
-    State<S, Layout, F> at(p, row, group, working && nth < p.split.rows_per_set);
+    // Warps without a row go through the steps too, as in the forward.
+    State<S, Layout, F> at(p, row, group, group < block_rows && nth < p.split.rows_per_set);
     // A thread reads the numbers that it wrote itself.
     const auto kept = [&](int first) {
       return p.kept.of(program * p.sets + set, first / p.chunk, dim) + int64_t(group) * dim;
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
     read_a(at, 0, a);
     for (int first = 0; first + p.chunk < steps; first += p.chunk) {  // to where the last chunk starts
       need(first, p.chunk);
-      if (working) step_forward<inverse>(at, tile, staged.u_hat + (first - staged_first) * columns, first, p.chunk, a);
+      step_forward<inverse>(at, tile, staged.u_hat + (first - staged_first) * columns, first, p.chunk, a);
       if (at.inside) store_row<Layout>(kept(first + p.chunk), at.z, dim, dim % 4 == 0);
     }
     for (int first = (chunks - 1) * p.chunk; first >= 0; first -= p.chunk) {
@@ -202,9 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1) shared_backward_kernel(const Shar
       const int offset = first - staged_first;
       if (at.inside)
         at.z = first > 0 ? load_row<Layout>(Rows<T>{kept(first), 1, dim % 4 == 0}, dim) : at.first_z();
-      if (working)
-        step_back<inverse>(at, tile, staged.u_hat + offset * columns, staged.w + offset * columns,
-                           staged.numbers + offset, first, count);
+      step_back<inverse>(at, tile, staged.u_hat + offset * columns, staged.w + offset * columns,
+                         staged.numbers + offset, first, count, a);
       __syncthreads();
       T* partial = partial_of(p.partials, program, p.sets, set, steps, first, dim);
       const bool add = first_row != first_block_row;
@@ -251,7 +256,7 @@ void launch_shared_backward(const Backward& f, void* stream) {
     const Plan<L, T> plan(f.p);
     launch(shared_backward_kernel<L, S, F, inverse.value>, "shared_backward_kernel", plan.split.programs * f.p.sets,
            kThreads,
-           plan.staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(plan.split.block_rows, plan.chunk), stream,
+           plan.staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(kGroups<L>, plan.chunk), stream,
            SharedBackward<S, F>(f, plan.split, plan.chunk, plan.staged));
     launch_finish(f, plan.split.programs, plan.chunk, stream);
   });

@@ -8,6 +8,9 @@ namespace vvae {
 namespace cuda {
 
 constexpr int kThreads = 128;  // of a block of the direct kernels
+// Groups of lanes in a block: the rows, or steps, that it has side by side at most.
+template <class Layout>
+constexpr int kGroups = kThreads / Layout::lanes;
 // Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
 constexpr int64_t kStagedBytes = 48 * 1024;
 
@@ -149,7 +152,7 @@ struct Staged {
 template <class Layout, class S, class F, class T = compute_t<S>>
 __device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t set, int first, int count,
                                             const Staged<T, Layout>& to) {
-  constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
+  constexpr int groups = kGroups<Layout>, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
   const bool writes = lane_of_row<Layout>() == 0;
   const auto read = [&](int start) {
@@ -175,7 +178,7 @@ __device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t s
 template <class Layout, class S, class F, class T = compute_t<S>>
 __device__ __forceinline__ void stage(const ParamsView<S, F>& p, int64_t set, int first, int count,
                                       const Staged<T, Layout>& to) {
-  constexpr int groups = kThreads / Layout::lanes, columns = Layout::columns;
+  constexpr int groups = kGroups<Layout>, columns = Layout::columns;
   const int group = int(threadIdx.x) / Layout::lanes;
   const bool writes = lane_of_row<Layout>() == 0;
   stage_steps<Layout>(p, set, first, count, to);
@@ -202,7 +205,7 @@ inline Split split_rows(const Problem& p, int block_rows, int64_t most_programs)
 // Blocks of all the rows that a block's threads hold, or of fewer where that leaves most of a GPU idle.
 template <class Layout>
 Split split_rows(const Problem& p, int64_t most_programs) {
-  constexpr int all = kThreads / Layout::lanes, least = int(kWarp) / Layout::lanes, enough_blocks = 128;
+  constexpr int all = kGroups<Layout>, least = int(kWarp) / Layout::lanes, enough_blocks = 128;
   int block_rows = all;
   while (block_rows > least && ceil_div(p.rows / p.sets, block_rows) * p.sets < enough_blocks) block_rows /= 2;
   return split_rows(p, block_rows, most_programs);
