@@ -1,12 +1,13 @@
 # make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
 # .venv when missing and rebuilds what changed only.
-# make gpu: builds, tests and measures on a GPU with $(PYTHON) as it is. RESULTS=folder, COMMIT=what git cannot tell.
+# make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
+# of them in turn. RESULTS=folder, COMMIT=what git cannot tell. See docs/gpu.md.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu clean
+.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -55,8 +56,8 @@ results: .venv/built
 sass: .venv/built
 	$(BIN)/python benchmarks/sass_tables.py $(TABLES)
 
-gpu:
-	@$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))
+gpu gpu-test gpu-bench gpu-sanitize gpu-tune:
+	@$(PYTHON) benchmarks/gpu.py $(patsubst gpu-%,%,$(filter-out gpu,$@)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built

@@ -135,7 +135,7 @@ def _answer(model: VAE, x: Tensor) -> list[Tensor]:
 
 
 def names(group: Training, backends: list[str], in_full: bool) -> list[str]:
-    """The contestants of a group: in the quick run and in a GPU's four minutes neither the compiled nor the slowest."""
+    """The contestants of a group: in the quick run and on a GPU neither the compiled nor the slowest."""
     taken = [name for name in flows(backends) if group.takes(name)]
     return [name for name in taken if in_full or not name.startswith((COMPILE, REFERENCE))]
 

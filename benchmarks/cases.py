@@ -90,8 +90,8 @@ PLANAR_CASES = [
     Case(4096, 64, 256, contestants=FAST),
 ]
 
-# On a GPU, in one session of four minutes: what it is held to (bars.py) comes first, and last what the session may have
-# to leave out for its time.
+# On a GPU, in one session of some six minutes: what it is held to (bars.py) comes first, and last what the session may
+# have to leave out for its time.
 FIRST_BOTH = ("forward+backward", "forward", "backward")
 GPU_CASES = [
     Case(65536, 64, 32, contestants=FAST, quick=True),

@@ -1,7 +1,10 @@
-"""`make gpu`: builds, tests and measures on this machine's GPU, a line a step, and ends with one short table.
+"""`make gpu`: builds, tests and measures on this machine's GPU, a line a step; docs/gpu.md says what each means.
 
-It takes Python's packages as they are and installs nothing. Whatever it prints, and what its steps print, is in
-gpu.log beside the results, as it comes. It exits with 0 where no step failed.
+    python benchmarks/gpu.py [test | bench | sanitize | tune ...] [--results FOLDER] [--commit TEXT]
+
+A target alone takes under 9 minutes; without a name all of them are run in turn. It takes Python's packages as they are
+and installs nothing. Whatever a target and its steps print is in gpu-<target>.log beside the results, as it comes. It
+exits with 0 where no step failed.
 """
 
 import argparse
@@ -11,99 +14,21 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
-TOTAL = 525  # seconds for everything
-# Seconds at most, together more than TOTAL: the benchmarks get less where the steps before them needed all of theirs.
-BUILD, TESTS, SANITIZER = 130, 200, 60
-BENCHMARKS = 240  # when they start nothing more
-BACKENDS = 40  # at least, for what comes behind the benchmarks: it takes all that is left
-LAST_BLOCK = 25  # seconds kept at least for what the benchmarks have started by then
+from gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
+
+# Seconds at most; what has no number of its own gets what is left of its target's.
+BUILD, SMOKE, TESTS, FAULT, SANITIZED = 130, 60, 260, 40, 150
+LAST_BLOCK = 25  # kept for what the benchmarks have started when their time is up
+TABLE = 5  # kept for what is made of their results
 SETUPTOOLS = 77  # the oldest major version that reads pyproject.toml
-WORKERS = 8  # most of the tests' time is Triton's compiler's
+WORKERS = 14  # most of the tests' time is Triton's compiler's
 # The packages are not the pinned ones: what they warn of is shown, and fails nothing.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "default"]
-
-
-class Missing(Exception):
-    """The step needs something that is not here; the message names it."""
-
-
-class Failed(Exception):
-    """The step did what it should not; the message says what, `lines` are the last that a command printed."""
-
-    def __init__(self, message: str, lines: list[str] | None = None) -> None:
-        super().__init__(message)
-        self.lines = lines or []
-
-
-class Steps:
-    """Runs steps one after the other, whatever became of those before, and keeps a record of them."""
-
-    def __init__(self, log: TextIO, seconds: float = TOTAL) -> None:
-        self.log, self.ends = log, time.monotonic() + seconds
-        self.outcomes: dict[str, str] = {}  # PASS, FAIL or "missing: ..."
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.ends - time.monotonic()
-
-    def say(self, text: str) -> None:
-        """To the terminal and the log, at once: a machine that goes away leaves what it said."""
-        print(text, flush=True)
-        print(text, file=self.log, flush=True)
-
-    def step(self, name: str, action: Callable[[], str | None]) -> None:
-        """One line: what became of it, the seconds, and the action's note."""
-        start = time.monotonic()
-        try:
-            outcome, note = "PASS", action()
-        except Missing as missing:
-            outcome, note = f"missing: {missing}", None
-        except Failed as failed:
-            outcome, note = "FAIL", str(failed)
-        except Exception as error:
-            outcome, note = "FAIL", f"{type(error).__name__}: {error}"
-        self.outcomes[name] = outcome
-        self.say(f"{name}: {outcome} ({time.monotonic() - start:.1f} s){f', {note}' if note else ''}")
-
-    def command(self, arguments: list[str], limit: float, kept: int = 20, **environment: str) -> list[str]:
-        """The last lines that it printed; Failed where it exits with another code than 0 or needs longer."""
-        limit = min(limit, self.left)
-        env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        # A session of its own, so that the workers of a command that is not done in time end with it.
-        with subprocess.Popen(arguments, cwd=ROOT, env=env, start_new_session=True, **pipes) as process:
-            end = functools.partial(os.killpg, process.pid, signal.SIGKILL)
-            timer, lines = threading.Timer(max(limit, 0), end), []
-            timer.start()
-            try:
-                for line in process.stdout:
-                    self.say(line.rstrip("\n"))
-                    lines = [*lines[-kept:], line.rstrip("\n")]
-                code = process.wait()
-            finally:
-                late = not timer.is_alive()
-                timer.cancel()
-                if process.poll() is None:
-                    end()
-        if code:
-            status = f"exit status {code}: {lines[-1] if lines else ''}"
-            raise Failed(f"not done in {limit:.0f} s" if late else status, lines)
-        return lines
-
-    @property
-    def exit_status(self) -> int:
-        return int("FAIL" in self.outcomes.values())
 
 
 def environment() -> str:
@@ -124,12 +49,6 @@ def environment() -> str:
         raise Missing("Triton") from error
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}"
     return f"{torch.cuda.get_device_name()}, driver {driver}, {versions}"
-
-
-def toolkit(program: str) -> str | None:
-    """The path of a program of CUDA's toolkit, which is not always in PATH."""
-    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
-    return shutil.which(program) or shutil.which(program, path=f"{home / 'bin'}:{home / 'compute-sanitizer'}")
 
 
 def nvcc() -> str:
@@ -177,13 +96,20 @@ def needed(*modules: str) -> None:
             raise Missing(module)
 
 
+def smoke(steps: Steps) -> str:
+    """Each kernel of the cuda backend once: what cannot run at all is seen in seconds."""
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    return steps.command([sys.executable, "benchmarks/sanitize.py"], SMOKE)[-1]
+
+
 def tests(steps: Steps) -> str:
     """All that has the marker gpu, in several processes where pytest-xdist is there."""
     needed("pytest")
     files = sorted(str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/test_{name}*.py"))
     command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line a test: one that hangs is found
     if importlib.util.find_spec("xdist"):
-        command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1))]
+        command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     summary = steps.command(command, TESTS, **threads)[-1].strip("= ")
     if "passed" not in summary:
@@ -206,13 +132,12 @@ def sanitizer(steps: Steps) -> str:
         raise Missing("compute-sanitizer")
     if reasons := cuda_reasons(steps):
         raise Missing(f"the backend cuda: {reasons}")
-    ends = time.monotonic() + SANITIZER
-    found, first, _ = sanitized(steps, program, "memcheck", (ends - time.monotonic()) / 3, "--fault")
+    found, first, _ = sanitized(steps, program, "memcheck", FAULT, "--fault")
     if not found:
         raise Missing(f"compute-sanitizer: {program} finds no error where one is")
     notes = []
-    for tool, share in (("memcheck", 2), ("racecheck", 1)):
-        found, first, done = sanitized(steps, program, tool, (ends - time.monotonic()) / share)
+    for tool in ("memcheck", "racecheck"):
+        found, first, done = sanitized(steps, program, tool, SANITIZED)
         if found:
             raise Failed(f"{tool} finds {found}, the first: {first}")
         notes.append(f"{tool} finds nothing in {done}")
@@ -251,7 +176,7 @@ def backends(steps: Steps, folder: Path) -> str:
         raise Missing(f"the backend cuda: {reasons}")
     file = folder / "_measured.py"
     file.unlink(missing_ok=True)  # of an earlier run
-    limit = steps.left - 5  # for the table
+    limit = steps.left - GRACE
     # A shape that Triton compiles for takes seconds, and so does the start.
     command = [sys.executable, "benchmarks/tune_backends.py", f"--write={file}", f"--seconds={limit - 20:.0f}"]
     steps.command(command, limit)
@@ -263,7 +188,7 @@ def backends(steps: Steps, folder: Path) -> str:
 def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
     """The suite on the GPU; the results are written whatever became of single contestants."""
     needed("pytest", "pytest_benchmark")
-    seconds = min(BENCHMARKS, steps.left - LAST_BLOCK - BACKENDS)
+    seconds = steps.left - LAST_BLOCK - GRACE - TABLE
     if seconds <= 0:
         raise Failed("no time is left for them")
     command = [*PYTEST, "-W", "ignore:Benchmark fixture was not used", "benchmarks", "-q", "-p", "benchmark", "-rf"]
@@ -301,33 +226,61 @@ def table(steps: Steps, folder: Path, since: float) -> None:
     steps.say(bars.table(results.read(newest(folder, since))))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of all machines'")
-    parser.add_argument("--commit", help="`git describe --always --dirty`, where git knows nothing of these files")
-    options = parser.parse_args(arguments)
-    folder = options.results.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "gpu.log").open("w") as log:
-        return run(Steps(log), folder, options.commit)
+def measured(steps: Steps, folder: Path, commit: str | None) -> None:
+    """The benchmarks, and what is made of their results: of a part of them, where they were cut off."""
+    started = time.time()
+    steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
+    sys.path.insert(0, str(ROOT))  # the package, built in place
+    steps.step("memory", lambda: memory(folder, started))
+    steps.step("table", lambda: table(steps, folder, started))
 
 
-def run(steps: Steps, folder: Path, commit: str | None) -> int:
-    """All steps; without a GPU the first alone."""
+def run(target: str, steps: Steps, folder: Path, commit: str | None) -> int:
+    """A target's steps; without a GPU the first alone."""
     steps.step("environment", environment)
     if steps.outcomes["environment"] != "PASS":
         return 1
     steps.step("nvcc", nvcc)
     steps.step("build", lambda: build(steps))
-    steps.step("tests", lambda: tests(steps))
-    steps.step("sanitizer", lambda: sanitizer(steps))
-    started = time.time()
-    steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
-    sys.path.insert(0, str(ROOT))  # the package, built in place
-    steps.step("memory", lambda: memory(folder, started))
-    steps.step("backends", lambda: backends(steps, folder))
-    steps.step("table", lambda: table(steps, folder, started))
+    if target == "test":
+        steps.step("smoke", lambda: smoke(steps))
+        steps.step("tests", lambda: tests(steps))
+    elif target == "bench":
+        measured(steps, folder, commit)
+    elif target == "sanitize":
+        steps.step("sanitizer", lambda: sanitizer(steps))
+    else:
+        steps.step("backends", lambda: backends(steps, folder))
     return steps.exit_status
+
+
+TARGETS = ("test", "bench", "sanitize", "tune")  # in the order in which their answers are wanted
+
+
+def run_all(targets: list[str], folder: Path, commit: str | None) -> int:
+    """Each with a clock and a log of its own, whatever became of those before; nothing more where there is no GPU."""
+    status = 0
+    for target in targets:
+        with (folder / f"gpu-{target}.log").open("w") as log:
+            steps = Steps(log)
+            status |= run(target, steps, folder, commit)
+        if list(steps.outcomes) == ["environment"]:
+            break
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(TARGETS)}; all of them by default")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of all machines'")
+    parser.add_argument("--commit", help="`git describe --always --dirty`, where git knows nothing of these files")
+    options = parser.parse_args(arguments)
+    if unknown := [target for target in options.targets if target not in TARGETS]:
+        parser.error(f"TARGET must be one of {', '.join(TARGETS)}, got {unknown[0]}")
+    folder = options.results.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    end_with_what_runs()
+    return run_all(options.targets or list(TARGETS), folder, options.commit)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +16,11 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
+import bars
 import ceilings
 import gpu
 import gpu_clock
+import gpu_steps
 import results
 import session
 from cases import GPU_CASES, Case
@@ -33,11 +38,29 @@ def steps(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_fails(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--results", str(tmp_path)]
+    """Once: with all targets in turn, too."""
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", f"RESULTS={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode != 0
     assert re.fullmatch(r"environment: missing: PyTorch sees no GPU \(\d+\.\d s\)\n", done.stdout), done
-    assert (tmp_path / "gpu.log").read_text() == done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-test.log"]
+    assert (tmp_path / "gpu-test.log").read_text() == done.stdout
+
+
+@pytest.mark.parametrize("target", ["", *gpu.TARGETS])
+def test_a_target_of_make_is_one_of_the_harness(target):
+    """RESULTS and COMMIT hold for each."""
+    name = f"gpu-{target}" if target else "gpu"
+    command = ["make", "--dry-run", name, "PYTHON=python", "RESULTS=some folder", "COMMIT=abc"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    wanted = ["python", "benchmarks/gpu.py", *filter(None, [target]), "--results", "some folder", "--commit", "abc"]
+    assert shlex.split(done.stdout) == wanted
+
+
+def test_another_target_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["tets"])
+    assert "TARGET must be one of test, bench, sanitize, tune, got tets" in capsys.readouterr().err
 
 
 def raising(error):
@@ -72,19 +95,110 @@ def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys)
     with pytest.raises(gpu.Failed, match="not done in 2 s"):
         steps.command([sys.executable, "-c", worker], 2)
     assert time.monotonic() - start < 60  # and not the worker's whole time
-    assert (tmp_path / "gpu.log").read_text().split() == ["one", "two", "last", "words", "up"]
+    words = (tmp_path / "gpu.log").read_text().split()
+    assert words[:6] == ["one", "two", "last", "words", "up", "Traceback"]  # of the interrupt
     assert capsys.readouterr().out == (tmp_path / "gpu.log").read_text()
 
 
-def test_a_failing_step_stops_none_behind_it(steps, tmp_path, monkeypatch):
+def test_an_interrupt_comes_before_the_end_and_lets_a_command_say_what_it_has():
+    patient = "import time\ntry: print('up', flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print('one failed')"
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", patient], **options) as process:
+        assert process.stdout.readline() == "up\n"
+        with gpu_steps.ending(process, 0) as late:
+            assert process.stdout.read() == "one failed\n"
+            assert process.wait() == 0
+        assert late.is_set()
+
+
+def test_what_runs_ends_with_the_harness(tmp_path):
+    """Told to end, as by `timeout`, it leaves nothing behind that goes on measuring."""
+    worker = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = "import sys, gpu_steps; gpu_steps.end_with_what_runs(); "
+    code += f"gpu_steps.Steps(open(sys.argv[1], 'w')).command([sys.executable, '-c', {worker!r}], 60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "gpu.log")]
+    with subprocess.Popen(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True) as harness:
+        number = int(harness.stdout.readline())
+        harness.terminate()
+        assert harness.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+    assert (tmp_path / "gpu.log").read_text() == f"{number}\n"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A GPU and a toolkit as far as the first steps ask, and commands that all fail."""
     for name in ("environment", "nvcc"):
         monkeypatch.setattr(gpu, name, lambda: "here")
     monkeypatch.setattr(gpu, "toolkit", lambda program: program)
     monkeypatch.setattr(gpu, "architecture", lambda: "9.0")
-    monkeypatch.setattr(steps, "command", raising(gpu.Failed("exit status 1")))
-    assert gpu.run(steps, tmp_path, None) == 1
-    names = ["build", "tests", "sanitizer", "benchmarks", "memory", "backends", "table"]
+    monkeypatch.setattr(gpu.Steps, "command", raising(gpu.Failed("exit status 1")))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+STEPS = {
+    "test": ["smoke", "tests"],
+    "bench": ["benchmarks", "memory", "table"],
+    "sanitize": ["sanitizer"],
+    "tune": ["backends"],
+}
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("target", gpu.TARGETS)
+def test_a_failing_step_stops_none_behind_it(steps, tmp_path, target):
+    assert gpu.run(target, steps, tmp_path, None) == 1
+    names = ["build", *STEPS[target]]
     assert steps.outcomes == {"environment": "PASS", "nvcc": "PASS"} | dict.fromkeys(names, "FAIL")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_failing_target_stops_none_behind_it_and_each_has_its_log(tmp_path):
+    assert gpu.main(["--results", str(tmp_path)]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {f"gpu-{target}.log" for target in gpu.TARGETS}
+    for target, names in STEPS.items():
+        lines = (tmp_path / f"gpu-{target}.log").read_text().splitlines()
+        assert [line.split(":")[0] for line in lines] == ["environment", "nvcc", "build", *names]
+
+
+@pytest.mark.parametrize(("failing", "status"), [(None, 0), ("bench", 1)])
+def test_the_exit_status_is_that_of_all_targets(tmp_path, monkeypatch, failing, status):
+    run = []
+
+    def one(target, steps, folder, commit):
+        steps.outcomes = {"environment": "PASS", "build": "PASS"}
+        run.append((target, commit))
+        return int(target == failing)
+
+    monkeypatch.setattr(gpu, "run", one)
+    assert gpu.main(["--results", str(tmp_path), "--commit", "abc"]) == status
+    assert run == [(target, "abc") for target in gpu.TARGETS]
+    run.clear()
+    assert gpu.main(["tune", "test", "--results", str(tmp_path)]) == 0
+    assert run == [("tune", None), ("test", None)]
+
+
+def test_a_target_is_under_nine_minutes():
+    """Each command ends GRACE seconds after its limit at the latest."""
+    assert gpu_steps.TOTAL + gpu_steps.GRACE < 540
+    assert gpu.BUILD + gpu.SMOKE + gpu.TESTS + 3 * gpu.GRACE < gpu_steps.TOTAL
+    assert gpu.BUILD + gpu.FAULT + 2 * gpu.SANITIZED + 4 * gpu.GRACE < gpu_steps.TOTAL
+
+
+def test_torch_compile_has_its_time_for_a_bar_after_the_longest_build(steps, tmp_path, monkeypatch):
+    """Up to two minutes on a CPU; memory, VAE steps and three cases come before."""
+    now = time.monotonic()
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
+    steps.ends = now + gpu_steps.TOTAL - gpu.BUILD
+    asked = []
+    monkeypatch.setattr(steps, "command", lambda command, limit: asked.append(command))
+    with pytest.raises(gpu.Failed, match="no results"):
+        gpu.benchmarks(steps, tmp_path, None)
+    (seconds,) = (float(x.removeprefix("--seconds=")) for x in asked[0] if x.startswith("--seconds="))
+    monkeypatch.setattr(session.time, "time", lambda: 0.0)
+    (case,) = (case for case in GPU_CASES if str(case) == bars.LONG)
+    assert session.Bench("cpu", quick=True, seconds=seconds).to_compile(case) > 240
 
 
 def test_torch_compile_leaves_the_cases_behind_its_own_their_time(monkeypatch):

@@ -135,7 +135,7 @@ def test_what_the_sanitizer_says(steps, monkeypatch, answers, outcome, note):
         assert [command.split()[1:3] for command, _ in runs] == [
             ["--tool", x] for x in ("memcheck",) * 2 + ("racecheck",)
         ]
-        assert all(0 < limit <= gpu.SANITIZER for _, limit in runs)
+        assert [limit for _, limit in runs] == [gpu.FAULT, gpu.SANITIZED, gpu.SANITIZED]
     else:
         with pytest.raises(outcome, match=re.escape(note)):
             gpu.sanitizer(steps)
@@ -192,8 +192,34 @@ def test_the_backends_are_timed_into_a_file_beside_the_results(steps, monkeypatc
     assert file.exists()
 
 
-@pytest.mark.parametrize(("left", "seconds"), [(500, 240), (200, 200 - gpu.LAST_BLOCK - gpu.BACKENDS), (60, None)])
-def test_the_benchmarks_leave_time_for_what_comes_behind_them(steps, monkeypatch, tmp_path, left, seconds):
+@pytest.mark.usefixtures("with_cuda")
+def test_smoke_runs_each_kernel_once(steps, monkeypatch):
+    monkeypatch.setattr(steps, "command", Commands(info=["cuda: "], sanitize=["a case", "sanitized 41 of 41 cases"]))
+    assert gpu.smoke(steps) == "sanitized 41 of 41 cases"
+    gpu.cuda_reasons.cache_clear()
+    monkeypatch.setattr(steps, "command", Commands(info=["cuda: no GPU"]))
+    with pytest.raises(gpu.Missing, match="the backend cuda: no GPU"):
+        gpu.smoke(steps)
+
+
+def test_the_tests_run_in_many_processes_that_take_each_others_work(steps, monkeypatch):
+    commands = Commands(pytest=["== 800 passed, 3 skipped in 170.00s =="])
+    monkeypatch.setattr(steps, "command", commands)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
+    assert gpu.tests(steps) == "800 passed, 3 skipped in 170.00s"
+    ((command, limit, _),) = commands.asked
+    assert "-n 14 --dist worksteal" in command
+    assert limit == 260
+    monkeypatch.setattr(steps, "command", Commands(pytest=["== 803 skipped in 1.00s =="]))
+    with pytest.raises(gpu.Failed, match="nothing was tested: 803 skipped"):
+        gpu.tests(steps)
+
+
+KEPT = gpu.LAST_BLOCK + gpu.GRACE + gpu.TABLE
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(500, 500 - KEPT), (200, 200 - KEPT), (30, None)])
+def test_the_benchmarks_have_all_the_time_but_for_the_table(steps, monkeypatch, tmp_path, left, seconds):
     now = time.monotonic()
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now)  # a busy machine takes seconds to get here
     steps.ends = now + left
