@@ -1,13 +1,15 @@
 # make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
 # .venv when missing and rebuilds what changed only.
 # make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
-# of them in turn. RESULTS=folder, COMMIT=what git cannot tell. See docs/gpu.md.
+# of them in turn. RESULTS=folder, COMMIT=what git cannot tell. make gpu-prebuilt: what they would build, built before, on a
+# machine with nvcc, for ARCHITECTURES=9.0. See docs/gpu.md.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune clean
+.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
+	gpu-prebuilt clean
 
 demo: .venv/built
 	$(BIN)/vvae-fast compare
@@ -59,8 +61,11 @@ sass: .venv/built
 gpu gpu-test gpu-bench gpu-sanitize gpu-tune:
 	@$(PYTHON) benchmarks/gpu.py $(patsubst gpu-%,%,$(filter-out gpu,$@)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
 
+gpu-prebuilt:
+	@$(PYTHON) benchmarks/prebuilt.py $(if $(ARCHITECTURES),--architectures "$(ARCHITECTURES)")
+
 clean:
-	rm -rf build vvae_fast/*.so vvae_fast.egg-info .venv/built
+	rm -rf build vvae_fast/*.so vvae_fast/_built.json vvae_fast.egg-info .venv/built
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

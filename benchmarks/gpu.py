@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import prebuilt
 from gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
 
 # Seconds at most; what has no number of its own gets what is left of its target's.
@@ -61,18 +62,29 @@ def nvcc() -> str:
 
 
 def build(steps: Steps) -> str:
-    """The extensions, in place: the cuda backend's where there is nvcc, for this GPU alone, which takes less time."""
+    """The extensions that were built before, where they fit; else new ones, in place: the cuda backend's where there is
+    nvcc, for this GPU alone, which takes less time."""
+    misfit = prebuilt.misfit(architecture())
+    if misfit is None:
+        misfit = cuda_reasons(steps)
+        if not misfit:
+            return f"prebuilt, with the backend cuda for {architecture()}"
+        cuda_reasons.cache_clear()
+    return f"{built(steps)}; not the prebuilt ones: {misfit}"
+
+
+def built(steps: Steps) -> str:
     needed("pybind11", "setuptools", "ninja")
     version = importlib.metadata.version("setuptools")
     if int(version.split(".")[0]) < SETUPTOOLS:
         raise Missing(f"setuptools {SETUPTOOLS} or newer, which pyproject.toml is written for, got {version}")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if not toolkit("nvcc"):
-        steps.command(command, BUILD)
+        steps.command([*prebuilt.BUILD], BUILD)
         return "without the backend cuda: there is no nvcc"
-    steps.command(command, BUILD, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
+    steps.command([*prebuilt.BUILD], BUILD, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
     if reasons := cuda_reasons(steps):
         raise Failed(f"the backend cuda was built and cannot run: {reasons}")
+    prebuilt.write(architecture())
     return f"with the backend cuda for {architecture()}"
 
 

@@ -133,6 +133,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(gpu, name, lambda: "here")
     monkeypatch.setattr(gpu, "toolkit", lambda program: program)
     monkeypatch.setattr(gpu, "architecture", lambda: "9.0")
+    monkeypatch.setattr(gpu.prebuilt, "misfit", lambda architecture: "there is no record")
     monkeypatch.setattr(gpu.Steps, "command", raising(gpu.Failed("exit status 1")))
     monkeypatch.setattr(sys, "path", list(sys.path))
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import gpu
+import prebuilt
 import pytest
 import sanitize
 import torch
@@ -36,39 +37,61 @@ class Commands:
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """A GPU and a toolkit, as far as the steps ask for them."""
+    """A GPU and a toolkit, as far as the steps ask for them, and nothing that was built before."""
+    monkeypatch.setattr(prebuilt, "misfit", lambda architecture: "there is no record")
+    monkeypatch.setattr(prebuilt, "write", lambda architecture: None)
     monkeypatch.setattr(gpu, "toolkit", lambda program: f"/cuda/bin/{program}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.mark.usefixtures("with_cuda")
 def test_the_build_is_for_this_gpu_and_fails_where_the_backend_does_not_load(steps, monkeypatch):
-    commands = Commands(info=["cuda: "])
+    commands, written = Commands(info=["cuda: "]), []
     monkeypatch.setattr(steps, "command", commands)
-    assert gpu.build(steps) == "with the backend cuda for 9.0"
+    monkeypatch.setattr(prebuilt, "write", written.append)
+    assert gpu.build(steps) == "with the backend cuda for 9.0; not the prebuilt ones: there is no record"
+    assert written == ["9.0"]
     (build, limit, environment), (ask, _, _) = commands.asked
-    assert build.endswith("setup.py -q build_ext --inplace")
+    assert build.endswith("setup.py -q build_ext --inplace --force")
     assert (limit, environment) == (gpu.BUILD, {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"})
     assert "backends" in ask
     gpu.cuda_reasons.cache_clear()
     monkeypatch.setattr(steps, "command", Commands(info=["a warning", "cuda: it did not load"]))
     with pytest.raises(gpu.Failed, match="was built and cannot run: it did not load"):
         gpu.build(steps)
+    assert written == ["9.0"]  # of the first
 
 
+@pytest.mark.usefixtures("with_cuda")
+def test_what_was_built_before_is_taken_where_it_fits_and_loads(steps, monkeypatch):
+    monkeypatch.setattr(prebuilt, "misfit", lambda architecture: None)
+    commands = Commands(info=["cuda: "])
+    monkeypatch.setattr(steps, "command", commands)
+    assert gpu.build(steps) == "prebuilt, with the backend cuda for 9.0"
+    assert len(commands.asked) == 1
+    gpu.cuda_reasons.cache_clear()
+    answers = iter([["cuda: libcudart.so is not there"], [], ["cuda: "]])
+    monkeypatch.setattr(steps, "command", lambda *arguments, **environment: next(answers))
+    rebuilt = "with the backend cuda for 9.0; not the prebuilt ones: libcudart.so is not there"
+    assert gpu.build(steps) == rebuilt
+
+
+@pytest.mark.usefixtures("with_cuda")
 def test_an_old_setuptools_is_said_before_it_fails(steps, monkeypatch):
     monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "76.1.0")
     with pytest.raises(gpu.Missing, match=r"setuptools 77 or newer, .* got 76\.1\.0"):
         gpu.build(steps)
 
 
+@pytest.mark.usefixtures("with_cuda")
 def test_without_nvcc_the_build_leaves_the_backend_out_and_says_so(steps, monkeypatch):
     monkeypatch.setattr(gpu, "toolkit", lambda program: None)
     commands = Commands()
     monkeypatch.setattr(steps, "command", commands)
     with pytest.raises(gpu.Missing, match=r"^nvcc$"):
         gpu.nvcc()
-    assert gpu.build(steps) == "without the backend cuda: there is no nvcc"
+    note = "without the backend cuda: there is no nvcc; not the prebuilt ones: there is no record"
+    assert gpu.build(steps) == note
     assert [environment for _, _, environment in commands.asked] == [{}]
 
 
