@@ -10,6 +10,7 @@ from problems import (
     assert_accuracy_rule,
     assert_close_to_oracle,
     assert_right_at_an_edge,
+    assert_same_of_strides,
     invert,
     oracle,
     random_problem,
@@ -147,13 +148,17 @@ def test_half_precisions_compute_in_float32(dtype, params):
 
 @pytest.mark.parametrize("params", [(), (6,), (3,)])
 def test_strides(params):
-    p = random_problem((2, 3) if params == (3,) else (6,), 3, 5, params)
+    p = random_problem((2, 3) if params == (3,) else (6,), 3, 5, params).to(
+        DEVICE
+    )  # a copy is dense: the views after it
     wanted = answer(p)
     for name, view in strided_views(p).items():
-        assert all(map(torch.equal, answer(view), wanted)), name
-    expanded = p._replace(grad_z=torch.ones(()).expand_as(p.z), grad_log_det=torch.ones(()).expand_as(p.z[..., 0]))
-    dense = expanded._replace(grad_z=expanded.grad_z.clone(), grad_log_det=expanded.grad_log_det.clone())
-    assert all(map(torch.equal, answer(expanded), answer(dense)))
+        assert_same_of_strides(answer(view), wanted, p, name)
+    one = torch.ones((), device=DEVICE)
+    expanded = p._replace(grad_z=one.expand_as(p.z), grad_log_det=one.expand_as(p.z[..., 0]))
+    dense = Problem(*(t.contiguous() for t in expanded))
+    assert (expanded.grad_z.stride(-1), dense.grad_z.stride(-1)) == (0, 1)
+    assert_same_of_strides(answer(expanded), answer(dense), dense, "expanded")
 
 
 @pytest.mark.parametrize("params", [(), (12,)])
