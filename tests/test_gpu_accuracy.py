@@ -2,6 +2,7 @@
 
 import itertools
 
+import gpu_memory
 import pytest
 import torch
 from problems import (
@@ -239,12 +240,18 @@ def test_saved_for_backward_is_z_and_a_number_a_step(gpu_backend, params, sets):
     assert saved_for_backward(p, gpu_backend) == 4 * (rows * (dim + num_steps) + sets * num_steps * (2 * dim + 1))
 
 
+@pytest.fixture
+def most_of_the_memory():
+    """Two processes may not both find it free."""
+    with gpu_memory.alone(60e9):
+        yield
+
+
+@pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.parametrize("num_steps", [2, 65])
 def test_more_elements_than_32_bits_count(num_steps):
     """z and, with 65 steps, the pre-activations have more than 2^31. Rows between the ends are 0 and add nothing."""
     rows, dim, end = 2**25 + 1001, 64, 100
-    if torch.cuda.mem_get_info()[0] < 60e9:
-        pytest.skip("less than 60 GB free on the GPU")
     small = random_problem((2 * end,), num_steps, dim, scale=0.3).to(torch.bfloat16)
     small = small._replace(grad_log_det=small.grad_log_det.float())
 
@@ -255,7 +262,7 @@ def test_more_elements_than_32_bits_count(num_steps):
 
     large = Problem(*(spread(t) if len(t) == 2 * end else t.to("cuda") for t in small))
     wanted = oracle(small.to(torch.float64))
-    for backend in ("triton", "cuda"):  # one after the other: two processes may not both find the memory free
+    for backend in ("triton", "cuda"):  # one after the other
         if not vvae_fast.info()["backends"][backend]["available"]:
             continue
         answers = [
