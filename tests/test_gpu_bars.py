@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -163,6 +164,12 @@ def test_ratios_between_backends_are_of_the_same_rounds():
     run = changed(fabricated(), "vvae_fast triton", host_round_medians=[200e-6, 2000e-6, 200e-6])
     run = changed(run, "vvae_fast cuda", host_round_medians=[100e-6, 1000e-6, 150e-6])
     assert bars.BARS[7].measured(run) == pytest.approx(median([2.0, 2.0, 4 / 3]))
+
+
+def test_every_bar_has_a_prediction():
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| (.* wanted) \| .* \| (?:met|not met|close) \|$", page, re.MULTILINE)
+    assert rows == [bar.text for bar in bars.BARS]
 
 
 def test_every_bar_has_its_case_and_contestants():

@@ -163,6 +163,14 @@ def test_a_failing_target_stops_none_behind_it_and_each_has_its_log(tmp_path):
         assert [line.split(":")[0] for line in lines] == ["environment", "nvcc", "build", *names]
 
 
+def test_every_target_and_step_has_its_line_in_the_page():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert all(f"| `make gpu-{target}` |" in page and f"`gpu-{target}.log`" in page for target in gpu.TARGETS)
+    steps = {"environment", "nvcc", "build", *(name for names in STEPS.values() for name in names)}
+    meanings = page[page.index("## What the lines mean") :]
+    assert set(re.findall(r"^\| `(\w+)` \|", meanings, re.MULTILINE)) == steps
+
+
 @pytest.mark.parametrize(("failing", "status"), [(None, 0), ("bench", 1)])
 def test_the_exit_status_is_that_of_all_targets(tmp_path, monkeypatch, failing, status):
     run = []
@@ -292,6 +300,19 @@ def test_the_memory_step_reads_the_run(tmp_path):
     results.write(results.Results(run.header, [row for row in run.rows if row.pass_ != "memory"]), tmp_path)
     with pytest.raises(gpu.Failed, match="lacks the bytes"):
         gpu.memory(tmp_path, 0.0)
+
+
+def test_benchmarks_that_are_cut_off_leave_their_part_and_its_table(steps, tmp_path, monkeypatch, capsys):
+    def cut_off(command, limit):
+        run = fabricated()
+        results.write(results.Results(run.header | {"kind": "partial"}, run.rows), tmp_path)
+        raise gpu.Failed("not done in 380 s")
+
+    monkeypatch.setattr(steps, "command", cut_off)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    gpu.measured(steps, tmp_path, None)
+    assert steps.outcomes == {"benchmarks": "FAIL", "memory": "PASS", "table": "PASS"}
+    assert "cuda, forward on the device, us, at most 12 wanted: met, 10.00" in capsys.readouterr().out
 
 
 def test_a_session_whose_time_is_up_keeps_what_it_has():
