@@ -1,5 +1,5 @@
-"""Builds vvae_fast._C and, where there is a CUDA toolkit, vvae_fast._C_cuda against the torch of the environment it is
-installed into.
+"""Builds vvae_fast._C, vvae_fast._C_node and, where there is a CUDA toolkit, vvae_fast._C_cuda against the torch of the
+environment it is installed into. Where _C_node does not compile, the rest is installed without it.
 
 FORCE_CUDA=1 ends a build that cannot have the CUDA kernels; NO_CUDA=1 leaves them out. TORCH_CUDA_ARCH_LIST names the
 GPUs that they are compiled for, as it does for all of PyTorch's extensions. The checks before are in build_tools/.
@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.errors import BaseError
 
 sys.path.insert(0, str(Path(__file__).parent))  # a front end that calls the backend does not put it there
@@ -45,6 +45,16 @@ def build_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except (RuntimeError, OSError, BaseError) as error:
+                if not extension.optional:
+                    raise
+                environment.say(
+                    f"going on without {extension.name}, which did not compile ({error}): small flows are slower"
+                )
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
@@ -89,7 +99,15 @@ def extension_arguments() -> dict[str, object]:
             define_macros=[*shared["define_macros"], *facts],
             depends=shared["depends"],
             extra_compile_args=list(FLAGS),
-        )
+        ),
+        CppExtension(
+            "vvae_fast._C_node",
+            ["csrc/autograd/node.cpp"],
+            include_dirs=list(shared["include_dirs"]),
+            define_macros=[text_macro("VVAE_FAST_TORCH_VERSION", torch.__version__)],
+            extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
+            optional=True,
+        ),
     ]
     if cuda_build == "built":
         facts = [text_macro("VVAE_FAST_NVCC", nvcc), text_macro("VVAE_FAST_CUDA_ARCHITECTURES", architectures)]

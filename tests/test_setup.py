@@ -41,7 +41,7 @@ def cpu_torch(monkeypatch):
 
 @pytest.mark.usefixtures("cpu_torch")
 def test_without_cuda_the_cpu_kernels_are_built_and_know_why(run):
-    (extension,) = run()["ext_modules"]
+    extension, _ = run()["ext_modules"]
     assert extension.name == "vvae_fast._C"
     assert fact(extension, "VVAE_FAST_CUDA_BUILD") == f"not built: torch {torch.__version__} has no CUDA"
     assert not any("cuda" in source for source in extension.sources)
@@ -57,7 +57,7 @@ def test_force_cuda_needs_a_torch_with_cuda(run):
 
 
 def test_both_extensions_are_built_where_there_is_cuda(run, cuda_torch):
-    cpu, cuda = run()["ext_modules"]
+    cpu, _, cuda = run()["ext_modules"]
     assert fact(cpu, "VVAE_FAST_CUDA_BUILD") == "built"
     assert cuda.name == "vvae_fast._C_cuda"
     assert {"csrc/cuda/planar_cuda.cpp", "csrc/cuda/module.cpp"} <= set(cuda.sources)
@@ -72,7 +72,7 @@ def test_both_extensions_are_built_where_there_is_cuda(run, cuda_torch):
 
 
 def test_no_cuda_leaves_it_out(run, cuda_torch):
-    (extension,) = run(NO_CUDA="1")["ext_modules"]
+    extension, _ = run(NO_CUDA="1")["ext_modules"]
     assert fact(extension, "VVAE_FAST_CUDA_BUILD") == "not built: NO_CUDA was set"
 
 
@@ -91,7 +91,7 @@ def test_a_toolkit_that_does_not_serve(run, cuda_torch, tmp_path, monkeypatch, v
     home = toolkit(tmp_path / "other", version, library)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
     reason = reason.format(home=home)
-    (extension,) = run(CUDA_HOME=str(home))["ext_modules"]
+    extension, _ = run(CUDA_HOME=str(home))["ext_modules"]
     assert fact(extension, "VVAE_FAST_CUDA_BUILD") == f"not built: {reason}"
     message = ends_with(run, CUDA_HOME=str(home), FORCE_CUDA="1")
     assert f"FORCE_CUDA was set, but {reason}. Remedy: " in message
@@ -122,7 +122,7 @@ def test_a_toolkit_that_does_not_serve(run, cuda_torch, tmp_path, monkeypatch, v
 )
 def test_architectures(run, cuda_torch, gpus, variable, wanted):
     cuda_torch[1].extend(gpus)
-    _, cuda = run(**({} if variable is None else {"TORCH_CUDA_ARCH_LIST": variable}))["ext_modules"]
+    *_, cuda = run(**({} if variable is None else {"TORCH_CUDA_ARCH_LIST": variable}))["ext_modules"]
     assert fact(cuda, "VVAE_FAST_CUDA_ARCHITECTURES") == os.environ["TORCH_CUDA_ARCH_LIST"] == wanted
     assert cpp_extension._get_cuda_arch_flags()  # torch understands it
 
@@ -151,7 +151,7 @@ def test_architectures_that_cannot_be(run, cuda_torch, variable):
 
 def test_a_compiler_that_does_not_run(run, cuda_torch):
     (cuda_torch[0] / "bin" / "nvcc").chmod(0o644)
-    (extension,) = run()["ext_modules"]
+    extension, _ = run()["ext_modules"]
     assert "not built: nvcc does not run (" in fact(extension, "VVAE_FAST_CUDA_BUILD")
     assert "repair the CUDA toolkit" in ends_with(run, FORCE_CUDA="1")
 
@@ -165,7 +165,7 @@ def test_nvcc_that_refuses_the_compiler(run, cuda_torch, tmp_path, monkeypatch):
     complaint = "error: -- unsupported GNU version! gcc versions later than 15 are not supported!"
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit(tmp_path / "other", complaint=complaint)))
     reason = f"nvcc 13.0 does not compile an empty file ({complaint})"
-    (extension,) = run()["ext_modules"]
+    extension, _ = run()["ext_modules"]
     assert text_of(extension, "VVAE_FAST_CUDA_BUILD") == f"not built: {reason}"
     assert f"FORCE_CUDA was set, but {reason}. Remedy: set CC to a C++ compiler" in ends_with(run, FORCE_CUDA="1")
 
@@ -182,7 +182,7 @@ def decoded(octal: str) -> str:
 def test_a_reason_with_odd_characters_reaches_the_compiler_whole(run, cuda_torch, tmp_path, monkeypatch):
     home = str(tmp_path / """a "b' é $HOME \\n""")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-    (extension,) = run(CUDA_HOME=home)["ext_modules"]
+    extension, _ = run(CUDA_HOME=home)["ext_modules"]
     macro = dict(extension.define_macros)["VVAE_FAST_CUDA_BUILD"]
     assert re.fullmatch(r'"[\w .,:;+()/\\-]*"', macro, re.ASCII)
     assert text_of(extension, "VVAE_FAST_CUDA_BUILD").endswith(f"was found in CUDA_HOME ({home})")
@@ -190,18 +190,18 @@ def test_a_reason_with_odd_characters_reaches_the_compiler_whole(run, cuda_torch
 
 @pytest.mark.parametrize("value", ["", "0", "false", "False", "no", "OFF", " 0 "])
 def test_a_switch_that_is_off(run, cuda_torch, value):
-    assert len(run(NO_CUDA=value, FORCE_CUDA=value)["ext_modules"]) == 2
+    assert len(run(NO_CUDA=value, FORCE_CUDA=value)["ext_modules"]) == 3
 
 
 @pytest.mark.usefixtures("cpu_torch")
 @pytest.mark.parametrize("value", ["", "0", "false", "no", "off"])
 def test_cuda_is_not_forced_where_the_switch_is_off(run, value):
-    assert len(run(FORCE_CUDA=value)["ext_modules"]) == 1
+    assert len(run(FORCE_CUDA=value)["ext_modules"]) == 2
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
 def test_a_switch_that_is_on(run, cuda_torch, value):
-    assert len(run(NO_CUDA=value)["ext_modules"]) == 1
+    assert len(run(NO_CUDA=value)["ext_modules"]) == 2
     assert "contradict each other" in ends_with(run, NO_CUDA=value, FORCE_CUDA=value)
 
 

@@ -123,6 +123,20 @@ def test_an_open_quote(run, variable):
     assert f"{variable} must be words as a shell reads them, got" in ends_with(run, **{variable: "g++ 'x"})
 
 
+def test_the_node_may_fail_to_compile_and_no_other_extension(run, capsys):
+    arguments = run()
+    build = arguments["cmdclass"]["build_ext"](setuptools.Distribution())
+    with mock.patch.object(cpp_extension.BuildExtension, "build_extension", side_effect=RuntimeError("no header")):
+        for extension in arguments["ext_modules"]:
+            if extension.name == "vvae_fast._C_node":
+                build.build_extension(extension)
+            else:
+                with pytest.raises(RuntimeError, match="no header"):
+                    build.build_extension(extension)
+    said = "going on without vvae_fast._C_node, which did not compile (no header): small flows are slower"
+    assert said in "".join(capsys.readouterr())
+
+
 def test_a_compilation_that_fails_ends_in_one_line(run):
     build = run()["cmdclass"]["build_ext"](setuptools.Distribution())
     with (

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from vvae_fast import ops, reference, shapes
+from vvae_fast import node, ops, reference, shapes
 from vvae_fast.shapes import Formulas
 
 Numbers = tuple[int, int, float, float]
 How = tuple[Numbers, str]  # numbers and backend: each argument of a Function costs, be it no tensor
 
-_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -37,7 +37,7 @@ class PlanarFlowFunction(torch.autograd.Function):
         if grad_z is None or grad_log_det is None:
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            return *_reference_backward(grad_z, grad_log_det, z, u, w, b, numbers), None
+            return *reference_backward(grad_z, grad_log_det, z, u, w, b, numbers), None
         planar_backward, params = ops.OPERATORS[backend].planar_backward, any(ctx.needs_input_grad[1:])
         return *_run_backward(planar_backward, grad_z, grad_log_det, z, u, w, b, a, numbers, params), None
 
@@ -71,7 +71,7 @@ class PackedPlanarFlowFunction(torch.autograd.Function):
             grad_z, grad_log_det = _zeros_for_none(grad_z, grad_log_det, z)
         if torch.is_grad_enabled():
             u, w, b = ops.unpack(packed, ctx.num_steps, z.shape[-1])
-            dz, du, dw, db = _reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers)
+            dz, du, dw, db = reference_backward(grad_z, grad_log_det, z, u, w, b, ctx.numbers)
             return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1), None, None, None
         planar_backward, params = ops.OPERATORS[ctx.backend].planar_backward_packed, ctx.needs_input_grad[1]
         if z.dim() == packed.dim() == 2:
@@ -96,6 +96,12 @@ def packed_planar_flow(
     if torch.is_grad_enabled() and (z.requires_grad or packed.requires_grad):
         return _apply(PackedPlanarFlowFunction, z, packed, num_steps, numbers, backend)
     return _run_forward(z, *ops.unpack(packed, num_steps, z.shape[-1]), numbers, backend, save=False)[:2]
+
+
+# Of an ordinary call.
+ordinary_planar_flow, ordinary_packed_planar_flow = (
+    (planar_flow, packed_planar_flow) if node.load_error else (node.planar_flow, node.packed_planar_flow)
+)
 
 
 class PlanarInverseFunction(torch.autograd.Function):
@@ -142,14 +148,22 @@ def needs_plain_torch() -> bool:
     )
 
 
-def is_observed() -> bool:
-    """Whether only plain torch operations may serve, or torch.compile looks on: such a call is not an ordinary one."""
-    return (
-        _transforms_are_active()
-        or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-        or torch.compiler.is_compiling()
-    )
+def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
+    """`shapes.are_ordinary`, where neither plain torch operations have to serve nor torch.compile looks on."""
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if node.is_ordinary is not None:
+        return node.is_ordinary(z, u, w, b)
+    return not needs_plain_torch() and shapes.are_ordinary(z, u, w, b)
+
+
+def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
+    """`shapes.is_ordinary_packed`, on the same terms."""
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if node.is_ordinary_packed is not None:
+        return node.is_ordinary_packed(z, packed, num_steps, dim)
+    return not needs_plain_torch() and shapes.is_ordinary_packed(z, packed, num_steps, dim)
 
 
 def _apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, Tensor]:
@@ -167,7 +181,7 @@ def _zeros_for_none(grad_z: Tensor | None, grad_log_det: Tensor | None, z: Tenso
     return grad_z, grad_log_det
 
 
-def _reference_backward(
+def reference_backward(
     grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers
 ) -> tuple[Tensor, ...]:
     """The reference's, differentiable, in the dtype of computation."""

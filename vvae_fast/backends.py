@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast import _preference, config, kernels, ops
+from vvae_fast import _preference, config, kernels, node, ops
 from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
@@ -146,13 +146,15 @@ def is_cpp(name: str | None) -> bool:
 
 
 def info() -> dict[str, object]:
-    """Every backend, whether it is available and if not why, the build facts of the extensions, and the versions."""
+    """Every backend, whether it is available and if not why, the same of the autograd nodes in C++, the build facts of
+    the extensions, and the versions."""
     backends = {b.name: {"available": not b.unavailable(), "reasons": b.unavailable()} for b in _BACKENDS.values()}
     return {
         "version": __version__,
         "torch": torch.__version__,
         "triton_version": kernels.version(),
         "backends": backends,
+        "node": {"available": node.load_error is None, "reasons": [node.load_error] if node.load_error else []},
         "build": ops.build_facts(),
         "build_cuda": ops.cuda_build_facts(),
         "isa": ops.isa(),

@@ -2,6 +2,7 @@
 
 VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
 VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).
+VVAE_FAST_NODE: "0" leaves out the autograd nodes in C++, whose place those in Python take (unset: used where they are).
 LOCAL_RANK, LOCAL_WORLD_SIZE: torchrun's own; which of how many processes of this machine this is, read when asked for.
 A process is one of several where all of torchrun's variables are there, and alone where any is missing, whatever the
 others say: `is_launched`.
@@ -19,6 +20,11 @@ def backend() -> str:
 def isa() -> str | None:
     """The instruction set that the environment asks for, or None."""
     return os.environ.get("VVAE_FAST_ISA", "") or None
+
+
+def wants_node() -> bool:
+    """Whether the autograd nodes in C++ may serve."""
+    return os.environ.get("VVAE_FAST_NODE", "") != "0"
 
 
 def triton_interprets() -> bool:

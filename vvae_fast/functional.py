@@ -48,12 +48,12 @@ def planar_flow(
         ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
-    if not autograd.is_observed() and shapes.are_ordinary(z, u, w, b):
+    if autograd.is_ordinary(z, u, w, b):
         try:
             chosen = _choose_unchecked(z, u, backend)
             if chosen != "reference":
                 numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
-                return autograd.planar_flow(z, u, w, b, numbers, chosen)
+                return autograd.ordinary_planar_flow(z, u, w, b, numbers, chosen)
         except (RuntimeError, TypeError, ValueError):
             _explain(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps), backend)
             raise
@@ -85,12 +85,12 @@ def packed_planar_flow(
     """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
-    if not autograd.is_observed() and shapes.is_ordinary_packed(z, packed, num_steps, dim):
+    if autograd.is_ordinary_packed(z, packed, num_steps, dim):
         try:
             chosen = _choose_unchecked(z, packed, backend, num_steps)
             if chosen != "reference":
                 numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
-                return autograd.packed_planar_flow(z, packed, num_steps, numbers, chosen)
+                return autograd.ordinary_packed_planar_flow(z, packed, num_steps, numbers, chosen)
         except (RuntimeError, TypeError, ValueError):
             params = ops.unpack(packed.detach(), num_steps, dim)
             _explain(z, *params, Formulas(constraint, activation, slope, log_det_eps), backend)
@@ -126,7 +126,7 @@ def planar_flow_inverse(
     In float32 the root of each step is right for w . u from -80 to 1e34, its gradients from -40: below, z_0 or its
     gradient leaves the range of float32 itself, growing as 1 / softplus(w . u) and its square.
     """
-    if not autograd.is_observed() and shapes.are_ordinary(z, u, w, b):
+    if autograd.is_ordinary(z, u, w, b):
         try:
             chosen = _choose_unchecked(z, u, backend, inverse=True)
             if chosen != "reference":

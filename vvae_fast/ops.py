@@ -133,7 +133,8 @@ def _define_flow(prefix: str) -> Operators:
     return Operators(*(_define(prefix + name, schema, fake) for (name, schema), fake in named))
 
 
-OPERATORS = {"cpp": _define_flow(""), "triton": _define_flow("triton_"), "cuda": _define_flow("cuda_")}
+PREFIXES = {"cpp": "", "triton": "triton_", "cuda": "cuda_"}  # of the operators' names, by backend
+OPERATORS = {backend: _define_flow(prefix) for backend, prefix in PREFIXES.items()}
 planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_inverse_backward = OPERATORS["cpp"]
 
 

@@ -97,13 +97,18 @@ def _diverged(count: int, total: int) -> int:
 
 def _info(arguments: argparse.Namespace) -> None:
     info = vvae_fast.info()
-    available = info.pop("backends")
+    available, node = info.pop("backends"), info.pop("node")
     for key, value in info.items():
         print(f"{key + ':':16}{_one_line(value)}")
+    print(f"{'node:':16}{_available(node)}")
     print("backends:")
     for name, backend in available.items():
-        print(f"  {name + ':':14}{'available' if backend['available'] else '; '.join(backend['reasons'])}")
+        print(f"  {name + ':':14}{_available(backend)}")
     _check_backend()
+
+
+def _available(state: dict[str, object]) -> str:
+    return "available" if state["available"] else "; ".join(state["reasons"])
 
 
 def _one_line(value: object) -> str:

@@ -1,0 +1,47 @@
+"""The optional extension vvae_fast._C_node: an ordinary call of the flow, see `shapes.are_ordinary`, in C++ with its
+autograd node.
+
+It gives the same bits as `autograd`'s Functions and costs less to call, and calling is most of what a small flow costs.
+libtorch's C++ interface changes from release to release, so the extension serves the torch that it was built for and no
+other; where it does not serve, `autograd` does.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vvae_fast import config, ops
+
+Numbers = tuple[int, int, float, float]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or why it does not serve."""
+    if not config.wants_node():
+        return None, "the environment variable VVAE_FAST_NODE is 0"
+    try:
+        import vvae_fast._C_node as _C_node
+    except ImportError as error:
+        return None, f"the extension vvae_fast._C_node did not load ({error})"
+    if _C_node.torch_version() != torch.__version__:
+        return None, f"vvae_fast._C_node was built for torch {_C_node.torch_version()}, here is {torch.__version__}"
+    return _C_node, None
+
+
+_C_node, load_error = _load()
+is_ordinary, is_ordinary_packed = (
+    (_C_node.is_ordinary, _C_node.is_ordinary_packed) if _C_node is not None else (None, None)
+)
+
+
+def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
+    """`autograd.planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
+    return _C_node.planar_flow(z, u, w, b, *numbers, ops.PREFIXES[backend])
+
+
+def packed_planar_flow(
+    z: Tensor, packed: Tensor, num_steps: int, numbers: Numbers, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`autograd.packed_planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
+    return _C_node.packed_planar_flow(z, packed, num_steps, *numbers, ops.PREFIXES[backend])
