@@ -3,7 +3,7 @@ spends no minute on compiling. Without a GPU, with nvcc and PyTorch for CUDA,
 
     python benchmarks/prebuilt.py [--architectures 9.0]
 
-builds both, strips them and writes the record; `make gpu` takes them where all of it fits.
+builds them all, strips them and writes the record; `make gpu` takes them where all of it fits.
 """
 
 import argparse
@@ -18,14 +18,15 @@ from pathlib import Path
 
 from gpu_steps import ROOT
 
+NAMES = ("_C", "_C_node", "_C_cuda")
 RECORD = "_built.json"  # in the package's folder, as the extensions are
 SOURCES = ("csrc", "build_tools", "setup.py", "vvae_fast/_version.py")  # what the extensions are made of
 BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force")  # whatever is newer than what
 
 
 def extensions(root: Path = ROOT) -> list[Path]:
-    """vvae_fast._C and vvae_fast._C_cuda for this Python, whether they are there or not."""
-    return [root / "vvae_fast" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_C_cuda")]
+    """Those of setup.py for this Python, whether they are there or not."""
+    return [root / "vvae_fast" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in NAMES]
 
 
 def digest(paths: list[Path], root: Path = ROOT) -> str:
@@ -47,7 +48,7 @@ def here(root: Path = ROOT) -> dict[str, str]:
 
 
 def write(architectures: str, root: Path = ROOT) -> None:
-    """The record of the extensions as they are now; none where not both are there."""
+    """The record of the extensions as they are now; none where not all are there."""
     record = root / "vvae_fast" / RECORD
     record.unlink(missing_ok=True)
     if all(path.exists() for path in extensions(root)):
