@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant(
         "the last row is left out",
         "shared_forward.cu",
-        "const bool inside = working && first_row + group < p.split.rows_per_set;",
-        "const bool inside = working && first_row + group + 1 < p.split.rows_per_set;",
+        "const bool inside = group < p.split.block_rows && first_row + group < p.split.rows_per_set;",
+        "const bool inside = group < p.split.block_rows && first_row + group + 1 < p.split.rows_per_set;",
         ("shared_forward.cu",),
         "plain",
         "never written",

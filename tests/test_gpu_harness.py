@@ -51,7 +51,7 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path):
 def test_a_target_of_make_is_one_of_the_harness(target):
     """RESULTS and COMMIT hold for each."""
     name = f"gpu-{target}" if target else "gpu"
-    command = ["make", "--dry-run", name, "PYTHON=python", "RESULTS=some folder", "COMMIT=abc"]
+    command = ["make", "--no-print-directory", "--dry-run", name, "PYTHON=python", "RESULTS=some folder", "COMMIT=abc"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = ["python", "benchmarks/gpu.py", *filter(None, [target]), "--results", "some folder", "--commit", "abc"]
     assert shlex.split(done.stdout) == wanted

@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from problems import random_problem
+from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, shapes
+from vvae_fast import autograd, ops, shapes
 from vvae_fast.functional import packed_planar_flow
 
 
@@ -190,3 +190,20 @@ def test_gradients_of_a_tensor_that_left_a_transform():
     outputs = vvae_fast.planar_flow(left[0], *params)
     assert "PlanarFlow" in outputs[0].grad_fn.name()
     assert all(g.isfinite().all() for g in torch.autograd.grad([x.sum() for x in outputs], params))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("params", [(), (2,)])
+def test_without_columns_b_has_its_gradient_still(params, inverse):
+    """u and w have no memory then, which must not pass for a frozen flow's."""
+    p = Problem(*(torch.randn(s) for s in ((2, 0), (*params, 3, 0), (*params, 3, 0), (*params, 3), (2, 0), (2,))))
+    numbers = shapes.Formulas().numbers()[: 3 if inverse else 4]
+    forward, backward = (
+        (ops.planar_inverse, ops.planar_inverse_backward) if inverse else (ops.planar_forward, ops.planar_backward)
+    )
+    a = forward(*p.inputs, *numbers, True)[2]
+    for junk in (float("nan"), 7.0):
+        left = [torch.full_like(p.b, junk) for _ in range(8)]
+        del left  # what new memory holds
+        db = backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)[3]
+        assert torch.equal(db, torch.zeros_like(p.b))

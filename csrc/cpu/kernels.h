@@ -95,7 +95,7 @@ struct Backward : Problem<T> {
   Matrix<const T> a;     // [steps][rows]
   Matrix<T> dz;          // [rows][dim], columns contiguous
   Params<T> du, dw, db;  // columns contiguous; data null where dz alone is wanted
-  bool wants_params() const { return du.data; }
+  bool wants_params() const { return db.data; }  // of D = 0, du and dw have no memory
 };
 
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
