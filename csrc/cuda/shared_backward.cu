@@ -150,12 +150,16 @@ __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T,
   }
   if (first > 0) read_a(at, first - at.p.chunk, a);
   __syncwarp();
-  auto u_i = read_row<Layout>(u_hat + (count - 1) * columns);
-  T e = dot(at.g, u_i);
+  // Where the registers have room, a step's u_hat is read a turn ahead: the sum over the lanes begins with it.
+  constexpr bool ahead = kReadsAhead<T, Layout>;
+  const auto u_of = [&](int i) { return read_row<Layout>(u_hat + (i > 0 ? i : 0) * columns); };
+  T e = dot(at.g, u_of(count - 1));
+  auto u_before = u_of(count - 2);
   for (int i = count - 1; i >= 0; --i) {
     const int before = i > 0 ? i - 1 : i, own = start + i;
-    const auto u_before = read_row<Layout>(u_hat + before * columns), w_i = read_row<Layout>(w + i * columns);
+    const auto w_i = read_row<Layout>(w + i * columns);
     const T part = part_of_dot(at.g, u_before);
+    if (ahead) u_before = u_of(i - 2);
     const T delta = e * tile.slope[own] + tile.bend[own];  // (12)
     at.g = add(at.g, delta, w_i);                          // (13)
     if (lane == 0) {
@@ -163,7 +167,7 @@ __device__ __forceinline__ void step_back(State<S, Layout, F>& at, const Tile<T,
       if (inverse) tile.scalars.gamma[own] += gamma_of_root<Lane<T>>(delta, numbers[i].s, tile.scalars.h[own]);
     }
     e = sum_lanes<Layout>(part) + numbers[before].next * delta;  // (27)
-    u_i = u_before;
+    if (!ahead) u_before = u_of(i - 2);
   }
 }
 
