@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from contestants import COMPILED, LOOPS, no_op
+from contestants import COMPILED, GRAPH, LOOPS, no_op
 from loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
 from measure import Block, Refused, failures_refused
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ BLOCK_SECONDS = 0.08
 PASS = "step"
 COMPILE = "torch.compile"
 LOOPED = (PLAIN, COMPILE, REFERENCE)
+WARM_UPS = 3
 NO_OP = partial(no_op, like=torch.zeros_like)
 
 
@@ -92,39 +93,95 @@ def make_data(device: torch.device, rows: int = BATCH) -> Tensor:
     return torch.bernoulli(torch.full((rows, 784), 0.3), generator=torch.Generator().manual_seed(0)).to(device)
 
 
+def in_graphs(group: Training, backends: list[str]) -> list[str]:
+    """The contestants whose whole step is one CUDA graph: of the batch that only GPUs have."""
+    plain = ["vanilla", *(f"vvae_fast {name} K=80" for name in backends)]
+    return [] if group.rows == BATCH else [f"{name}{GRAPH}" for name in plain]
+
+
 @cache
 def training_step(name: str, group: Training, device: torch.device, backends: tuple[str, ...]) -> Callable[[], None]:
     """One Adam step of a checked model; raises Refused where its loss or gradients differ from the reference's."""
-    flow = flows(list(backends))[name]
+    flow, in_graph = flows(list(backends))[name.removesuffix(GRAPH)], name.endswith(GRAPH)
     model, x = make_model(flow, device), make_data(device, group.rows)
     if name.startswith(("vvae_fast", *LOOPED)):
         with failures_refused():
             check(model, x)
-    optimizer = torch.optim.Adam(model.parameters(), **dict(group.options))
+    optimizer = torch.optim.Adam(model.parameters(), **dict(group.options), capturable=in_graph and x.is_cuda)
 
-    def step() -> None:
+    def step() -> Tensor:
         optimizer.zero_grad()
-        model(x).neg_elbo.mean().backward()
+        loss = model(x).neg_elbo.mean()
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
-    return step
+    if not in_graph:
+        return step
+    with failures_refused():
+        _move_away(model)
+        replay = captured(step)
+        check_graph(replay, model, x)
+    return replay
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The step as one CUDA graph, after a warm-up on a stream of its own: docs/graphs.md."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def check_graph(replay: Callable[[], Tensor], model: VAE, x: Tensor) -> None:
+    """A replay's loss and gradients against the reference's, for the same noise; and its parameters have to move."""
+    before = copy.deepcopy(model)
+    torch.manual_seed(1)  # as for the reference's answer
+    got = [replay().clone(), *(parameter.grad for parameter in model.parameters())]
+    if any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)):
+        raise Refused("wrong: a replay leaves parameters as they were")
+    _compare(got, _reference_answer(before, x))
 
 
 def check(model: VAE, x: Tensor) -> None:
     """The loss and every gradient against those with the reference, for the same noise."""
     trial = copy.deepcopy(model)
-    with torch.no_grad():  # a flow starts as the identity: away from there
-        for parameter in trial.flow.parameters():
+    _move_away(trial)
+    _compare(_answer(trial, x), _reference_answer(trial, x))
+
+
+def _move_away(model: VAE) -> None:
+    """A flow starts as the identity, where a step tells little."""
+    with torch.no_grad():
+        for parameter in () if model.flow is None else model.flow.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    answer = _answer(trial, x)
-    if isinstance(trial.flow, Looped):
-        trial.flow.loop = reference_loop
-    else:
-        trial.flow.backend = "reference"
-    for got, wanted in zip(answer, _answer(trial, x), strict=True):
-        error = ((got - wanted).norm() / wanted.norm()).item()
+
+
+def _compare(got: list[Tensor], wanted: list[Tensor]) -> None:
+    for x, y in zip(got, wanted, strict=True):
+        error = ((x - y).norm() / y.norm()).item()
         if not error < 1e-4:
             raise Refused(f"wrong: loss or gradient is off by {error:.1e} of its norm")
+
+
+def _reference_answer(model: VAE, x: Tensor) -> list[Tensor]:
+    """The answer of the model with the reference in its flow, from now on."""
+    if isinstance(model.flow, Looped):
+        model.flow.loop = reference_loop
+    elif model.flow is not None:
+        model.flow.backend = "reference"
+    return _answer(model, x)
 
 
 def _answer(model: VAE, x: Tensor) -> list[Tensor]:
@@ -136,7 +193,7 @@ def _answer(model: VAE, x: Tensor) -> list[Tensor]:
 
 def names(group: Training, backends: list[str], in_full: bool) -> list[str]:
     """The contestants of a group: in the quick run and on a GPU neither the compiled nor the slowest."""
-    taken = [name for name in flows(backends) if group.takes(name)]
+    taken = [name for name in flows(backends) if group.takes(name)] + in_graphs(group, backends)
     return [name for name in taken if in_full or not name.startswith((COMPILE, REFERENCE))]
 
 

@@ -1,5 +1,6 @@
 """The sentences of the report that say what its tables hold."""
 
+from contestants import GRAPH
 from loops import PLAIN, REFERENCE
 from results import Results
 
@@ -65,9 +66,12 @@ def step_caption(run: Results) -> str:
     steps = [row for row in run.rows if row.pass_ == "step"]
     others = "".join(f", and {rows} where the column says so" for rows in sorted({row.rows for row in steps} - {100}))
     compiled = any(row.contestant.startswith("torch.compile") for row in steps)
+    in_graphs = any(row.contestant.endswith(GRAPH) for row in steps)
     return (
         f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: median of the rounds, "
-        "smallest to largest." + " torch.compile: of the flow, the rest as in the others." * compiled
+        "smallest to largest."
+        + " torch.compile: of the flow, the rest as in the others." * compiled
+        + " CUDA graph: of the whole step." * in_graphs
     )
 
 

@@ -19,6 +19,7 @@ from vvae_fast.shapes import Formulas
 
 LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
 COMPILED = PLAIN  # of the two, what torch.compile is given: see loops.py
+GRAPH = ", CUDA graph"  # behind the name of a VAE step that is one as a whole
 
 # torch.compile asks each input for its gradient, which one that a network made has not: all warnings are errors here.
 NO_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"

@@ -18,7 +18,7 @@ from statistics import median, quantiles
 
 import memory
 import torch
-from contestants import COMPILED, Contestant
+from contestants import COMPILED, GRAPH, Contestant
 from loops import PLAIN
 from measure import COPY, Run
 
@@ -106,6 +106,8 @@ def rows(run: Run, contestants: dict[str, Contestant]) -> list[Row]:
 def _role(name: str, contestants: dict[str, Contestant]) -> str:
     if name in contestants:
         return contestants[name].role
+    if name.endswith(GRAPH):
+        return "form"
     if name in (COPY, "vanilla"):
         return "copy" if name == COPY else "base"
     for role, start in (("ours", "vvae_fast"), ("no-op", "no-op")):

@@ -17,7 +17,7 @@ import results
 from bench_training import GPU_GROUPS, flows
 from cases import GPU_CASES, GPU_MEMORY_CASES, Case
 from contestants import ours
-from measure import Run
+from measure import Refused, Run
 from test_benchmarks import stored_run
 
 # Seconds of each contestant by the clock and on the device, and of each step.
@@ -29,6 +29,7 @@ CLOCK = {
     "reference": (12e-3, 1.2e-3),
 }
 STEPS = {"vanilla": 1e-3, "vvae_fast cuda K=80": 1.05e-3, "vvae_fast triton K=80": 1.15e-3}
+STEPS |= {"vanilla, CUDA graph": 0.2e-3, "vvae_fast cuda K=80, CUDA graph": 0.25e-3}
 
 
 def shape_of(case: Case) -> dict[str, object]:
@@ -69,8 +70,8 @@ def fabricated() -> results.Results:
         step = {"case": str(group), "pass_": "step", "rows": group.rows, "dim": 40, "num_steps": None}
         step |= {"amortized": None, "status": "ok", "dtype": "float32"}
         for name, seconds in STEPS.items():
-            role, ratio = "base" if name == "vanilla" else "ours", seconds / STEPS["vanilla"]
-            times = {"median": seconds, "to_base": ratio, "base_ratios": [ratio, 1.2]}
+            role, ratio = results._role(name, {}), seconds / STEPS["vanilla"]
+            times = {"median": seconds, "round_medians": 3 * [seconds], "to_base": ratio, "base_ratios": [ratio, 1.2]}
             rows.append(results.Row(**step, contestant=name, role=role, **times))
     run = Run(torch.device("cpu"))
     run.unit_rates["float32"] = {"float32": 4e13, "tf32 / 3": 1e14}
@@ -81,7 +82,7 @@ def fabricated() -> results.Results:
 
 def test_the_table_is_short_and_has_every_case_and_the_bars():
     lines = bars.table(fabricated()).splitlines()
-    assert len(lines) <= 36
+    assert len(lines) <= 37
     assert lines[1] == "copy 4.00 TB/s; 40.0 Tflop/s float32; 100.0 Tflop/s tf32 / 3"
     columns = ["cuda", "triton", "plain", "reference", "compile", "device: forward, cuda", "device: forward, triton"]
     assert re.split(r"  +", lines[2])[1:] == [*columns, "backward, cuda", "backward, triton"]
@@ -91,9 +92,11 @@ def test_the_table_is_short_and_has_every_case_and_the_bars():
         compiled = ["missing"] if "torch.compile" in case.contestants else []
         alone = 2 * ["10.0 us (1.25x)", "20.0 us (2.50x)"]
         assert re.split(r"  +", line)[1:] == [*both, *compiled, *alone]
-    assert "VAE-step-Adam-B512: vanilla 1.00x, vvae_fast cuda K=80 1.05x, vvae_fast triton K=80 1.15x" in lines
+    steps = "vanilla 1.00x, vvae_fast cuda K=80 1.05x, vvae_fast triton K=80 1.15x"
+    graphs = "vanilla, CUDA graph 0.20x, vvae_fast cuda K=80, CUDA graph 0.25x"
+    assert f"VAE-step-Adam-B512: {steps}, {graphs}" in lines
     assert "memory shared-B4096-D64-K32: saved 3.0 kB (plain loop -), peak 5.0 kB (plain loop -)" in lines
-    assert lines[-15:] == [
+    assert lines[-16:] == [
         "128 x 40, K = 80, triton, times the plain loop, 6 wanted: met, 6.50",
         "128 x 40, K = 80, triton, times the reference, 50 wanted: met, 60.00",
         "128 x 40, K = 80, triton, times torch.compile, 3 wanted: not measured",
@@ -109,6 +112,7 @@ def test_the_table_is_short_and_has_every_case_and_the_bars():
         "4,096 x 512, K = 64, cuda, times its direct form, 2 wanted: met, 3.50",
         "Adam step, B = 512, K = 80, cuda, over the vanilla step, at most 1.10 wanted: met, 1.05",
         "fused-Adam step, B = 512, K = 80, cuda, over the vanilla step, at most 1.10 wanted: met, 1.05",
+        "fused-Adam step, B = 512, K = 80, cuda, times itself in a CUDA graph, 1.5 wanted: met, 4.20",
     ]
 
 
@@ -137,6 +141,7 @@ def changed(run: results.Results, contestant: str, **fields) -> results.Results:
         (12, "vvae_fast cuda direct", "host_round_medians", 201e-6, 199e-6),
         (13, "vvae_fast cuda K=80", "to_base", 1.1, 1.101),
         (14, "vvae_fast cuda K=80", "to_base", 1.1, 1.101),
+        (15, "vvae_fast cuda K=80, CUDA graph", "round_medians", 0.69e-3, 0.71e-3),
     ],
 )
 def test_a_bar_is_met_up_to_its_number_by_its_own_contestant(nth, contestant, field, met, missed):
@@ -185,6 +190,7 @@ def test_every_bar_has_its_case_and_contestants():
         assert group.takes("vanilla")
         assert group.takes("vvae_fast cuda K=80")
         assert "vvae_fast cuda K=80" in steps
+        assert "vvae_fast cuda K=80, CUDA graph" in bench_training.names(group, ["triton", "cuda"], in_full=False)
 
 
 def test_the_larger_batch_of_a_vae_step_is_of_flows_with_shared_parameters(monkeypatch):
@@ -198,6 +204,46 @@ def test_the_larger_batch_of_a_vae_step_is_of_flows_with_shared_parameters(monke
     bench_training.training_step("vvae_fast cpp K=80", group, cpu, ("cpp",))()
     assert asked == [(cpu, 512)]
     assert make_data(*asked[0]).shape == (512, 784)
+
+
+def test_whole_steps_in_graphs_are_of_the_larger_batch():
+    graphs = ["vanilla, CUDA graph", "vvae_fast cuda K=80, CUDA graph"]
+    for group in GPU_GROUPS:
+        found = [name for name in bench_training.names(group, ["cuda"], in_full=False) if name.endswith("CUDA graph")]
+        assert found == (graphs if group.rows == 512 else [])
+    assert [results._role(name, {}) for name in ("vanilla", *graphs)] == ["base", "form", "form"]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "vvae_fast cpp K=80"])
+def test_a_graph_is_checked_before_it_is_timed(monkeypatch, name):
+    """By replays of a stand-in for the graph, which runs the step: loss, gradients, and what the optimizer moved."""
+    group, cpu = bench_training.Training("Adam", rows=8), torch.device("cpu")
+    replays, ways = [], {"right": lambda step: step, "still": lambda step: lambda: torch.zeros(())}
+    ways["wrong"] = lambda step: lambda: step() * 1.001
+    for way, make in ways.items():
+        monkeypatch.setattr(bench_training, "captured", lambda step, make=make: replays.append(1) or make(step))
+        bench_training.training_step.cache_clear()
+        if way == "right":
+            assert bench_training.training_step(f"{name}, CUDA graph", group, cpu, ("cpp",))().isfinite()
+            continue
+        with pytest.raises(Refused, match="leaves parameters as they were" if way == "still" else "is off by 1.0e-03"):
+            bench_training.training_step(f"{name}, CUDA graph", group, cpu, ("cpp",))
+    bench_training.training_step.cache_clear()
+    assert len(replays) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["vanilla", "vvae_fast {} K=80"])
+def test_a_step_in_a_graph_trains(gpu_backend, name):
+    """The real graph passes the benchmark's own check, and its loss falls."""
+    group = next(group for group in GPU_GROUPS if str(group) == "VAE-step-fused-Adam-B512")
+    name = f"{name.format(gpu_backend)}, CUDA graph"
+    step = bench_training.training_step(name, group, torch.device("cuda"), (gpu_backend,))
+    first = step().item()
+    for _ in range(50):
+        last = step()
+    assert last.item() < first
+    bench_training.training_step.cache_clear()
 
 
 def test_the_report_takes_a_gpu_beside_the_cpu(tmp_path):
