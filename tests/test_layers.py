@@ -68,6 +68,7 @@ ORDER = [
     "train.loaders",
     "train.data",
     "train.processes",
+    "train.compiling",
     "train.runconfig",
     "train.objective",
     "train.networks",

@@ -128,7 +128,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     steps = _unique(arguments.steps or STEPS)
     models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
     with processes.connected():
-        content = compare(base, dataset, models, _unique(arguments.seeds), _out(arguments), arguments.fresh)
+        seeds, out = _unique(arguments.seeds), _out(arguments)
+        content = compare(base, dataset, models, seeds, out, arguments.fresh, arguments.compile)
     return _diverged(sum(run["status"] == outcome.DIVERGED for run in content["runs"]), len(content["runs"]))
 
 
@@ -152,7 +153,7 @@ def _train(arguments: argparse.Namespace) -> int:
             print(summary(dataset), flush=True)
         with Progress(1, config.epochs, quiet=not first) as progress:
             progress.start(f"{model.label}, seed {config.seed}")
-            result = run(config, dataset, out, progress.update)
+            result = run(config, dataset, out, progress.update, arguments.compile)
             progress.finish(result)
     if first:
         print_table({model: [result]})
@@ -323,6 +324,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
     add(
         "--out", type=_out_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)"
+    )
+    add(
+        "--compile", action="store_true", help="torch.compile the VAE, on a GPU into CUDA graphs; the results are alike"
     )
     add("--fresh", action="store_true", help="delete earlier runs of this command in --out instead of resuming them")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vvae_fast.train import outcome, processes
+from vvae_fast.train import compiling, outcome, processes
 from vvae_fast.train.data import Dataset, describe, summary
 from vvae_fast.train.environment import describe_environment
 from vvae_fast.train.extras import require
@@ -59,7 +59,13 @@ def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
 
 
 def compare(
-    base: RunConfig, dataset: Dataset, models: Sequence[Model], seeds: Sequence[int], out: Path, fresh: bool
+    base: RunConfig,
+    dataset: Dataset,
+    models: Sequence[Model],
+    seeds: Sequence[int],
+    out: Path,
+    fresh: bool,
+    compile_: bool = False,
 ) -> dict:
     """Trains every model with every seed, or goes on where it was interrupted; prints the table, writes results, plots.
 
@@ -67,6 +73,7 @@ def compare(
         base: the configuration that all runs share; its model, num_steps and seed are replaced.
         out: the folder of the runs' folders, results.json and the plots.
         fresh: delete these runs' folders first.
+        compile_: see `runs.run`.
 
     Returns:
         {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
@@ -94,14 +101,14 @@ def compare(
     with Progress(len(runs), base.epochs, quiet=not processes.is_first()) as progress:
         for model, config in runs:
             progress.start(f"{model.label}, seed {config.seed}")
-            result = run(config, dataset, out / config.name, progress.update)
+            result = run(config, dataset, out / config.name, progress.update, compile_)
             progress.finish(result)
             results[model].append(result)
     content = {
         "data": base.data,
         "dataset": describe(dataset),
         "config": _shared_settings(base),
-        "environment": describe_environment(),
+        "environment": describe_environment(compiling.mode() if compile_ else None),
         "runs": [{key: result[key] for key in RECORD} for rows in results.values() for result in rows],
     }
     if processes.is_first():

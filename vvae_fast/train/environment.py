@@ -15,8 +15,8 @@ from vvae_fast._version import __version__
 PACKAGES = ("torch", "lightning", "numpy", "scikit-learn")
 
 
-def describe_environment() -> dict[str, object]:
-    """Versions, processor, threads, the GPU where there is one, and the backend of the flow."""
+def describe_environment(compile_mode: str | None = None) -> dict[str, object]:
+    """Versions, processor, threads, the GPU where there is one, the backend of the flow, and torch.compile's mode."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "vvae_fast": __version__,
@@ -27,6 +27,7 @@ def describe_environment() -> dict[str, object]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "backend": backends.environment_name,
+        "compile": compile_mode,
     }
 
 

@@ -47,6 +47,8 @@ class VAEModule(lightning.LightningModule):
             torch's global generators at the start of each epoch. It is saved in every checkpoint.
         report: called with "training" and the history after each epoch, before its checkpoint is written.
         plans: how many epochs were planned earlier, each until so many were done; saved in every checkpoint.
+        compiled: whether calls of the VAE are compiled. The first batch is then looked at before, in a call that is
+            not: a VAE's check of the data that it trains on has no part in a graph.
 
     Attributes:
         history: a record for each finished epoch: epoch, beta, seconds (of training), and in nats train_neg_elbo,
@@ -54,9 +56,17 @@ class VAEModule(lightning.LightningModule):
         stopped: whether early stopping has ended the training.
     """
 
-    def __init__(self, vae: VAE, config: RunConfig, report: Report | None = None, plans: Sequence[dict] = ()):
+    def __init__(
+        self,
+        vae: VAE,
+        config: RunConfig,
+        report: Report | None = None,
+        plans: Sequence[dict] = (),
+        compiled: bool = False,
+    ):
         super().__init__()
         self.vae, self.config, self.report, self.plans = vae, config, report, list(plans)
+        self.compiled, self._is_checked = compiled, False
         self.history: list[dict[str, float]] = []
         self.stopped = False
         self._record: dict[str, float] = {}
@@ -119,7 +129,13 @@ class VAEModule(lightning.LightningModule):
     def _terms(self, batch: Share, generator: torch.Generator | None = None) -> ElboTerms:
         """The terms of this process's rows, with their part of the noise that one process would draw."""
         noise = torch.randn(batch.batch_size, self.vae.latent_dim, generator=generator, device=self.device)
-        return self.vae(batch.x, noise=noise[batch.first : batch.first + len(batch.x)])
+        noise = noise[batch.first : batch.first + len(batch.x)]
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
+            if self.training and not self._is_checked:
+                self.vae.elbo_terms(batch.x, noise=noise)  # no call of the module: not compiled
+                self._is_checked = len(batch.x) > 0
+        return self.vae(batch.x, noise=noise)
 
     def _start_epoch(self) -> None:
         epoch, config = self.current_epoch, self.config

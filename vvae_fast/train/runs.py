@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train import outcome, processes
+from vvae_fast.train import compiling, outcome, processes
 from vvae_fast.train.checkpoints import (
     BEST,
     AtomicCheckpointIO,
@@ -53,8 +53,13 @@ environments = require("lightning.pytorch.plugins.environments")
 THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
 
 
-def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> dict:
+def run(
+    config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None, compile_: bool = False
+) -> dict:
     """Trains, or goes on training, and evaluates the best epoch; a finished run is read from its folder.
+
+    With `compile_` the training's and the validation's calls of the VAE are compiled, see `compiling`: the results are
+    the same but for rounding, and a run may go on with or without it.
 
     Returns:
         the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
@@ -63,7 +68,8 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         scores of a run that diverged are those of its best epoch, and None, like best_epoch, where it has none.
 
     Raises:
-        RunError: where the folder holds another run or another process works in it, and where memory runs out.
+        RunError: where the folder holds another run or another process works in it, where memory runs out, and where
+            torch.compile fails.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """
     check_folder(config, folder)
@@ -78,17 +84,17 @@ def run(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         with _quiet_lightning(), _few_threads(config, dataset):
             if processes.is_first():
                 write_json(folder / CONFIG, config.to_json())
-                write_json(folder / ENVIRONMENT, describe_environment())
-            result = _fit_and_evaluate(config, dataset, folder, report)
+                write_json(folder / ENVIRONMENT, describe_environment(compiling.mode() if compile_ else None))
+            result = _fit_and_evaluate(config, dataset, folder, report, compile_)
         if processes.is_first():
             write_json(folder / RESULT, result)
         processes.wait_for_all()
     return result
 
 
-def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None) -> dict:
+def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None, compile_: bool) -> dict:
     with telling_memory("training", "lower --batch-size, --hidden, --latent-dim or --steps"):
-        training = fit(config, dataset, folder, report)
+        training = fit(config, dataset, folder, report, compile_)
     history = training.history
     ended = outcome.of_training(history, training.planned, training.stopped)
     if outcome.best_epoch(history) is None:
@@ -125,8 +131,10 @@ class Training(NamedTuple):
     plans: list[dict]
 
 
-def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None) -> Training:
-    """Trains from the folder's last checkpoint, or from the start, to the end.
+def fit(
+    config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None, compile_: bool = False
+) -> Training:
+    """Trains from the folder's last checkpoint, or from the start, to the end; see `run` for its arguments.
 
     A run that had fewer epochs planned goes on to those of `config`, whose learning rates its further epochs take.
     """
@@ -136,7 +144,7 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
     lightning.seed_everything(config.seed, verbose=False)
     vae = build_vae(config, dataset)
     checkpoint_io, plans = AtomicCheckpointIO(), []
-    trainer = _make_trainer(config, folder, checkpoint_io)
+    trainer = _make_trainer(config, folder, checkpoint_io, compile_)
     if last is not None:
         path, checkpoint = last
         _load_weights(vae, checkpoint, path)  # Lightning loads them again; here a misfit has a clear message
@@ -144,11 +152,12 @@ def fit(config: RunConfig, dataset: Dataset, folder: Path, report: Report | None
         plans = _earlier_plans(config, checkpoint)
         if report is not None:
             report(_resuming(config, checkpoint, path), checkpoint[CHECKPOINT_KEY]["history"])
-    module = VAEModule(vae, config, report, plans)
+    module = VAEModule(vae, config, report, plans, compile_)
     train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, train, val, ckpt_path=None if last is None else last[0], weights_only=True)
+        with compiling.compiled(vae, compile_):
+            trainer.fit(module, train, val, ckpt_path=None if last is None else last[0], weights_only=True)
     except SystemExit:
         if not trainer.interrupted:
             raise
@@ -216,7 +225,7 @@ def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
 
 
-def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO):
+def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO, compile_: bool):
     callbacks = require("lightning.pytorch.callbacks")
     # Without a patience it stops at the first validation -ELBO that is not finite.
     patience = config.patience or config.epochs
@@ -237,6 +246,7 @@ def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpoi
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        inference_mode=not compile_,  # torch.no_grad instead: what torch.compile is used with
         log_every_n_steps=0,  # the means of epochs are logged, nothing within one
     )
 
@@ -288,6 +298,7 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             # Every process logs what `processes.sum_over_all` made the same for all.
             warnings.filterwarnings("ignore", "It is recommended to use `self.log.* sync_dist=True")
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # inductor's, on a GPU
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning 2.6 under torch 2.13
             yield
     finally:
