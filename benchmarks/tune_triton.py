@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's table, whatever is installed
 
 from vvae_fast.kernels import _table
+from vvae_fast.kernels.launch import forget_plans
 from vvae_fast.shapes import Formulas
 
 NUM_STEPS = 16
@@ -44,6 +45,7 @@ class Entry(NamedTuple):
         both = list(getattr(_table, self.form)[self.key])
         both[self.column] = value
         getattr(_table, self.form)[self.key] = tuple(both)
+        forget_plans()  # made of the entry before
 
 
 def entries() -> list[Entry]:

@@ -50,8 +50,8 @@ class Recorder:
     def __init__(self) -> None:
         self.launches = []
 
-    def __call__(self, kernel, programs, like, *args, num_warps, capped=False) -> None:
-        self.launches.append((kernel, args, launch.options(num_warps, capped)))
+    def __call__(self, planned, *tensors) -> None:
+        self.launches.append((planned.kernel, (*tensors, *planned.arguments), planned.options))
 
 
 def source(kernel, args: tuple) -> ASTSource:

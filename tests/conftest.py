@@ -23,6 +23,7 @@ import cuda_host
 
 import vvae_fast
 from vvae_fast import ops
+from vvae_fast.kernels import launch
 
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
@@ -54,6 +55,14 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """What a test makes of the launches' heuristics neither meets plans made before nor outlives it."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
 
 
 @pytest.fixture

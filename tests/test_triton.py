@@ -24,7 +24,7 @@ from vvae_fast import ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward
+from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward, launch
 from vvae_fast.shapes import Formulas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -316,4 +316,5 @@ def test_a_launch_for_each_block_where_a_barrier_orders_nothing(monkeypatch, par
     p = random_problem((30, 5), 3, 6, params)
     at_once = answer(p)
     monkeypatch.setattr(direct_backward, "BARRIER_ORDERS_MEMORY", False)
+    launch.forget_plans()
     assert all(map(torch.equal, answer(p), at_once))

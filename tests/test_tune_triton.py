@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import tune_triton
 from tune_triton import Entry
 
-from vvae_fast.kernels import _heuristics, _table
+from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRY = Entry("DIRECT", ("backward", "shared", 4), 0)
@@ -59,6 +59,23 @@ def test_an_entry_is_timed_on_a_problem_that_reads_it(entry, monkeypatch):
     before = launches(entry, z, u)
     entry.set((7, 7, 7))
     assert launches(entry, z, u) != before
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("key", [("forward", "shared", 4), ("backward", "shared", 4)])
+def test_a_candidate_is_what_is_launched(key, monkeypatch):
+    """Not the plan of the entry before."""
+    entry, launched = Entry("DIRECT", key, 0), []
+    monkeypatch.setattr(direct_forward, "launch", lambda planned, *tensors: launched.append(planned))
+    monkeypatch.setattr(direct_backward, "launch", lambda planned, *tensors: launched.append(planned))
+    call, _ = tune_triton.pass_of(entry, tune_triton.problem_of(entry, "meta"))
+    for value in ((64, 1, 2), (64, 2, 2), (128, 2, 3)):
+        entry.set(value)
+        launched.clear()
+        call()
+        assert launched[0].arguments[-1] == value[2]
+        assert value[0] in launched[0].arguments
+        assert launched[0].options["num_warps"] == value[1]
 
 
 def launches(entry, z, u) -> tuple:

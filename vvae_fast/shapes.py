@@ -204,16 +204,18 @@ def num_sets(u: Tensor) -> int:
 def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
     """Raises ValueError where z [R, D], u, w [K, D] or [P, K, D] and b [K] or [P, K] do not fit: a kernel would read
     other memory. For operators that are called past `check`."""
-    fits = z.dim() == 2 and u.dim() in (2, 3) and u.shape[-1] == z.shape[1] and u.shape[-2:].numel() < 2**31
-    fits = fits and w.shape == u.shape and b.shape == u.shape[:-1]
-    sets = num_sets(u)
-    if not fits or (z.shape[0] % sets if sets else z.shape[0]):
+    of_z, of_u = z.shape, u.shape  # asked for once: every call of an operator comes here
+    fits = len(of_z) == 2 and len(of_u) in (2, 3) and of_u[-1] == of_z[1] and of_u[-2] * of_u[-1] < 2**31
+    fits = fits and w.shape == of_u and b.shape == of_u[:-1]
+    sets = of_u[0] if len(of_u) == 3 else 1
+    if not fits or (of_z[0] % sets if sets else of_z[0]):
         raise ValueError(
             "z must be [R, D], u and w [K, D] or [P, K, D], b [K] or [P, K], with K D < 2^31 and R a multiple of P, "
             f"got z {tuple(z.shape)}, u {tuple(u.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}"
         )
-    _check_device(z, u=u, w=w, b=b)
-    if not z.dtype == u.dtype == w.dtype == b.dtype or z.dtype not in DTYPES:
+    if not z.device == u.device == w.device == b.device:
+        _check_device(z, u=u, w=w, b=b)
+    if not z.dtype is u.dtype is w.dtype is b.dtype or z.dtype not in DTYPES:
         raise TypeError(
             f"z, u, w and b must share a dtype of {DTYPES}, got z {z.dtype}, u {u.dtype}, w {w.dtype}, b {b.dtype}"
         )
@@ -221,7 +223,8 @@ def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
 
 def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_steps: int) -> None:
     """Raises ValueError where grad_z [R, D], grad_log_det [R] or the pre-activations a [K, R] do not fit z [R, D]."""
-    _check_device(z, grad_z=grad_z, grad_log_det=grad_log_det, a=a)
+    if not z.device == grad_z.device == grad_log_det.device == a.device:
+        _check_device(z, grad_z=grad_z, grad_log_det=grad_log_det, a=a)
     rows, dtype = z.shape[0], compute_dtype(z.dtype)
     fits = grad_z.shape == z.shape and grad_log_det.shape == (rows,) and a.shape == (num_steps, rows)
     if not fits or not a.is_contiguous() or (grad_z.dtype, grad_log_det.dtype, a.dtype) != (z.dtype, dtype, dtype):

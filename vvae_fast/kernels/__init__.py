@@ -4,8 +4,10 @@
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -49,6 +51,7 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+@functools.cache
 def _planar() -> ModuleType:
     from vvae_fast.kernels import planar
 
@@ -58,17 +61,19 @@ def _planar() -> ModuleType:
 _DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
 
 
-def _implement(name: str) -> None:
-    """Registers planar.py's function of that name, which takes `Formulas` where the operator takes their numbers."""
-    operator = getattr(ops.OPERATORS["triton"], name)
-    names = [argument.name for argument in operator._schema.arguments]
+_formulas_of = functools.lru_cache(256)(Formulas.of_numbers)
+
+
+def implementation(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """What the operator of that name does: planar.py's function takes `Formulas` where an operator takes numbers."""
+    names = [argument.name for argument in getattr(ops.OPERATORS["triton"], name)._schema.arguments]
     first, end = names.index("constraint"), names.index("save" if "save" in names else "params")
 
-    @torch.library.impl(operator.name(), _DEVICES)
-    def _(*args) -> tuple[Tensor, ...]:
-        formulas = Formulas.of_numbers(*args[first:end])
-        return getattr(_planar(), name)(*args[:first], formulas, *args[end:])
+    def implement(*args) -> tuple[Tensor, ...]:
+        return getattr(_planar(), name)(*args[:first], _formulas_of(*args[first:end]), *args[end:])
+
+    return implement
 
 
 for _name in ops.Operators._fields:
-    _implement(_name)
+    torch.library.impl(getattr(ops.OPERATORS["triton"], _name).name(), _DEVICES, implementation(_name))

@@ -1,6 +1,8 @@
 """The backward in the compact form, docs/math.md (11) to (15): three launches, the last two in compact_gradients.py. A
 program writes to its own memory only, in a fixed order: no atomics, the same bits on every run."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,18 @@ from vvae_fast.kernels.compact_chunk import (
     store_gram,
 )
 from vvae_fast.kernels.compact_gradients import launch_compact_gradients
-from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.launch import (
+    Launch,
+    Layout,
+    ceil_div,
+    copied,
+    launch,
+    layout,
+    planned,
+    set_strides,
+    sizes,
+    unit_columns,
+)
 from vvae_fast.kernels.math import Activation, activate, step_adjoint, unit
 from vvae_fast.shapes import Formulas
 
@@ -123,6 +136,44 @@ def compact_backward_kernel(
         tl.debug_barrier()  # other threads read this g next
 
 
+class _Plan(NamedTuple):
+    copies: tuple[bool, ...] | None  # of grad_z, z, u and w
+    constraint: tuple[int, int, int]
+    scratch: tuple[int, int]
+    state: torch.dtype | None  # of g between chunks; None: dz
+    launch: Launch
+
+
+@planned
+def _plan(
+    grad_z: Layout,
+    grad_log_det: Layout,
+    z: Layout,
+    u: Layout,
+    w: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    formulas: Formulas,
+) -> _Plan:
+    """For `dtype` the tensors' own."""
+    copies, (grad_z, z, u, w) = unit_columns(grad_z, z, u, w)
+    (rows, dim, num_steps, num_sets), computed = sizes(z, u), shapes.compute_dtype(dtype)
+    rows_per_set = rows // num_sets
+    config = _heuristics.compact("backward", rows, dim, num_sets == 1, computed)
+    num_blocks = ceil_div(rows_per_set, config.block_rows)
+    launches = Launch(
+        compact_backward_kernel,
+        (num_sets * num_blocks,),
+        *(rows, rows_per_set, num_steps, num_sets, num_blocks),
+        *(*grad_z[1], *grad_log_det[1], *set_strides(u, 3), *set_strides(w, 3)),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        config.precision,
+        num_warps=config.num_warps,
+    )
+    scratch = num_sets * num_blocks, GRAM.value + CHUNK.value * config.block_rows
+    return _Plan(copies, (num_sets, 3, num_steps), scratch, None if dtype == computed else computed, launches)
+
+
 def launch_compact_backward(
     grad_z: Tensor,
     grad_log_det: Tensor,
@@ -138,26 +189,10 @@ def launch_compact_backward(
     params: bool = True,
 ) -> None:
     """Fills dz [R, D], contiguous, and with `params` du, dw, db, in which the steps of a set are contiguous."""
-    rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
-    rows_per_set = rows // num_sets
-    config = _heuristics.compact("backward", rows, dim, num_sets == 1, a.dtype)
-    num_blocks = ceil_div(rows_per_set, config.block_rows)
-    grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
-    delta = torch.empty_like(a)
-    constraint = a.new_empty(num_sets, 3, num_steps)
-    scratch = a.new_empty(num_sets * num_blocks, GRAM.value + CHUNK.value * config.block_rows)
-    state = dz if dz.dtype == a.dtype else torch.empty_like(dz, dtype=a.dtype)
-    launch(
-        compact_backward_kernel,
-        (num_sets * num_blocks,),
-        z,
-        *(grad_z, grad_log_det, u, w, a, dz, state, delta, constraint, scratch),
-        *(rows, rows_per_set, num_steps, num_sets, num_blocks),
-        *(*grad_z.stride(), *grad_log_det.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
-        config.precision,
-        num_warps=config.num_warps,
-    )
+    plan = _plan(*map(layout, (grad_z, grad_log_det, z, u, w)), z.dtype, z.device, formulas)
+    grad_z, z, u, w = copied(plan.copies, grad_z, z, u, w)
+    delta, constraint, scratch = torch.empty_like(a), a.new_empty(plan.constraint), a.new_empty(plan.scratch)
+    state = dz if plan.state is None else torch.empty_like(dz, dtype=plan.state)
+    launch(plan.launch, grad_z, grad_log_det, u, w, a, dz, state, delta, constraint, scratch)
     if params:
         launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, formulas)

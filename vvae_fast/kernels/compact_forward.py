@@ -1,5 +1,7 @@
 """The forward in the compact form, docs/math.md (9), (10): one launch, for parameter sets that serve many rows."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,18 @@ from vvae_fast.kernels.compact_chunk import (
     scan,
     store_gram,
 )
-from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.launch import (
+    Launch,
+    Layout,
+    ceil_div,
+    copied,
+    launch,
+    layout,
+    planned,
+    set_strides,
+    sizes,
+    unit_columns,
+)
 from vvae_fast.kernels.math import Activation, activate, log_abs_determinant
 from vvae_fast.shapes import Formulas
 
@@ -152,6 +165,45 @@ def compact_forward_kernel(
     tl.store(log_det + row, sum_of_logs, inside)
 
 
+class _Plan(NamedTuple):
+    copies: tuple[bool, ...] | None  # of z, u, w and b
+    chunk: tuple[int, int]  # of a, where nothing is saved
+    scratch: tuple[int, int]
+    state: torch.dtype | None  # of z between chunks; None: z_K, where they are in memory at all
+    launch: Launch
+
+
+@planned
+def _plan(
+    z: Layout,
+    u: Layout,
+    w: Layout,
+    b: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    formulas: Formulas,
+    save: bool,
+) -> _Plan:
+    """For `dtype` the tensors' own."""
+    copies, (z, u, w, b) = unit_columns(z, u, w, b)
+    (rows, dim, num_steps, num_sets), computed = sizes(z, u), shapes.compute_dtype(dtype)
+    rows_per_set = rows // num_sets
+    config = _heuristics.compact("forward", rows, dim, num_sets == 1, computed)
+    num_blocks = ceil_div(rows_per_set, config.block_rows)
+    launches = Launch(
+        compact_forward_kernel,
+        (num_sets * num_blocks,),
+        *(rows, rows_per_set, num_steps, num_sets, num_blocks),
+        *(*z[1], *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
+        *(dim, config.block_dim, config.block_rows, config.in_registers),
+        *(num_sets == 1, formulas.constraint, Activation.of(formulas), save, config.precision),
+        num_warps=config.num_warps,
+        capped=not config.in_registers,
+    )
+    state = None if config.in_registers or dtype == computed else computed
+    return _Plan(copies, (CHUNK.value, rows), (num_sets * num_blocks, GRAM.value), state, launches)
+
+
 def launch_compact_forward(
     z: Tensor,
     u: Tensor,
@@ -164,23 +216,8 @@ def launch_compact_forward(
     save: bool,
 ) -> None:
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous."""
-    rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
-    rows_per_set, dtype = rows // num_sets, log_det.dtype
-    config = _heuristics.compact("forward", rows, dim, num_sets == 1, dtype)
-    num_blocks = ceil_div(rows_per_set, config.block_rows)
-    z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
-    a = a if save else z.new_empty(CHUNK.value, rows, dtype=dtype)
-    scratch = z.new_empty(num_sets * num_blocks, GRAM.value, dtype=dtype)
-    state = z_K if config.in_registers or z_K.dtype == dtype else torch.empty_like(z_K, dtype=dtype)
-    launch(
-        compact_forward_kernel,
-        (num_sets * num_blocks,),
-        z,
-        *(z, u, w, b, z_K, state, log_det, a, scratch, rows, rows_per_set, num_steps, num_sets, num_blocks),
-        *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, config.in_registers),
-        *(num_sets == 1, formulas.constraint, Activation.of(formulas), save, config.precision),
-        num_warps=config.num_warps,
-        capped=not config.in_registers,
-    )
+    plan = _plan(*map(layout, (z, u, w, b)), z.dtype, z.device, formulas, save)
+    scratch = log_det.new_empty(plan.scratch)
+    state = z_K if plan.state is None else torch.empty_like(z_K, dtype=plan.state)
+    a = a if save else log_det.new_empty(plan.chunk)
+    launch(plan.launch, *copied(plan.copies, z, u, w, b), z_K, state, log_det, a, scratch)

@@ -1,6 +1,7 @@
 """The parameters' gradients in the compact form, docs/math.md (14), (15) over all K steps at once: partial sums over
 slices of the rows, and a launch that adds them and goes through the constraint (6)."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,7 +9,17 @@ from torch import Tensor
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
-from vvae_fast.kernels.launch import ceil_div, launch, set_strides
+from vvae_fast.kernels.launch import (
+    Launch,
+    Layout,
+    ceil_div,
+    launch,
+    layout,
+    planned,
+    set_strides,
+    sizes,
+    unit_columns,
+)
 from vvae_fast.kernels.math import Activation, activate, adjoint_parts, constrain, constrain_backward, unit
 from vvae_fast.shapes import Formulas
 
@@ -198,6 +209,50 @@ def compact_finish_kernel(
     tl.store(db + owner * db_set + k + one, db_k)
 
 
+@planned
+def _plan(
+    grad_z: Layout,
+    grad_log_det: Layout,
+    z: Layout,
+    u: Layout,
+    w: Layout,
+    du: Layout,
+    dw: Layout,
+    db: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    formulas: Formulas,
+) -> tuple[tuple[int, int], Launch, Launch]:
+    """The partial sums, and the launches that leave and add them."""
+    _, (grad_z, z, u, w) = unit_columns(grad_z, z, u, w)  # copied before
+    rows, dim, num_steps, num_sets = sizes(z, u)
+    rows_per_set = rows // num_sets
+    config = _heuristics.compact_gradients(rows_per_set, num_sets, dim, num_steps, shapes.compute_dtype(dtype))
+    chunks = ceil_div(num_steps, CHUNK.value)
+    tiles = ceil_div(dim, config.block_dim) + ceil_div(num_steps, config.block_steps)
+    num_slices = ceil_div(ceil_div(rows_per_set, config.block_rows), config.num_blocks)
+    summing = Launch(
+        compact_gradients_kernel,
+        (num_sets * num_slices, chunks, tiles),
+        *(rows, rows_per_set, num_steps, num_sets, num_slices, config.num_blocks),
+        *(*grad_z[1], *grad_log_det[1], *z[1]),
+        *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1),
+        *(formulas.constraint, Activation.of(formulas), config.precision),
+        num_warps=config.num_warps,
+        capped=True,
+    )
+    adding = Launch(
+        compact_finish_kernel,
+        (num_sets * num_steps,),
+        *(num_steps, num_slices, *set_strides(u, 3), *set_strides(w, 3)),
+        *(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2))),
+        *(dim, config.finish_block_dim, 8, formulas.constraint),
+        num_warps=4,
+        capped=True,
+    )
+    return (num_sets * num_slices, num_steps * (2 * dim + num_steps + 2)), summing, adding
+
+
 def launch_compact_gradients(
     grad_z: Tensor,
     grad_log_det: Tensor,
@@ -213,34 +268,9 @@ def launch_compact_gradients(
     formulas: Formulas,
 ) -> None:
     """Fills du, dw and db, in which the steps of a set are contiguous."""
-    rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
-    rows_per_set = rows // num_sets
-    config = _heuristics.compact_gradients(rows_per_set, num_sets, dim, num_steps, a.dtype)
-    chunks = ceil_div(num_steps, CHUNK.value)
-    tiles = ceil_div(dim, config.block_dim) + ceil_div(num_steps, config.block_steps)
-    num_slices = ceil_div(ceil_div(rows_per_set, config.block_rows), config.num_blocks)
-    partials = a.new_empty(num_sets * num_slices, num_steps * (2 * dim + num_steps + 2))
-    launch(
-        compact_gradients_kernel,
-        (num_sets * num_slices, chunks, tiles),
-        z,
-        *(grad_z, grad_log_det, z, a, delta, constraint, partials),
-        *(rows, rows_per_set, num_steps, num_sets, num_slices, config.num_blocks),
-        *(*grad_z.stride(), *grad_log_det.stride(), *z.stride()),
-        *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1),
-        *(formulas.constraint, Activation.of(formulas), config.precision),
-        num_warps=config.num_warps,
-        capped=True,
+    partials, summing, adding = _plan(
+        *map(layout, (grad_z, grad_log_det, z, u, w, du, dw, db)), z.dtype, z.device, formulas
     )
-    launch(
-        compact_finish_kernel,
-        (num_sets * num_steps,),
-        z,
-        *(u, w, constraint, partials, du, dw, db, num_steps, num_slices),
-        *(*set_strides(u, 3), *set_strides(w, 3)),
-        *(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2))),
-        *(dim, config.finish_block_dim, 8, formulas.constraint),
-        num_warps=4,
-        capped=True,
-    )
+    partials = a.new_empty(partials)
+    launch(summing, grad_z, grad_log_det, z, a, delta, constraint, partials)
+    launch(adding, u, w, constraint, partials, du, dw, db)

@@ -2,13 +2,28 @@
 adds the partial sums of shared parameters. A program writes to its own memory only, in a fixed order: no atomics, the
 same bits on every run."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.launch import BARRIER_ORDERS_MEMORY, ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.launch import (
+    BARRIER_ORDERS_MEMORY,
+    Launch,
+    Layout,
+    ceil_div,
+    copied,
+    launch,
+    layout,
+    planned,
+    set_strides,
+    sizes,
+    unit_columns,
+)
 from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
 from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
 from vvae_fast.shapes import Formulas
@@ -201,6 +216,84 @@ def add_partials_kernel(
     tl.store(db + owner * db_set + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
 
 
+class _Plan(NamedTuple):
+    copies: tuple[bool, ...] | None  # of grad_z, z, u and w
+    launches: tuple[Launch, ...]  # of direct_backward_kernel, in turn
+    kept: tuple[int, ...] | None  # None: dw, in which each dw_k takes the place of its z_{k-1}, read just before
+    partials: tuple[int, int] | None  # where du, dw and db are added up by a launch of its own
+    of_partials: tuple[int, int, int]  # du, dw and db, and what aligns the next
+    adding: Launch | None
+
+
+@planned
+def _plan(
+    grad_z: Layout,
+    grad_log_det: Layout,
+    z: Layout,
+    u: Layout,
+    w: Layout,
+    du: Layout,
+    dw: Layout,
+    db: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    formulas: Formulas,
+    inverse: bool,
+) -> _Plan:
+    """For `dtype` the tensors' own."""
+    copies, (grad_z, z, u, w) = unit_columns(grad_z, z, u, w)
+    (rows, dim, num_steps, num_sets), computed = sizes(z, u), shapes.compute_dtype(dtype)
+    shared = num_sets == 1
+    config = _heuristics.direct("backward", rows, dim, shared, computed)
+    matrix, size = num_steps * dim, num_steps * (2 * dim + 1)
+    if shared:
+        programs = _heuristics.num_partials(rows, size, config)
+        num_blocks = ceil_div(rows, programs * config.block_rows)
+    else:
+        programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
+    in_partials = programs > 1 if shared else num_blocks > 1 and dtype != computed
+    partial = 16 * ceil_div(size, 16)  # aligned
+    sets = tuple(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
+    to_sets = (0, 0, 0) if shared else (partial,) * 3 if in_partials else sets
+    if shared:
+        kept, kept_set = (programs, num_steps, config.block_rows, dim), 0
+    elif num_blocks == 1 and dtype == computed:
+        kept, kept_set = None, sets[1]
+    else:
+        kept, kept_set = (num_sets, num_steps, dim), matrix
+    # (first block, blocks, SWEEP, WALK_BACK): a launch for what another thread may read, if a barrier orders nothing.
+    parts = [(0, num_blocks, True, True)]
+    if not BARRIER_ORDERS_MEMORY:
+        parts = [(block, 1, sweep, not sweep) for block in range(num_blocks) for sweep in (True, False)]
+    launches = tuple(
+        Launch(
+            direct_backward_kernel,
+            (programs,),
+            *(rows, num_steps, num_sets, first_block, of_launch, partial),
+            *(*grad_z[1], *grad_log_det[1], *z[1], *set_strides(u, 3), *set_strides(w, 3)),
+            *(*to_sets, kept_set),
+            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
+            *(inverse, num_blocks > 1, sweep, walk_back, config.num_stages),
+            num_warps=config.num_warps,
+            capped=True,
+        )
+        for first_block, of_launch, sweep, walk_back in parts
+    )
+    adding = None
+    if in_partials:
+        block, num_partials = 32, programs if shared else 1
+        blocks = ceil_div(size, block)
+        adding = Launch(
+            add_partials_kernel,
+            (num_sets * blocks,),
+            *(num_partials, partial, matrix, size, blocks, *sets),
+            *(128 if shared else 1, block),
+            num_warps=8 if shared else 1,
+        )
+    partials = (programs if shared else num_sets, partial) if in_partials else None
+    return _Plan(copies, launches, kept, partials, (matrix, matrix, partial - 2 * matrix), adding)
+
+
 def launch_direct_backward(
     grad_z: Tensor,
     grad_log_det: Tensor,
@@ -218,57 +311,14 @@ def launch_direct_backward(
 ) -> None:
     """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous. The inverse's z is what
     it was given, z_K, and a are its roots. Without `params` du, dw and db hold anything."""
-    rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
-    shared = num_sets == 1
-    config = _heuristics.direct("backward", rows, dim, shared, a.dtype)
-    size = num_steps * (2 * dim + 1)
-    if shared:
-        programs = _heuristics.num_partials(rows, size, config)
-        num_blocks = ceil_div(rows, programs * config.block_rows)
-    else:
-        programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
-    to_du, to_dw, to_db = du, dw, db
-    in_partials = programs > 1 if shared else num_blocks > 1 and du.dtype != a.dtype
-    partial = 16 * ceil_div(size, 16)  # aligned
-    if in_partials:
-        partials = z.new_empty(programs if shared else num_sets, partial, dtype=a.dtype)
-        to_du, to_dw, to_db = partials, partials[:, num_steps * dim :], partials[:, 2 * num_steps * dim :]
-    sets = tuple(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
-    to_sets = (0, 0, 0) if shared else (partial,) * 3 if in_partials else sets
-    if shared:
-        kept, kept_set = a.new_empty(programs, num_steps, config.block_rows, dim), 0
-    elif num_blocks == 1 and dw.dtype == a.dtype:  # each dw_k takes the place of its z_{k-1}, read just before
-        kept, kept_set = dw, sets[1]
-    else:
-        kept, kept_set = a.new_empty(num_sets, num_steps, dim), num_steps * dim
-    grad_z, z, u, w = (unit_columns(t) for t in (grad_z, z, u, w))
-    # (first block, blocks, SWEEP, WALK_BACK): a launch for what another thread may read, if a barrier orders nothing.
-    launches = [(0, num_blocks, True, True)]
-    if not BARRIER_ORDERS_MEMORY:
-        launches = [(block, 1, sweep, not sweep) for block in range(num_blocks) for sweep in (True, False)]
-    for first_block, of_launch, sweep, walk_back in launches:
-        launch(
-            direct_backward_kernel,
-            (programs,),
-            z,
-            *(grad_z, grad_log_det, z, u, w, a, dz, to_du, to_dw, to_db, kept),
-            *(rows, num_steps, num_sets, first_block, of_launch, partial),
-            *(*grad_z.stride(), *grad_log_det.stride(), *z.stride(), *set_strides(u, 3), *set_strides(w, 3)),
-            *(*to_sets, kept_set),
-            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
-            *(inverse, num_blocks > 1, sweep, walk_back, config.num_stages),
-            num_warps=config.num_warps,
-            capped=True,
-        )
-    if in_partials and params:
-        block, num_partials = 32, programs if shared else 1
-        blocks = ceil_div(size, block)
-        launch(
-            add_partials_kernel,
-            (num_sets * blocks,),
-            z,
-            *(partials, du, dw, db, num_partials, partial, num_steps * dim, size, blocks, *sets),
-            *(128 if shared else 1, block),
-            num_warps=8 if shared else 1,
-        )
+    plan = _plan(*map(layout, (grad_z, grad_log_det, z, u, w, du, dw, db)), z.dtype, z.device, formulas, inverse)
+    grad_z, z, u, w = copied(plan.copies, grad_z, z, u, w)
+    to = du, dw, db
+    if plan.partials is not None:
+        partials = a.new_empty(plan.partials)
+        to = partials.split_with_sizes(plan.of_partials, 1)
+    kept = dw if plan.kept is None else a.new_empty(plan.kept)
+    for of_rows in plan.launches:
+        launch(of_rows, grad_z, grad_log_det, z, u, w, a, dz, *to, kept)
+    if plan.adding is not None and params:
+        launch(plan.adding, partials, du, dw, db)

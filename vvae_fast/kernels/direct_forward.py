@@ -1,13 +1,25 @@
 """The forward and the inverse in the direct form, docs/math.md (1) to (8), (17): z stays in registers, one launch, any
 parameter sets."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.launch import ceil_div, launch, set_strides, unit_columns
+from vvae_fast.kernels.launch import (
+    Launch,
+    Layout,
+    ceil_div,
+    copied,
+    launch,
+    layout,
+    planned,
+    set_strides,
+    sizes,
+    unit_columns,
+)
 from vvae_fast.kernels.math import Activation, activate, constrain, log_abs_determinant
 from vvae_fast.kernels.root import solve
 from vvae_fast.shapes import Formulas
@@ -90,6 +102,35 @@ def direct_forward_kernel(
     tl.store(log_det + row, sum_of_logs, inside)
 
 
+@planned
+def _plan(
+    z: Layout,
+    u: Layout,
+    w: Layout,
+    b: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    formulas: Formulas,
+    save: bool,
+    inverse: bool,
+) -> tuple[Launch, tuple[bool, ...] | None]:
+    """The launch, and which of z, u, w and b it takes as copies."""
+    copies, (z, u, w, b) = unit_columns(z, u, w, b)
+    rows, dim, num_steps, num_sets = sizes(z, u)
+    config = _heuristics.direct("forward", rows, dim, num_sets == 1, shapes.compute_dtype(dtype))
+    plan = Launch(
+        direct_forward_kernel,
+        (ceil_div(rows, config.block_rows),),
+        *(rows, num_steps, num_sets),
+        *(*z[1], *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        *(inverse, save, config.num_stages),
+        num_warps=config.num_warps,
+        capped=True,
+    )
+    return plan, copies
+
+
 def launch_direct_forward(
     z: Tensor,
     u: Tensor,
@@ -103,18 +144,5 @@ def launch_direct_forward(
     inverse: bool = False,
 ) -> None:
     """Fills z_K [R, D], log_det [R] and, if `save`, a [K, R], all contiguous. The inverse goes from z_K in z to z_0."""
-    rows, dim = z.shape
-    num_steps, num_sets = u.shape[-2], shapes.num_sets(u)
-    config = _heuristics.direct("forward", rows, dim, num_sets == 1, log_det.dtype)
-    z, u, w, b = (unit_columns(t) for t in (z, u, w, b))
-    launch(
-        direct_forward_kernel,
-        (ceil_div(rows, config.block_rows),),
-        z,
-        *(z, u, w, b, z_K, log_det, a, rows, num_steps, num_sets),
-        *(*z.stride(), *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
-        *(inverse, save, config.num_stages),
-        num_warps=config.num_warps,
-        capped=True,
-    )
+    plan, copies = _plan(*map(layout, (z, u, w, b)), z.dtype, z.device, formulas, save, inverse)
+    launch(plan, *copied(copies, z, u, w, b), z_K, log_det, a)

@@ -3,7 +3,6 @@
 Shapes as in vvae_fast/ops.py. With no rows or no steps there is nothing to launch.
 """
 
-import torch
 from torch import Tensor
 
 from vvae_fast import ops, shapes
@@ -38,7 +37,7 @@ def planar_backward(
     params: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z; all but dz empty without `params`."""
-    du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
+    du, dw, db = u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
     dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params)
     return dz, *((du, dw, db) if params else _nothing(z, 3))
 
@@ -59,7 +58,7 @@ def planar_backward_packed(
     if packed.dim() != 2 or packed.shape[1] != num_steps * (2 * dim + 1):
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
-    dpacked = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    dpacked = packed.new_empty(packed.shape)
     parts, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
     dz = _backward(grad_z, grad_log_det, z, *parts, a, *gradients, formulas, params)
     return dz, *((dpacked,) if params else _nothing(z, 1))
@@ -90,7 +89,7 @@ def planar_inverse_backward(
     """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z, the inverse's own: in the direct form.
     Without `params` the last three are empty."""
     _check_direct(z)
-    du, dw, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, w, b))
+    du, dw, db = u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
     dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params, inverse=True)
     return dz, *((du, dw, db) if params else _nothing(z, 3))
 
@@ -99,12 +98,11 @@ def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Te
     """z_K or z_0, log_det and a, empty where a kernel fills them. Raises ValueError for what does not fit."""
     shapes.check_rows(z, u, w, b)
     rows, num_steps, dtype = z.shape[0], u.shape[-2], shapes.compute_dtype(z.dtype)
-    z_out = torch.empty_like(z, memory_format=torch.contiguous_format)
-    log_det = z.new_empty(rows, dtype=dtype)
+    z_out, log_det = z.new_empty(z.shape), z.new_empty(rows, dtype=dtype)
     if not _is_launched(z, u):
         z_out.copy_(z)
         log_det.zero_()
-    return z_out, log_det, z.new_empty((num_steps, rows) if save else (0,), dtype=dtype)
+    return z_out, log_det, log_det.new_empty((num_steps, rows) if save else (0,))
 
 
 def _nothing(z: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -146,7 +144,7 @@ def _backward(
     work in: the direct form's kernel computes its sums all the same, and the launch that adds these is left out."""
     shapes.check_rows(z, u, w, b)
     shapes.check_saved(grad_z, grad_log_det, z, a, u.shape[-2])
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dz = z.new_empty(z.shape)
     if _is_launched(z, u):
         arguments = (grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
         if not inverse and _is_compact(z, u):
