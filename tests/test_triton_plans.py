@@ -23,6 +23,7 @@ from vvae_fast.shapes import Formulas
 LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, STEPS, DIM = 8, 3, 4
+LEAKY = Formulas(activation="leaky_relu")  # each of its fields counts
 
 
 @pytest.fixture(params=["direct", "compact"])
@@ -76,7 +77,7 @@ def arguments(dtype=torch.float32, device="meta", rows=ROWS, steps=STEPS, dim=DI
     found = {"grad_z": torch.empty(rows, dim, **new), "grad_log_det": torch.empty(rows, **computed)}
     found |= {"z": torch.empty(rows, dim, **new), "u": torch.empty(*sets, steps, dim, **new)}
     found |= {"w": torch.empty(*sets, steps, dim, **new), "b": torch.empty(*sets, steps, **new)}
-    return found | {"a": torch.empty(steps, rows, **computed), "formulas": Formulas(), "save": True} | changed
+    return found | {"a": torch.empty(steps, rows, **computed), "formulas": LEAKY, "save": True} | changed
 
 
 def call(form: str, inverse=False, **args) -> None:
@@ -103,10 +104,10 @@ CHANGES = {
     "dtype": ({"dtype": torch.float64}, "fb"),
     "half precision": ({"dtype": torch.bfloat16}, "fb"),
     "device": ({"device": DEVICE}, "fb"),
-    "constraint": ({"formulas": Formulas("none")}, "fb"),
-    "activation": ({"formulas": Formulas(activation="elu")}, "fb"),
-    "slope": ({"formulas": Formulas(activation="leaky_relu", slope=0.25)}, "fb"),
-    "eps": ({"formulas": Formulas(log_det_eps=1e-4)}, "fb"),
+    "constraint": ({"formulas": LEAKY._replace(constraint="none")}, "fb"),
+    "activation": ({"formulas": LEAKY._replace(activation="elu")}, "fb"),
+    "slope": ({"formulas": LEAKY._replace(slope=0.25)}, "fb"),
+    "eps": ({"formulas": LEAKY._replace(log_det_eps=1e-4)}, "fb"),
     "nothing saved": ({"save": False}, "f"),
     "z's strides": ({"z": strided(ROWS, DIM, order=(1, 0))}, "fb"),
     "expanded z": ({"z": torch.empty(1, DIM, device="meta").expand(ROWS, DIM)}, "fb"),
@@ -176,6 +177,19 @@ def test_gradients_in_one_packed_tensor_have_plans_of_their_own(form, launched):
     call(form, **arguments(sets=sets, gradients=gradients))
     assert launched[-1][0].arguments != alone
     assert size in launched[-1][0].arguments
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["du", "dw", "db"])
+def test_each_gradients_strides_are_part_of_the_signature(form, made, which):
+    gradients = [torch.empty(2, STEPS, DIM, device="meta"), torch.empty(2, STEPS, DIM, device="meta")]
+    gradients.append(torch.empty(2, STEPS, device="meta"))
+    call(form, **arguments(sets=(2,), gradients=gradients))
+    apart = torch.empty(2, 2, *gradients[which].shape[1:], device="meta")[:, 0]
+    call(form, **arguments(sets=(2,), gradients=[*gradients[:which], apart, *gradients[which + 1 :]]))
+    planned_anew = {"direct": "backward", "compact": "gradients"}[form]
+    assert made[planned_anew] == 2
+    assert made["forward"] == 1
 
 
 @pytest.mark.usefixtures("launched")
