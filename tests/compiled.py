@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +18,10 @@ import sass_tables
 import torch
 from cuda_host import CSRC, DTYPES, keep_dtypes, sources
 
-# What nvcc compiles for each: a dtype takes a minute or more. float64 needs the most registers, bfloat16 the newest
-# instructions; float32 and float16 have neither of their own.
-DTYPES_OF = {"sm_80": (torch.float64, torch.bfloat16), "sm_90": tuple(DTYPES)}
+# What nvcc compiles for each in `make test`: a dtype takes a minute or more. In bfloat16 sm_80 has instructions of its
+# own; `make sass` compiles the others for it, too.
+DTYPES_OF = {"sm_80": (torch.bfloat16,), "sm_90": tuple(DTYPES)}
+ALL_DTYPES_OF = dict.fromkeys(DTYPES_OF, tuple(DTYPES))
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c"]
 
 ENTRY = re.compile(
@@ -40,6 +40,10 @@ class Compiled(NamedTuple):
     spill_stores: int
     spill_loads: int
     registers: int
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack or self.spill_stores or self.spill_loads)
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -62,14 +66,14 @@ def compile_source(source: Path, arch: str, folder: Path) -> list[Compiled]:
     ]
 
 
-def compile_cuda(folder: Path, architectures: Iterable[str] = DTYPES_OF) -> list[Compiled]:
+def compile_cuda(folder: Path, dtypes_of: dict[str, tuple[torch.dtype, ...]] = DTYPES_OF) -> list[Compiled]:
     """Every kernel, with its object file in folder/arch; the longest source first, two at a time."""
     work = []
-    for arch in architectures:
+    for arch, dtypes in dtypes_of.items():
         csrc = shutil.copytree(CSRC, folder / arch / "csrc")
-        keep_dtypes(csrc, DTYPES_OF[arch])
+        keep_dtypes(csrc, dtypes)
         work += [(source, arch, folder / arch) for source in sources(csrc)]
-    longest_first = sorted(work, key=lambda one: (-one[0].stat().st_size, -len(DTYPES_OF[one[1]])))
+    longest_first = sorted(work, key=lambda one: (-one[0].stat().st_size, -len(dtypes_of[one[1]])))
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda one: compile_source(*one), longest_first)
         return [kernel for kernels in found for kernel in kernels]
