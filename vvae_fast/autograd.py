@@ -14,7 +14,9 @@ from vvae_fast.shapes import Formulas
 Numbers = tuple[int, int, float, float]
 How = tuple[Numbers, str]  # numbers and backend: each argument of a Function costs, be it no tensor
 
+# Asked by every call.
 _is_compiling = torch.compiler.is_compiling
+_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -154,7 +156,7 @@ def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
         return False
     if node.is_ordinary is not None:
         return node.is_ordinary(z, u, w, b)
-    return not needs_plain_torch() and shapes.are_ordinary(z, u, w, b)
+    return not _transforms_are_active() and _tracing_state() is None and shapes.are_ordinary(z, u, w, b)
 
 
 def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
@@ -163,7 +165,11 @@ def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> b
         return False
     if node.is_ordinary_packed is not None:
         return node.is_ordinary_packed(z, packed, num_steps, dim)
-    return not needs_plain_torch() and shapes.is_ordinary_packed(z, packed, num_steps, dim)
+    return (
+        not _transforms_are_active()
+        and _tracing_state() is None
+        and shapes.is_ordinary_packed(z, packed, num_steps, dim)
+    )
 
 
 def _apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, Tensor]:
