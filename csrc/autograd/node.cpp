@@ -1,4 +1,4 @@
-// The module vvae_fast._C_node: what vvae_fast/autograd.py does for an ordinary call, as nodes of libtorch's own engine. A
+// The module vvae_fast._C_node: what vvae_fast/autograd.py does for an ordinary call, as nodes of libtorch's engine. A
 // small flow takes less time than Python's autograd Function alone.
 //
 // libtorch's C++ interface changes from release to release: vvae_fast/node.py uses this module with the torch that it
@@ -247,10 +247,10 @@ bool is_ordinary_packed(pybind11::handle z_, pybind11::handle packed_, pybind11:
 }  // namespace vvae
 
 PYBIND11_MODULE(_C_node, m) {
-  using torch::wrap_pybind_function_no_gil;  // lets PyTorch's own exceptions, and those of Python's hooks, pass as they are
+  using torch::wrap_pybind_function_no_gil;  // lets exceptions of PyTorch and of Python's hooks pass as they are
   m.doc() = "An ordinary call of the flow, as a node of libtorch's engine.";
   m.def("is_ordinary", &vvae::is_ordinary, "Whether planar_flow takes z, u, w, b.");
-  m.def("is_ordinary_packed", &vvae::is_ordinary_packed, "Whether packed_planar_flow takes z, packed, steps, of D = dim.");
+  m.def("is_ordinary_packed", &vvae::is_ordinary_packed, "Whether packed_planar_flow takes z, packed, steps, dim.");
   m.def("planar_flow", wrap_pybind_function_no_gil(&vvae::planar_flow), "autograd.planar_flow of an ordinary call.");
   m.def("packed_planar_flow", wrap_pybind_function_no_gil(&vvae::packed_planar_flow),
         "autograd.packed_planar_flow of an ordinary call.");
