@@ -2,7 +2,7 @@
 into sass_cuda.txt and sass_triton.txt; CONTRIBUTING.md says what the columns mean. The tests that compile the kernels
 compare what they have with these tables.
 
-    python benchmarks/sass_tables.py [cuda | triton]    # both by default; the CUDA kernels take nvcc eight minutes or more
+    python benchmarks/sass_tables.py [cuda | triton]    # both by default; the CUDA kernels take nvcc eight minutes
 """
 
 import hashlib
