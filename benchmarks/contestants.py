@@ -13,7 +13,7 @@ from loops import PLAIN, REFERENCE, plain_loop, reference_loop
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast import backends, ops, shapes
 from vvae_fast.autograd import PlanarFlowFunction
 from vvae_fast.shapes import Formulas
 
@@ -123,12 +123,9 @@ def _why_not(name: str, state: dict[str, object], device: torch.device) -> str |
         return f"missing: {'; '.join(state['reasons'])}"
     z, b = torch.zeros(1, 1, device=device), torch.zeros(1, device=device)
     try:
-        vvae_fast.planar_flow(z, z, z, b, backend=name)
-    except RuntimeError as error:
-        if "was asked for and cannot run" in str(
-            error
-        ):  # the package's own refusal; a broken kernel is timed, and fails
-            return f"not run: {error}"
+        backends.select(shapes.check(z, z, z, b, Formulas()), name)
+    except RuntimeError as error:  # the package's own refusal; a broken kernel is timed, and fails
+        return f"not run: {error}"
     return None
 
 
