@@ -21,8 +21,17 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("source", ["isa_avx512.cpp", "isa_avx2.cpp", "isa_baseline.cpp"])
-@pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
+SOURCES = ["isa_avx512.cpp", "isa_avx2.cpp", "isa_baseline.cpp"]
+
+
+# With g++ the build has compiled all three; here one of them, for warnings: they share all their code but the vectors.
+@pytest.mark.parametrize(
+    ("compiler", "source"),
+    [
+        ("g++", SOURCES[0]),
+        *((compiler, source) for compiler in ("clang++", "aarch64-linux-gnu-g++") for source in SOURCES),
+    ],
+)
 def test_kernels_compile(compiler, source):
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")

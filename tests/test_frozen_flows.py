@@ -7,7 +7,7 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast import autograd, ops
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.shapes import Formulas
 
@@ -39,7 +39,9 @@ def gradients(flow, inputs, needed, grads):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The `params` that the C++ operators are asked for."""
+    """The `params` that the C++ operators are asked for by autograd's Functions; by the node: test_node.py."""
+    monkeypatch.setattr(autograd, "ordinary_planar_flow", autograd.planar_flow)
+    monkeypatch.setattr(autograd, "ordinary_packed_planar_flow", autograd.packed_planar_flow)
     asked = []
 
     def recording(operator):
