@@ -100,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     environment = os.environ | {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": options.architectures}
     if status := subprocess.run(BUILD, cwd=ROOT, env=environment).returncode:
         return status
+    if missing := [path.name for path in extensions() if not path.exists()]:
+        print(f"not built, see above: {', '.join(missing)}", flush=True)
+        return 1
     note = strip(extensions())
     write(options.architectures)
     print(f"prebuilt for {options.architectures}: {note}; vvae_fast/{RECORD} says for what", flush=True)

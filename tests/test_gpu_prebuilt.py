@@ -121,3 +121,8 @@ def test_prebuilt_builds_for_the_gpu_that_is_named_and_records_it(root, monkeypa
     monkeypatch.setattr(prebuilt.subprocess, "run", lambda *a, **o: build(*a, returncode=1, **o))
     assert prebuilt.main([]) == 1
     assert not record_of(root).exists()
+    monkeypatch.setattr(prebuilt.subprocess, "run", build)
+    prebuilt.extensions(root)[1].unlink()  # which the build goes on without
+    assert prebuilt.main([]) == 1
+    assert "not built, see above: _C_node" in capsys.readouterr().out
+    assert not record_of(root).exists()

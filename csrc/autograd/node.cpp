@@ -13,7 +13,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
-#include <bit>
+#include <cstring>
 #include <mutex>
 #include <string>
 #include <tuple>
@@ -49,7 +49,7 @@ struct How {
   const How* next;
 
   bool is(int64_t c, int64_t a, double s, double e, const std::string& p) const {
-    const auto equal = [](double x, double y) { return std::bit_cast<int64_t>(x) == std::bit_cast<int64_t>(y); };
+    const auto equal = [](double x, double y) { return std::memcmp(&x, &y, sizeof x) == 0; };  // NaN is itself
     return constraint == c && activation == a && equal(slope, s) && equal(log_det_eps, e) && prefix == p;
   }
 };
