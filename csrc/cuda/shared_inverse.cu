@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const Share
   bool fresh = true;  // nothing is staged yet
   const int64_t stride = int64_t(p.split.programs) * p.split.block_rows;
   for (int64_t first_row = program * p.split.block_rows; first_row < p.split.rows_per_set; first_row += stride) {
-    const bool working = group < p.split.block_rows;  // the same in all of a warp
-    const bool inside = working && first_row + group < p.split.rows_per_set;
+    // Warps without a row go through the steps too, as in the forward.
+    const bool inside = group < p.split.block_rows && first_row + group < p.split.rows_per_set;
     const int64_t row = set + p.sets * (first_row + group);
     const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
     Row<T, Layout> z = {};  // [columns]
@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const Share
         __syncthreads();
         fresh = false;
       }
-      if (!working) continue;
       for (int k = 0; k < count; ++k) {
         const auto q = staged.numbers[k];
         const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + q.b;
