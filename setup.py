@@ -27,6 +27,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
 ]
+COMPILE_ERRORS = (RuntimeError, OSError, BaseError)  # of torch's build_ext and of setuptools'
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 
@@ -48,7 +49,7 @@ def build_command() -> type:
         def build_extension(self, extension: Extension) -> None:
             try:
                 super().build_extension(extension)
-            except (RuntimeError, OSError, BaseError) as error:
+            except COMPILE_ERRORS as error:
                 if not extension.optional:
                     raise
                 environment.say(
@@ -58,7 +59,7 @@ def build_command() -> type:
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except (RuntimeError, OSError, BaseError) as error:
+            except COMPILE_ERRORS as error:
                 environment.stop(
                     f"compiling failed ({error}) with CXX={os.environ['CXX']!r}. The compiler's first error is above,"
                     " after the first FAILED; where it was killed, memory ran out: set MAX_JOBS=1"

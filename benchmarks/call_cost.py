@@ -3,25 +3,25 @@
 Forward + backward in one thread, against the no-op, which is a Python autograd Function that computes nothing: by the
 Function in Python, and by the node in C++ where it is there. Then what the backward of a frozen flow, whose parameters
 need no gradient, takes of a trained one's. The contestants take turns, a block of calls each; printed are the medians
-over the rounds, in microseconds, and the median ratio of a round.
+over the rounds of a block's median call, in microseconds, and the median ratio of a round.
 """
 
 import contextlib
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import torch
+from cases import Case
 from contestants import no_op
-from torch import Tensor
+from measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
 
 import vvae_fast
 from vvae_fast import autograd, node, ops
 
-CASES = [(1, 1, 1), (100, 2, 8), (100, 40, 16), (128, 40, 80)]  # rows, D, K
-FROZEN = (4096, 64, 32)
+CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]
+FROZEN = Case(4096, 64, 32)
 BLOCK_SECONDS = 0.02
 WARM_UP = 3  # rounds
 
@@ -40,32 +40,18 @@ def by_function() -> Iterator[None]:
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
     """Microseconds of a call in each round, by name: of (call, the context that it is made in)."""
     times = {name: [] for name in calls}
-    counts = {name: max(3, int(BLOCK_SECONDS / _seconds(call, 5))) for name, (call, _) in calls.items()}
+    counts = {
+        name: calls_of_block(BLOCK_SECONDS, min(map(seconds_of, 2 * [call]))) for name, (call, _) in calls.items()
+    }
     for _ in range(WARM_UP + rounds):
         for name, (call, context) in calls.items():
             with context():
-                times[name].append(1e6 * _seconds(call, counts[name]))
+                times[name].append(1e6 * statistics.median(seconds_of(call) for _ in range(counts[name])))
     return {name: of_rounds[WARM_UP:] for name, of_rounds in times.items()}
 
 
-def _seconds(call: Callable, count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
-
-
-def inputs(rows: int, dim: int, num_steps: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """z, u, w, b and the gradients of z_K and log_det."""
-    g = torch.Generator().manual_seed(0)
-    u, w = (torch.randn(num_steps, dim, generator=g) * dim**-0.5 for _ in range(2))
-    z, grad_z = (torch.randn(rows, dim, generator=g) for _ in range(2))
-    return [z, u, w, torch.randn(num_steps, generator=g)], (grad_z, torch.randn(rows, generator=g))
-
-
-def contestants(rows: int, dim: int, num_steps: int) -> dict[str, tuple[Callable, Callable]]:
-    tensors, grads = inputs(rows, dim, num_steps)
-    leaves = [t.requires_grad_() for t in tensors]
+def contestants(case: Case) -> dict[str, tuple[Callable, Callable]]:
+    leaves, grads = [t.requires_grad_() for t in make_inputs(case)], make_gradients(case)
 
     def both_passes(flow: Callable) -> Callable:
         return lambda: torch.autograd.grad(flow(*leaves), leaves, grads)
@@ -75,18 +61,19 @@ def contestants(rows: int, dim: int, num_steps: int) -> dict[str, tuple[Callable
     return found if node.load_error else found | {"node": (fast, contextlib.nullcontext)}
 
 
-def frozen_and_trained() -> dict[str, tuple[Callable, Callable]]:
-    found = {}
-    for name in ("trained", "frozen"):
-        (z, *params), grads = inputs(*FROZEN)
-        leaves = [z.requires_grad_(), *(params if name == "frozen" else [t.requires_grad_() for t in params])]
+def frozen_and_trained(case: Case) -> dict[str, tuple[Callable, Callable]]:
+    grads = make_gradients(case)
+
+    def backward(trained: bool) -> Callable:
+        leaves = [t.requires_grad_(trained or i == 0) for i, t in enumerate(make_inputs(case))]
         outputs, wanted = vvae_fast.planar_flow(*leaves), [t for t in leaves if t.requires_grad]
-        found[name] = (_backward(outputs, wanted, grads), contextlib.nullcontext)
-    return found
+        return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+    return {name: (backward(name == "trained"), contextlib.nullcontext) for name in ("trained", "frozen")}
 
 
-def _backward(outputs: tuple[Tensor, Tensor], wanted: list[Tensor], grads: tuple[Tensor, Tensor]) -> Callable:
-    return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+def title(case: Case) -> str:
+    return f"{case.rows} x {case.dim}, K = {case.num_steps}"
 
 
 def row(times: dict[str, list[float]]) -> str:
@@ -103,11 +90,12 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 41
     torch.set_num_threads(1)
     gc.disable()
+    settle_allocator()
     print(f"torch {torch.__version__}, {ops.isa()}, one thread; node: {node.load_error or 'available'}")
     for case in CASES:
-        print("B x D, K = {} x {}, {}: ".format(*case) + row(measure(contestants(*case), rounds)), flush=True)
+        print(f"forward + backward, {title(case)}: {row(measure(contestants(case), rounds))}", flush=True)
     gc.collect()
-    print("backward, {} x {}, K = {}: ".format(*FROZEN) + row(measure(frozen_and_trained(), rounds)))
+    print(f"backward, {title(FROZEN)}: {row(measure(frozen_and_trained(FROZEN), rounds))}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import threading
 import call_cost
 import pytest
 import torch
+from cases import Case
 from problems import random_problem
 from test_backends import python
 from test_host_path import PARAMS, Z
@@ -271,8 +272,8 @@ def test_the_environment_leaves_it_out():
 
 def test_the_cost_of_a_call_is_printed(monkeypatch, capsys):
     """And afterwards a call is as it was."""
-    monkeypatch.setattr(call_cost, "CASES", [(3, 2, 1)])
-    monkeypatch.setattr(call_cost, "FROZEN", (3, 2, 1))
+    monkeypatch.setattr(call_cost, "CASES", [Case(3, 2, 1)])
+    monkeypatch.setattr(call_cost, "FROZEN", Case(3, 2, 1))
     monkeypatch.setattr(call_cost, "BLOCK_SECONDS", 1e-4)
     monkeypatch.setattr(sys, "argv", ["call_cost.py", "3"])
     threads, before = torch.get_num_threads(), (node.is_ordinary, autograd.ordinary_planar_flow)
@@ -284,11 +285,12 @@ def test_the_cost_of_a_call_is_printed(monkeypatch, capsys):
     assert (node.is_ordinary, autograd.ordinary_planar_flow) == before
     head, row, frozen = capsys.readouterr().out.splitlines()
     assert head.endswith("one thread; node: available")
-    number = r"[\d.]+ us"
+    time, ratio = r"[\d.]+ us", r"\([\d.]+x\)"
+    case = "3 x 2, K = 1"
     assert re.fullmatch(
-        rf"B x D, K = 3 x 2, 1: no-op {number}, Function {number} \([\d.]+x\), node {number} \([\d.]+x\)", row
+        rf"forward \+ backward, {case}: no-op {time}, Function {time} {ratio}, node {time} {ratio}", row
     )
-    assert re.fullmatch(rf"backward, 3 x 2, K = 1: trained {number}, frozen {number} \([\d.]+x\)", frozen)
+    assert re.fullmatch(rf"backward, {case}: trained {time}, frozen {time} {ratio}", frozen)
 
 
 def test_what_is_called_the_function_is_the_function():

@@ -9,9 +9,8 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from vvae_fast import node, ops, reference, shapes
-from vvae_fast.shapes import Formulas
+from vvae_fast.shapes import Formulas, Numbers
 
-Numbers = tuple[int, int, float, float]
 How = tuple[Numbers, str]  # numbers and backend: each argument of a Function costs, be it no tensor
 
 # Asked by every call.

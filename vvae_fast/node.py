@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast import config, ops
-
-Numbers = tuple[int, int, float, float]
+from vvae_fast.shapes import Numbers
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

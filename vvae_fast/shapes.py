@@ -15,6 +15,7 @@ ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
 MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
+Numbers = tuple[int, int, float, float]  # Formulas as operators take them
 
 
 class Formulas(NamedTuple):
@@ -26,7 +27,7 @@ class Formulas(NamedTuple):
     slope: float = 0.2
     log_det_eps: float = 0.0
 
-    def numbers(self) -> tuple[int, int, float, float]:
+    def numbers(self) -> Numbers:
         """The same as operators take them."""
         return CONSTRAINTS.index(self.constraint), ACTIVATIONS.index(self.activation), self.slope, self.log_det_eps
 
@@ -156,9 +157,7 @@ def check_formulas(formulas: Formulas) -> Formulas:
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
-def numbers_of(
-    constraint: str, activation: str, slope: float, log_det_eps: float, inverse: bool = False
-) -> tuple[int, int, float, float]:
+def numbers_of(constraint: str, activation: str, slope: float, log_det_eps: float, inverse: bool = False) -> Numbers:
     """`Formulas.numbers` of what `check_formulas` and, for the inverse, `check_invertible` have let pass: once for all
     calls with the same arguments. Raises a TypeError, too, for what cannot be a key."""
     formulas = check_formulas(Formulas(constraint, activation, slope, log_det_eps))

@@ -35,10 +35,12 @@ def planar_backward(
     a: Tensor,
     formulas: Formulas,
     params: bool = True,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z; all but dz empty without `params`."""
+    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z; all but dz empty without `params`. Of the
+    inverse where it is asked for, in the direct form."""
     du, dw, db = u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
-    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params)
+    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params, inverse)
     return dz, *((du, dw, db) if params else _nothing(z, 3))
 
 
@@ -86,12 +88,9 @@ def planar_inverse_backward(
     formulas: Formulas,
     params: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z, the inverse's own: in the direct form.
-    Without `params` the last three are empty."""
+    """`planar_backward` of the inverse, whose own z is z."""
     _check_direct(z)
-    du, dw, db = u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
-    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params, inverse=True)
-    return dz, *((du, dw, db) if params else _nothing(z, 3))
+    return planar_backward(grad_z, grad_log_det, z, u, w, b, a, formulas, params, inverse=True)
 
 
 def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
