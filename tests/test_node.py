@@ -91,6 +91,28 @@ def test_values_and_gradients_are_the_functions_bits(case, dtype, used, function
 
 
 @cases
+def test_calls_that_differ_in_one_number_are_told_apart(case, functions):
+    """The node looks up what was asked for before."""
+    flow, make = CASES[case]
+    inputs, grads = make(torch.float32)
+    options = {"activation": "leaky_relu", "slope": 0.25, "constraint": "softplus", "log_det_eps": 0.0}
+    others = {"activation": "elu", "slope": 0.5, "constraint": "none", "log_det_eps": 0.5}
+    asked = [options, *({**options, name: value} for name, value in others.items())]
+
+    def results():
+        found = []
+        for chosen in (*asked, *asked):
+            x = leaves(inputs)
+            outputs = flow(x, **chosen)
+            found += [*outputs, *torch.autograd.grad(outputs, x, grads)]
+        return found
+
+    got = results()
+    functions()
+    assert all(torch.equal(x, y) for x, y in zip(got, results(), strict=True))
+
+
+@cases
 def test_what_needs_no_gradient_gets_none(case, functions):
     flow, make = CASES[case]
     inputs, grads = make(torch.float32)
