@@ -7,13 +7,18 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
@@ -22,7 +27,7 @@ namespace vvae {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
@@ -78,12 +83,6 @@ const How& how_of(int64_t constraint, int64_t activation, double slope, double l
   return *first;
 }
 
-void save(AutogradContext* ctx, const How& how) { ctx->saved_data["how"] = reinterpret_cast<int64_t>(&how); }
-
-const How& saved_how(AutogradContext* ctx) {
-  return *reinterpret_cast<const How*>(ctx->saved_data["how"].toInt());
-}
-
 // Views of packed [R, K (2 D + 1)], as ops.unpack's: u, w [R, K, D] and b [R, K].
 std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t steps, int64_t dim) {
   const auto part = [&](int64_t start, int64_t size) { return packed.narrow(1, start, size); };
@@ -98,12 +97,6 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& z, const Tensor& u,
   return how.forward.call(z, u, w, b, how.constraint, how.activation, how.slope, how.log_det_eps, save);
 }
 
-// The gradients of both outputs, of which one was not used.
-void zeros_for_undefined(Tensor& grad_z, Tensor& grad_log_det, const Tensor& z) {
-  if (!grad_z.defined()) grad_z = at::zeros_like(z);
-  if (!grad_log_det.defined()) grad_log_det = at::zeros({z.size(0)}, z.options());
-}
-
 // dz, du, dw and db for gradients that are differentiated once more: the reference's, in Python.
 std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable(const Tensor& grad_z, const Tensor& grad_log_det,
                                                           const Tensor& z, const Tensor& u, const Tensor& w,
@@ -114,96 +107,159 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable(const Tensor& grad_z, 
   return backward(grad_z, grad_log_det, z, u, w, b, numbers).cast<std::tuple<Tensor, Tensor, Tensor, Tensor>>();
 }
 
-}  // namespace
-
-// Not in the namespace without a name: these names are what str(z_K.grad_fn) says.
-struct PlanarFlow : torch::autograd::Function<PlanarFlow> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b,
-                               const How& how) {
-    const auto [z_K, log_det, a] = run_forward(z, u, w, b, how, true);
-    ctx->save_for_backward({z, u, w, b, a});
-    save(ctx, how);
-    ctx->set_materialize_grads(false);
-    return {z_K, log_det};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    Tensor &grad_z = grads[0], &grad_log_det = grads[1];
-    if (!grad_z.defined() && !grad_log_det.defined()) return variable_list(5);
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &z = saved[0], &u = saved[1], &w = saved[2], &b = saved[3], &a = saved[4];
-    const How& how = saved_how(ctx);
-    zeros_for_undefined(grad_z, grad_log_det, z);
-    if (at::GradMode::is_enabled()) {
-      const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
-      return {dz, du, dw, db, Tensor()};
-    }
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const bool params = ctx->needs_input_grad(1) || ctx->needs_input_grad(2) || ctx->needs_input_grad(3);
-    const auto [dz, du, dw, db] = how.backward.call(grad_z, grad_log_det, z, u, w, b, a, how.constraint, how.activation,
-                                                    how.slope, how.log_det_eps, params);
-    if (!params) return {dz, Tensor(), Tensor(), Tensor(), Tensor()};
-    return {dz, du, dw, db, Tensor()};
-  }
+// What a backward is given beside the gradients of the outputs: the node's inputs, z, u, w, b or z, packed, the
+// pre-activations a [K, R], and whether any of the parameters needs a gradient.
+template <size_t N>
+struct Saved {
+  std::array<Tensor, N> inputs;
+  Tensor a;
+  bool params;
 };
 
-struct PackedPlanarFlow : torch::autograd::Function<PackedPlanarFlow> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& z, const Tensor& packed, int64_t steps,
-                               const How& how) {
-    const auto [u, w, b] = unpack(packed, steps, z.size(1));
-    const auto [z_K, log_det, a] = run_forward(z, u, w, b, how, true);
-    ctx->save_for_backward({z, packed, a});
-    save(ctx, how);
-    ctx->set_materialize_grads(false);
-    return {z_K, log_det};
+// dz, du, dw and db.
+variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad_log_det, const Saved<4>& saved) {
+  const auto& [z, u, w, b] = saved.inputs;
+  if (at::GradMode::is_enabled()) {
+    const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
+    return {dz, du, dw, db};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto [dz, du, dw, db] = how.backward.call(grad_z, grad_log_det, z, u, w, b, saved.a, how.constraint,
+                                                  how.activation, how.slope, how.log_det_eps, saved.params);
+  if (!saved.params) return {dz, Tensor(), Tensor(), Tensor()};
+  return {dz, du, dw, db};
+}
+
+// dz and dpacked.
+variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad_log_det, const Saved<2>& saved) {
+  const auto& [z, packed] = saved.inputs;
+  if (at::GradMode::is_enabled()) {
+    const auto [u, w, b] = unpack(packed, saved.a.size(0), z.size(1));
+    const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
+    return {dz, at::cat({du.flatten(1), dw.flatten(1), db}, 1)};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto [dz, dpacked] = how.backward_packed.call(grad_z, grad_log_det, z, packed, saved.a, how.constraint,
+                                                      how.activation, how.slope, how.log_det_eps, saved.params);
+  return {dz, saved.params ? dpacked : Tensor()};
+}
+
+// `grads`: of z_K and log_det, undefined where the output was not used.
+template <size_t N>
+variable_list gradients_of_used(const How& how, const variable_list& grads, const Saved<N>& saved) {
+  if (!grads[0].defined() && !grads[1].defined()) return variable_list(N);
+  const Tensor& z = saved.inputs[0];
+  return gradients(how, grads[0].defined() ? grads[0] : at::zeros_like(z),
+                   grads[1].defined() ? grads[1] : at::zeros({z.size(0)}, z.options()), saved);
+}
+
+// The node of planar_flow (4 inputs) and of packed_planar_flow (2), as PyTorch writes those of its own operators:
+// torch::autograd::Function costs a small flow more than its kernels do.
+template <size_t N>
+class FlowNode : public torch::autograd::Node {
+ public:
+  FlowNode(const How& how, const std::array<Tensor, N>& inputs, const Tensor& a) : how_(how) {
+    for (size_t i = 0; i < N; ++i) inputs_[i] = SavedVariable(inputs[i], false);
+    a_ = SavedVariable(a, false);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    Tensor &grad_z = grads[0], &grad_log_det = grads[1];
-    if (!grad_z.defined() && !grad_log_det.defined()) return variable_list(4);
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &z = saved[0], &packed = saved[1], &a = saved[2];
-    const How& how = saved_how(ctx);
-    zeros_for_undefined(grad_z, grad_log_det, z);
-    if (at::GradMode::is_enabled()) {
-      const auto [u, w, b] = unpack(packed, a.size(0), z.size(1));
-      const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
-      return {dz, at::cat({du.flatten(1), dw.flatten(1), db}, 1), Tensor(), Tensor()};
-    }
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const bool params = ctx->needs_input_grad(1);
-    const auto [dz, dpacked] = how.backward_packed.call(grad_z, grad_log_det, z, packed, a, how.constraint,
-                                                        how.activation, how.slope, how.log_det_eps, params);
-    return {dz, params ? dpacked : Tensor(), Tensor(), Tensor()};
+  std::string name() const override { return N == 4 ? "vvae::PlanarFlow" : "vvae::PackedPlanarFlow"; }
+
+  variable_list apply(variable_list&& grads) override { return gradients_of_used(how_, grads, unpack_saved()); }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& input : inputs_) input.reset_data();
+    a_.reset_data();
   }
+
+  // Under compiled autograd the backward is one function for it, which is not traced.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(name());
+    args.collect(reinterpret_cast<uint64_t>(&how_));
+    for (const SavedVariable& input : inputs_) args.collect(input, false);
+    args.collect(a_, false);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    namespace compiled = torch::dynamo::autograd;
+    for (SavedVariable& input : inputs_) swap.before(input);
+    swap.before(a_);
+    const Saved<N> saved = unpack_saved();
+    std::vector<at::IValue> args(saved.inputs.begin(), saved.inputs.end());
+    args.insert(args.end(), {saved.a, saved.params, reinterpret_cast<int64_t>(&how_)});
+    std::vector<at::TypePtr> types;
+    for (const at::IValue& arg : args) types.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
+    const auto& compiler = compiled::getPyCompilerInterface();
+    const std::string bound = compiler->bind_function(swap.get_py_compiler(), name(), of_arguments, types, true, false);
+    const auto edges = compiled::get_input_metadata(next_edges());
+    auto result = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", bound, grads, args,
+        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(edges));
+    for (SavedVariable& input : inputs_) swap.after(input);
+    swap.after(a_);
+    return result;
+  }
+
+ private:
+  static variable_list of_arguments(const variable_list& grads, const std::vector<at::IValue>& args) {
+    Saved<N> saved;
+    for (size_t i = 0; i < N; ++i) saved.inputs[i] = args[i].toTensor();
+    saved.a = args[N].toTensor(), saved.params = args[N + 1].toBool();
+    return gradients_of_used(*reinterpret_cast<const How*>(args[N + 2].toInt()), grads, saved);
+  }
+
+  Saved<N> unpack_saved() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Saved<N> saved;
+    for (size_t i = 0; i < N; ++i) saved.inputs[i] = inputs_[i].unpack();
+    saved.a = a_.unpack();
+    saved.params = false;
+    for (size_t i = 1; i < N; ++i) saved.params |= task_should_compute_output(i);
+    return saved;
+  }
+
+  const How& how_;
+  std::array<SavedVariable, N> inputs_;
+  SavedVariable a_;
 };
 
-namespace {
+// What a graph holds its nodes by: a std::shared_ptr until torch 2.11, a pointer that counts in the node since.
+template <class N, class Owner = decltype(torch::autograd::Edge::function), class... Args>
+Owner make_node(const Args&... args) {
+  if constexpr (std::is_same_v<Owner, std::shared_ptr<torch::autograd::Node>>)
+    return Owner(new N(args...), [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<N>(args...);
+}
 
 using Outputs = std::tuple<Tensor, Tensor>;
 
+template <size_t N>
+Outputs run(const std::array<Tensor, N>& inputs, const Tensor& u, const Tensor& w, const Tensor& b, const How& how) {
+  bool needs = false;
+  if (at::GradMode::is_enabled())
+    for (const Tensor& input : inputs) needs |= input.requires_grad();
+  const auto [z_K, log_det, a] = run_forward(inputs[0], u, w, b, how, needs);
+  if (needs) {
+    const auto node = make_node<FlowNode<N>>(how, inputs, a);
+    node->set_next_edges(torch::autograd::collect_next_edges(at::TensorList(inputs)));
+    torch::autograd::set_history(z_K, node);
+    torch::autograd::set_history(log_det, node);
+  }
+  return {z_K, log_det};
+}
+
 Outputs planar_flow(const Tensor& z, const Tensor& u, const Tensor& w, const Tensor& b, int64_t constraint,
                     int64_t activation, double slope, double log_det_eps, const std::string& prefix) {
-  const How& how = how_of(constraint, activation, slope, log_det_eps, prefix);
-  if (at::GradMode::is_enabled() &&
-      (z.requires_grad() || u.requires_grad() || w.requires_grad() || b.requires_grad())) {
-    const variable_list outputs = PlanarFlow::apply(z, u, w, b, how);
-    return {outputs[0], outputs[1]};
-  }
-  const auto [z_K, log_det, a] = run_forward(z, u, w, b, how, false);
-  return {z_K, log_det};
+  return run<4>({z, u, w, b}, u, w, b, how_of(constraint, activation, slope, log_det_eps, prefix));
 }
 
 Outputs packed_planar_flow(const Tensor& z, const Tensor& packed, int64_t steps, int64_t constraint, int64_t activation,
                            double slope, double log_det_eps, const std::string& prefix) {
-  const How& how = how_of(constraint, activation, slope, log_det_eps, prefix);
-  if (at::GradMode::is_enabled() && (z.requires_grad() || packed.requires_grad())) {
-    const variable_list outputs = PackedPlanarFlow::apply(z, packed, steps, how);
-    return {outputs[0], outputs[1]};
-  }
   const auto [u, w, b] = unpack(packed, steps, z.size(1));
-  const auto [z_K, log_det, a] = run_forward(z, u, w, b, how, false);
-  return {z_K, log_det};
+  return run<2>({z, packed}, u, w, b, how_of(constraint, activation, slope, log_det_eps, prefix));
 }
 
 // Whether torch.func, torch.jit.trace or a torch function mode looks on.
