@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from filelock import FileLock  # which PyTorch installs
-from problems import Problem
+from problems import Problem, random_problem
 from torch import Tensor
 
 from vvae_fast import reference
@@ -71,6 +71,19 @@ class Case(NamedTuple):
     save: bool = True  # without it there is no backward
     packed: bool = False  # du, dw and db are views of one buffer [P, K (2 D + 1)]
     inverse: bool = False
+
+
+def far_product() -> Problem:
+    """In every other row 16 determinants of 2,000, whose product float32 does not hold, and then 4 whose log s is sunk,
+    docs/math.md (38); in the others determinants of 1."""
+    rows, dim = 40, 20
+    p = random_problem((rows,), 20, dim, scale=0.5)
+    z, u, w, grad_z = p.z.clone(), torch.zeros_like(p.u), torch.zeros_like(p.w), p.grad_z.clone()
+    w[:, 2] = 1
+    z[::2, 2], z[1::2, 2] = 0, 3  # a = 0 for good, and a from 3 on
+    u[:, 2] = torch.tensor([2000.0] * 16 + [-88.5] * 4)
+    grad_z[:, 2] = 0  # the gradient in this direction would grow as the product
+    return p._replace(z=z, u=u, w=w, b=torch.zeros_like(p.b), grad_z=grad_z)
 
 
 class Answer(NamedTuple):

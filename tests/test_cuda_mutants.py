@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cuda_host
 import pytest
 import torch
-from cuda_host import Case, wanted_of
+from cuda_host import Case, far_product, wanted_of
 from problems import random_problem, relative_errors
 
 from vvae_fast.shapes import Formulas
@@ -142,6 +142,15 @@ MUTANTS = [
         "wrong",
     ),
     Mutant(
+        "nobody asks whether a chunk's product left its range",
+        "compact_forward.cu",
+        "outside |= L::outside(product.high);",
+        "",
+        ("compact_forward.cu",),
+        "plain",
+        "wrong",
+    ),
+    Mutant(
         "a program keeps its z where another one does",
         "compact_backward.cu",
         "return p.kept.of(program * p.sets + set, nth,",
@@ -170,6 +179,7 @@ def cases() -> list[Case]:
         (random_problem((15,), 18, 600, scale=0.5), "direct"),
         (random_problem((200,), 36, 60, scale=0.5), "compact"),
         (random_problem((33,), 70, 100, scale=0.5), "compact"),
+        (far_product(), "compact"),
     ]
     cases = [Case(p, form=form) for p, form in problems]
     for formulas in Formulas(), Formulas(activation="sigmoid"):

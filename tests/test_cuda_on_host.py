@@ -5,7 +5,7 @@ import itertools
 import cuda_host
 import pytest
 import torch
-from cuda_host import FORWARD, REVERSE, Case, describe, wanted_of
+from cuda_host import FORWARD, REVERSE, Case, describe, far_product, wanted_of
 from problems import (
     DRAWS,
     NAMES,
@@ -243,6 +243,12 @@ def test_edges_of_the_constraint(plain, alpha):
     cases = [Case(p, form=form) for p in problems for form in ("direct", "compact")]
     formulas = [Formulas(constraint, activation) for activation in OTHERS for constraint in CONSTRAINTS]
     cases += [Case(p, f) for p in problems for f in formulas]
+    check(cases, cuda_host.run(plain, cases))
+
+
+@pytest.mark.parametrize("form", ["direct", "compact"])
+def test_a_product_of_determinants_beyond_the_range(plain, form):
+    cases = [Case(far_product(), form=form)]
     check(cases, cuda_host.run(plain, cases))
 
 

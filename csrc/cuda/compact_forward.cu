@@ -19,6 +19,22 @@ struct CompactForward : ForwardView<S, Tanh> {
       : ForwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged) {}
 };
 
+constexpr int kVoted = 8;  // steps between two votes on whether a product is ordinary: each vote is waited for
+
+// `kVoted` steps from `first` on where the product of one of the warp's rows leaves its range: with a vote and perhaps a
+// logarithm each.
+template <class F>
+__device__ __forceinline__ LogDet<Lane<float>> add_one_by_one(LogDet<Lane<float>> log_det, const float* a,
+                                                              const Chunk& chunk, int first, const F& f) {
+#pragma unroll 1
+  for (int k = first; k < first + kVoted; ++k) {
+    const auto q = chunk.numbers[k];
+    const auto act = activate<Lane<float>>(a[k], f);
+    add_step<Lane<float>, 1>(&log_det, &act, q.c, q.s, q.sunk, f);
+  }
+  return log_det;
+}
+
 template <class S>
 __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel(const CompactForward<S> p) {
   using L = Lane<float>;
@@ -47,19 +63,29 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
       multiply_by_steps(z, chunk.w, p.block, at, products);
       __syncthreads();
       if (at.scans) {
-        float a_k[kChunk];
+        float a_k[kChunk], *a_own = products + at.own * kExchangeStride;
         sum_columns(products, p.block, at.own, a_k);
+        auto product = log_det;  // if it stays ordinary in every row
+        auto outside = L::outside(1);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
           const auto q = chunk.numbers[k];
           a_k[k] += q.b;
           const auto act = activate<L>(a_k[k], p.params.activation);
-          add_step<L, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
+          product = multiplied<L>(product, act, q.c, q.s, p.params.activation);
+          outside |= L::outside(product.high);  // so is every product with an s that is sunk
           h[at.own * kExchangeStride + k] = act.h;
+          a_own[k] = a_k[k];
+          if (k % kVoted == kVoted - 1) {
+            if (L::any(outside)) product = add_one_by_one(log_det, a_own, chunk, k + 1 - kVoted, p.params.activation);
+            log_det = product, outside = L::outside(1);
+          }
 #pragma unroll
           for (int after = k + 1; after < kChunk; ++after) a_k[after] += chunk.gram[k * kChunk + after] * act.h;
-          if (saves && k < count) store(p.a + (first + k) * p.rows + rows.row(at.own), a_k[k]);
         }
+        if (saves)
+#pragma unroll 1
+          for (int k = 0; k < count; ++k) store(p.a + (first + k) * p.rows + rows.row(at.own), a_own[k]);
       }
       __syncthreads();
       add_steps(z, h, chunk.u_hat, p.block, at);
