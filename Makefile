@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
 	gpu-prebuilt clean

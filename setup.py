@@ -95,7 +95,7 @@ def extension_arguments() -> dict[str, object]:
     extensions = [
         CppExtension(
             "vvae_fast._C",
-            ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+            sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
             include_dirs=list(shared["include_dirs"]),
             define_macros=[*shared["define_macros"], *facts],
             depends=shared["depends"],
@@ -115,7 +115,7 @@ def extension_arguments() -> dict[str, object]:
         extensions.append(
             CUDAExtension(
                 "vvae_fast._C_cuda",
-                sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu")),
+                sorted(str(path) for path in Path("csrc/cuda").rglob("*") if path.suffix in (".cpp", ".cu")),
                 include_dirs=list(shared["include_dirs"]),
                 define_macros=[*shared["define_macros"], ("USE_CUDA", None), *facts],
                 depends=shared["depends"],

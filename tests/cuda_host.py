@@ -48,11 +48,11 @@ ENVIRONMENT = {
 
 # Constants of a small GPU.
 SMALL = [
-    ("partials.cuh", "most_programs", 3),
-    ("shared_forward.cu", "kMostForwardPrograms", 3),
-    ("shared_inverse.cu", "kMostInversePrograms", 3),
-    ("compact_forward.cu", "kMostForwardPrograms", 3),
-    ("staged.cuh", "enough_blocks", 4),
+    ("reduce/partials.cuh", "most_programs", 3),
+    ("direct/shared_forward.cu", "kMostForwardPrograms", 3),
+    ("direct/shared_inverse.cu", "kMostInversePrograms", 3),
+    ("compact/compact_forward.cu", "kMostForwardPrograms", 3),
+    ("stage.cuh", "enough_blocks", 4),
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -99,12 +99,12 @@ class Run(NamedTuple):
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:
-    return sorted((csrc / "cuda").glob("*.cu"))
+    return sorted((csrc / "cuda").rglob("*.cu"))
 
 
 def kernel_names(csrc: Path = CSRC) -> set[str]:
     """The names of all kernels in the sources."""
-    text = "".join(path.read_text() for path in sorted((csrc / "cuda").glob("*.cu*")))
+    text = "".join(path.read_text() for path in sorted((csrc / "cuda").rglob("*.cu*")))
     text = re.sub(r"//.*", "", text)
     return set(re.findall(r"__global__[^;{}]*?\b(\w+_kernel)\s*\(", text))
 
@@ -140,10 +140,10 @@ def copy_sources(folder: Path, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def keep_dtypes(csrc: Path, dtypes: tuple[torch.dtype, ...]) -> None:
     """Kernels of the other dtypes are not compiled, and launch nothing."""
-    row = csrc / "cuda" / "row.cuh"
+    dispatch = csrc / "cuda" / "dispatch.cuh"
     names = "|".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     others = re.compile(rf"(case Dtype::(?!(?:{names})\b)\w+:) return f\(.*")
-    row.write_text(others.sub(r"\1 return;", row.read_text()))
+    dispatch.write_text(others.sub(r"\1 return;", dispatch.read_text()))
 
 
 def compiling(source: Path, csrc: Path, out: Path, sanitizer: str) -> list:

@@ -13,7 +13,7 @@ from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
 # 0 and the neighbours of every power of two: where vectors, chunks of steps and tiles of rows begin and end.
 EDGES = sorted({0} | {2**k + off for k in range(11) for off in (-1, 0, 1)})
 WORK = 120_000  # multiply-adds of a drawn problem, rows x K x D
-COMPACT_ROWS = 16  # of one parameter set, from which on the C++ kernels take the compact form: csrc/cpu/passes.h
+COMPACT_ROWS = 16  # of one parameter set, from which on the C++ kernels take the compact form: csrc/cpu/schedule.h
 
 seeds = st.integers(0, 2**31 - 1)
 activations = st.sampled_from(ACTIVATIONS)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "sanitizers"
 CPU = ROOT / "csrc" / "cpu"
 BUILD = ROOT / "build" / "sanitize"
-DRIVER = "planar_cpu.cpp"  # checks, allocates, cuts into passes: what a mutant of passes.h compiles anew
+DRIVER = "operators.cpp"  # checks, allocates, cuts into passes: what a mutant of them compiles anew
 STEP_LIMIT = 900  # seconds
 
 
@@ -58,7 +58,7 @@ SANITIZERS = {
 
 class Mutant(NamedTuple):
     name: str
-    file: str  # in csrc/cpu
+    file: str  # in csrc
     old: str  # there once
     new: str
     sanitizer: str
@@ -69,7 +69,7 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "OpenMP threads add into one slice's sums",
-        "passes.h",
+        "cpu/schedule.h",
         "const Partial<T> sums(partials + slice * partial, p.steps, p.dim);",
         "const Partial<T> sums(partials, p.steps, p.dim);",
         "thread",
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "Python threads share their scratch memory",
-        "passes.h",
+        "cpu/schedule.h",
         "thread_local Arena arenas[kSlots];",
         "static Arena arenas[kSlots];",
         "thread",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "the instruction set is read while it is written",
-        "planar_cpu.cpp",
+        "cpu/operators.cpp",
         "std::atomic<const Isa*>& chosen_isa() {\n  static std::atomic<const Isa*> isa = [] {",
         "struct Plain {\n  const Isa* isa;\n  Plain(const Isa* to) : isa(to) {}\n"
         "  const Isa* load() const { return isa; }\n"
@@ -98,7 +98,7 @@ MUTANTS = (
     ),
     Mutant(
         "scratch memory is a vector short",
-        "passes.h",
+        "cpu/schedule.h",
         "std::aligned_alloc(64, bytes)",
         "std::aligned_alloc(64, bytes - 64)",
         "address",
@@ -107,16 +107,16 @@ MUTANTS = (
     ),
     Mutant(
         "an output lacks its last row",
-        "planar_cpu.cpp",
-        "Tensor z_K = new_empty(z, {rows, z.size(1)}), log_det",
-        "Tensor z_K = new_empty(z, {rows > 1 ? rows - 1 : rows, z.size(1)}), log_det",
+        "operators/operators.h",
+        "Tensor z_K = new_empty(z, {p.rows, p.dim}), log_det",
+        "Tensor z_K = new_empty(z, {p.rows > 1 ? p.rows - 1 : p.rows, p.dim}), log_det",
         "address",
         "heap-buffer-overflow",
         (1, 1),
     ),
     Mutant(
         "scratch memory that is not aligned to its numbers",
-        "passes.h",
+        "cpu/schedule.h",
         "return static_cast<T*>(mine.data.get());",
         "return reinterpret_cast<T*>(static_cast<char*>(mine.data.get()) + 2);",
         "address",
@@ -261,7 +261,7 @@ def mutate(mutant: Mutant, folder: Path) -> Path:
     csrc = folder / "csrc"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cuda"))
-    path = csrc / "cpu" / mutant.file
+    path = csrc / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
         sys.exit(f"{mutant.name}: {mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}")

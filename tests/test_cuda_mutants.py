@@ -116,9 +116,9 @@ MUTANTS = [
     ),
     Mutant(
         "the inverse's backward with the pre-activation of another step",
-        "staged.cuh",
-        "a(static_cast<const compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows)",
-        "a(static_cast<const compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows - (f.p.inverse ? f.p.rows : 0))",
+        "views.cuh",
+        "a(taken<const compute_t<S>>(f.a, f).data)",
+        "a(taken<const compute_t<S>>(f.a, f).data - (f.inverse ? f.rows : 0))",
         ("amortized_backward.cu",),
         "plain",
         "wrong",
@@ -161,8 +161,8 @@ MUTANTS = [
     ),
     Mutant(
         "another activation taken for tanh",
-        "staged.cuh",
-        "activation(F::of(p.formulas))",
+        "views.cuh",
+        "activation(F::of(p.spec))",
         "activation(F::of({}))",
         ("shared_backward.cu",),
         "plain",
@@ -192,14 +192,16 @@ def build(mutant: Mutant, folder) -> object:
     original = cuda_host.program(mutant.sanitizer)
     csrc = folder / "csrc"
     shutil.copytree(original.parent / "csrc", csrc)
-    cuda_host.replace(csrc / "cuda" / mutant.file, re.escape(mutant.old), mutant.new)
-    row = csrc / "cuda" / "row.cuh"
-    row.write_text(re.sub(r"^ *if \(dim <= (?!16\)).*\n", "", row.read_text(), flags=re.MULTILINE))
+    (mutated,) = (csrc / "cuda").rglob(mutant.file)
+    cuda_host.replace(mutated, re.escape(mutant.old), mutant.new)
+    dispatch = csrc / "cuda" / "dispatch.cuh"
+    dispatch.write_text(re.sub(r"^ *if \(dim <= (?!16\)).*\n", "", dispatch.read_text(), flags=re.MULTILINE))
     cuda_host.keep_dtypes(csrc, (torch.float32,))
     objects = []
     for path in original.parent.glob("*.o"):
         if f"{path.stem}.cu" in mutant.sources:
-            source, path = csrc / "cuda" / f"{path.stem}.cu", folder / path.name
+            (source,) = (csrc / "cuda").rglob(f"{path.stem}.cu")
+            path = folder / path.name
             cuda_host.run_commands([cuda_host.compiling(source, csrc, path, mutant.sanitizer)])
         objects.append(path)
     cuda_host.run_commands([cuda_host.linking(objects, folder / "run", mutant.sanitizer)])

@@ -60,9 +60,9 @@ def test_both_extensions_are_built_where_there_is_cuda(run, cuda_torch):
     cpu, _, cuda = run()["ext_modules"]
     assert fact(cpu, "VVAE_FAST_CUDA_BUILD") == "built"
     assert cuda.name == "vvae_fast._C_cuda"
-    assert {"csrc/cuda/planar_cuda.cpp", "csrc/cuda/module.cpp"} <= set(cuda.sources)
+    assert {"csrc/cuda/operators.cpp", "csrc/cuda/direct/shared_forward.cu"} <= set(cuda.sources)
     assert {Path(source).suffix for source in cuda.sources} <= {".cpp", ".cu"}
-    assert {"csrc/planar_math.h", "csrc/checks.h", "csrc/cuda/planar_cuda.h"} <= set(cuda.depends)
+    assert {"csrc/planar/log_det.h", "csrc/operators/checks.h", "csrc/cuda/launch.h"} <= set(cuda.depends)
     assert fact(cuda, "VVAE_FAST_NVCC") == "13.0"
     assert "USE_CUDA" in dict(cuda.define_macros)
     assert "USE_CUDA" not in dict(cpu.define_macros)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/formulas.h, as the activations are
+CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/planar/spec.h, as the activations are
 ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
 MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
 HALVES = (torch.bfloat16, torch.float16)

@@ -43,7 +43,7 @@ c10::TypedOperatorHandle<F> find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("vvae_fast::" + name).c_str(), "").typed<F>();
 }
 
-// What a step computes, shapes.Formulas.numbers(), and the operators of the backend that computes it.
+// What a step computes, shapes.FlowSpec.numbers(), and the operators of the backend that computes it.
 struct How {
   int64_t constraint, activation;
   double slope, log_det_eps;

@@ -4,8 +4,8 @@
 // activation is under way, the next step's parameters are read and constrained: nothing waits for memory alone.
 #pragma once
 
-#include "../planar_root.h"
-#include "tile.h"
+#include "../planar/root.h"
+#include "simd/tile.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
@@ -99,7 +99,7 @@ PLANAR_FN Constrained<Simd<T>> constrain_step(const Problem<T>& p, const Block<T
     alpha[i] = of_u, n[i] = of_w;
   }
   for (int i = count; i < S::width; ++i) alpha[i] = n[i] = S::splat(0);
-  return constrain<S>(sum_lanes<T>(alpha), sum_lanes<T>(n), p.formulas.constraint);
+  return constrain<S>(sum_lanes<T>(alpha), sum_lanes<T>(n), p.spec.constraint);
 }
 
 // What a row adds to z at one step, (1): h u_hat = h u + h_of_w w with h_of_w = h rho / n. One row a lane.
@@ -157,7 +157,7 @@ int64_t amortized_forward_scratch(int64_t steps, int64_t dim) {
 template <class T, int N, class F, bool inverse>
 PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* scratch) {
   using S = Simd<T>;
-  const F f = F::of(p.formulas);
+  const F f = F::of(p.spec);
   const Block<T, N> block(p, first, count);
   T* z = scratch;                        // [width][padded]
   T* b = z + S::width * block.padded();  // [steps][width]
@@ -194,7 +194,7 @@ struct Length {
 // Runs with the length of a row, in vectors, known to the compiler where it is short, for tanh: four times the code.
 template <class T, class F, class Run>
 PLANAR_FN void with_length(int64_t dim, const Run& run) {
-  if constexpr (sizeof(F) > sizeof(Tanh)) return run(Length<0>{});
+  if constexpr (sizeof(F) > sizeof(StandardFlow)) return run(Length<0>{});
   switch (ceil_div(dim, Simd<T>::width)) {
     case 1: return run(Length<1>{});
     case 2: return run(Length<2>{});
@@ -316,7 +316,7 @@ int64_t amortized_backward_scratch(int64_t steps, int64_t dim) {
 template <class T, int N, class F, bool inverse>
 PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count, int64_t sample, T* scratch) {
   using S = Simd<T>;
-  const F f = F::of(p.formulas);
+  const F f = F::of(p.spec);
   const bool params = p.wants_params();
   const Block<T, N> block(p, sample * p.sets + first_set, count);
   const int64_t size = S::width * block.padded();
@@ -343,7 +343,7 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
     if constexpr (inverse)
       scalars = inverse_step_adjoint<S>(e, lambda, act, q.c, q.s, f);
     else
-      scalars = step_adjoint<S>(e, lambda, act, q.c, q.s, unit<S>(q.s, p.formulas.constraint), f);
+      scalars = step_adjoint<S>(e, lambda, act, q.c, q.s, unit<S>(q.s, p.spec.constraint), f);
     S::store(x.delta, scalars.delta);
     if (!params) {
       gradient_back(p, block, g, k, x);

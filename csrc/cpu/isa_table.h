@@ -1,8 +1,8 @@
 // The table of one instruction set's kernels; each isa_*.cpp defines one.
 #pragma once
 
-#include "planar_amortized.h"
-#include "planar_shared.h"
+#include "amortized.h"
+#include "shared.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
@@ -23,10 +23,10 @@ constexpr Kernels<T> kernels() {
           shared_backward_scratch<T>,
           amortized_forward_scratch<T>,
           amortized_backward_scratch<T>,
-          passes<T, Tanh, false>(),
-          passes<T, AnyActivation<T>, false>(),
-          passes<T, Tanh, true>(),
-          passes<T, AnyActivation<T>, true>()};
+          passes<T, StandardFlow, false>(),
+          passes<T, AnyFlow<T>, false>(),
+          passes<T, StandardFlow, true>(),
+          passes<T, AnyFlow<T>, true>()};
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -1,12 +1,12 @@
-// What the driver (planar_cpu.cpp) and the kernels of each instruction set agree on: arguments by value, scratch sizes,
+// What schedule.h and the kernels of each instruction set agree on: arguments by value, scratch sizes,
 // and a table of functions. No torch.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../chunks.h"
-#include "../formulas.h"
+#include "../planar/args.h"
+#include "../planar/chunks.h"
 
 namespace vvae {
 
@@ -21,82 +21,6 @@ constexpr int64_t span_of(int64_t dim) {
   const int64_t chunk = chunk_of(dim), most = dim < kMaxSpan ? dim : kMaxSpan;
   return most < chunk ? chunk : most / chunk * chunk;
 }
-
-template <class T>
-struct Column {  // element [i] at data[i * stride]
-  T* data;
-  int64_t stride;
-  Column from(int64_t i) const { return {data + i * stride, stride}; }
-};
-
-template <class T>
-struct Matrix {  // element [i][j] at data[i * row + j * col]
-  T* data;
-  int64_t row, col;
-  Matrix from(int64_t i) const { return {data + i * row, row, col}; }
-  Column<T> lanes(int64_t i, int64_t j) const { return {data + i * row + j * col, col}; }  // row i from column j on
-};
-
-// Every by-th row, element or lane from the first on.
-template <class T>
-Matrix<T> every(const Matrix<T>& x, int64_t first, int64_t by) {
-  return {x.data + first * x.row, by * x.row, x.col};
-}
-template <class T>
-Column<T> every(const Column<T>& x, int64_t first, int64_t by) {
-  return {x.data + first * x.stride, by * x.stride};
-}
-template <class T>
-Matrix<T> every_lane(const Matrix<T>& x, int64_t first, int64_t by) {
-  return {x.data ? x.data + first * x.col : nullptr, x.row, by * x.col};
-}
-
-// x [steps][...] from its last step to its first.
-template <class T>
-Matrix<T> reversed(const Matrix<T>& x, int64_t steps) {
-  return {x.data && steps ? x.data + (steps - 1) * x.row : x.data, -x.row, x.col};
-}
-
-template <class T>
-struct Params {  // element [set][step][d] at data[set * set_stride + step * step_stride + d * col]
-  T* data;
-  int64_t set, step, col;
-  Params of_set(int64_t i) const { return {data + i * set, 0, step, col}; }
-};
-
-template <class T>
-Params<T> reversed(const Params<T>& x, int64_t steps) {
-  return {steps ? x.data + (steps - 1) * x.step : x.data, x.set, -x.step, x.col};
-}
-
-// Row r of z uses parameter set r mod sets. The inverse has its steps in the order in which it takes them, the flow's
-// last one first: all that is indexed by steps runs backwards through memory.
-template <class T>
-struct Problem {
-  int64_t rows, dim, steps, sets;
-  Formulas formulas;
-  bool inverse;  // z is what the flow gives, z_K becomes what it started from, and log_det the inverse map's
-  Matrix<const T> z;
-  Params<const T> u, w, b;
-  bool stream;  // outputs so large that they leave the caches before anyone reads them
-};
-
-template <class T>
-struct Forward : Problem<T> {
-  Matrix<T> z_K;  // [rows][dim], columns contiguous
-  Column<T> log_det;
-  Matrix<T> a;  // [steps][rows], data null where nothing is saved
-};
-
-template <class T>
-struct Backward : Problem<T> {
-  Matrix<const T> grad_z;
-  Column<const T> grad_log_det;
-  Matrix<const T> a;     // [steps][rows]
-  Matrix<T> dz;          // [rows][dim], columns contiguous
-  Params<T> du, dw, db;  // columns contiguous; data null where dz alone is wanted
-  bool wants_params() const { return db.data; }  // of D = 0, du and dw have no memory
-};
 
 // Shared parameters, prepared once a pass: contiguous, constrained, with the Gram matrix of each chunk.
 template <class T>
@@ -158,8 +82,8 @@ struct Kernels {
   Passes<T> tanh, any, tanh_inverse, any_inverse;
 
   const Passes<T>& passes(const Problem<T>& p) const {
-    const bool is_tanh = p.formulas.is_tanh();
-    return p.inverse ? (is_tanh ? tanh_inverse : any_inverse) : (is_tanh ? tanh : any);
+    const bool standard = p.spec.is_standard();
+    return p.inverse ? (standard ? tanh_inverse : any_inverse) : (standard ? tanh : any);
   }
 };
 
@@ -168,8 +92,6 @@ struct Isa {
   bool (*runs_here)();
   Kernels<float> f32;
   Kernels<double> f64;
-  const Kernels<float>& of(float) const { return f32; }
-  const Kernels<double>& of(double) const { return f64; }
 };
 
 extern const Isa isa_avx512, isa_avx2, isa_baseline;

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/planar_cpu.h"
+#include "isa.h"
 
 #define VVAE_STRING(x) #x
 #define VVAE_EXPAND(x) VVAE_STRING(x)

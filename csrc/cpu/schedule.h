@@ -9,7 +9,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <type_traits>
 
 #include "kernels.h"
 
@@ -69,26 +68,42 @@ void for_each(int64_t items, int64_t work, const Run& run) {
   if (error) std::rethrow_exception(error);
 }
 
+// Every by-th row, element or lane from the first on.
+template <class T>
+Matrix<T> every(const Matrix<T>& x, int64_t first, int64_t by) {
+  return {x.data + first * x.row, by * x.row, x.col};
+}
+template <class T>
+Column<T> every(const Column<T>& x, int64_t first, int64_t by) {
+  return {x.data + first * x.stride, by * x.stride};
+}
+template <class T>
+Matrix<T> every_lane(const Matrix<T>& x, int64_t first, int64_t by) {
+  return {x.data ? x.data + first * x.col : nullptr, x.row, by * x.col};
+}
+
 // The rows of one parameter set as a problem of their own, whose parameters they share.
 template <class T>
-Problem<T> of_set(const Problem<T>& p, int64_t set) {
-  return {p.rows / p.sets, p.dim, p.steps, 1, p.formulas, p.inverse, every(p.z, set, p.sets), p.u.of_set(set),
-          p.w.of_set(set), p.b.of_set(set), p.stream};
+void to_set(Problem<T>& p, int64_t set) {
+  p.z = every(p.z, set, p.sets);
+  p.u = p.u.of_set(set), p.w = p.w.of_set(set), p.b = p.b.of_set(set);
+  p.rows /= p.sets, p.sets = 1;
 }
 
 template <class T>
-Forward<T> of_set(const Forward<T>& p, int64_t set) {
-  const Problem<T>& problem = p;
-  return {of_set(problem, set), every(p.z_K, set, p.sets), every(p.log_det, set, p.sets),
-          every_lane(p.a, set, p.sets)};
+Forward<T> of_set(Forward<T> p, int64_t set) {
+  p.z_K = every(p.z_K, set, p.sets), p.log_det = every(p.log_det, set, p.sets), p.a = every_lane(p.a, set, p.sets);
+  to_set(p, set);
+  return p;
 }
 
 template <class T>
-Backward<T> of_set(const Backward<T>& p, int64_t set) {
-  const Problem<T>& problem = p;
-  return {of_set(problem, set),       every(p.grad_z, set, p.sets), every(p.grad_log_det, set, p.sets),
-          every_lane(p.a, set, p.sets), every(p.dz, set, p.sets),     p.du.of_set(set),
-          p.dw.of_set(set),           p.db.of_set(set)};
+Backward<T> of_set(Backward<T> p, int64_t set) {
+  p.grad_z = every(p.grad_z, set, p.sets), p.grad_log_det = every(p.grad_log_det, set, p.sets);
+  p.a = every_lane(p.a, set, p.sets), p.dz = every(p.dz, set, p.sets);
+  p.du = p.du.of_set(set), p.dw = p.dw.of_set(set), p.db = p.db.of_set(set);
+  to_set(p, set);
+  return p;
 }
 
 template <class T>
@@ -145,18 +160,67 @@ void run_direct(const Backward<T>& p, const Kernels<T>& kernels) {
            [&](int64_t block) { block_pass(p, block, arena<T>(kTileScratch, size)); });
 }
 
+// Bytes of z_K or dz from which on they are written past the caches, and from which on no longer: glibc takes such
+// blocks fresh from the system, whose zeroing has just brought their pages into the caches.
+constexpr int64_t kStreamBytes = int64_t(1) << 23, kFreshBytes = int64_t(1) << 25;
+
+template <class T>
+Problem<T> typed(const Problem<void>& p) {
+  const int64_t bytes = p.rows * p.dim * int64_t(sizeof(T));
+  return {p.dtype,
+          p.spec,
+          p.inverse,
+          p.amortized,
+          p.rows,
+          p.dim,
+          p.steps,
+          p.sets,
+          {static_cast<const T*>(p.z.data), p.z.row, p.z.col},
+          taken<const T>(p.u, p),
+          taken<const T>(p.w, p),
+          taken<const T>(p.b, p),
+          bytes >= kStreamBytes && bytes < kFreshBytes};
+}
+
+template <class T>
+Forward<T> typed(const Forward<void>& p) {
+  const Problem<void>& problem = p;
+  return {typed<T>(problem),
+          {static_cast<T*>(p.z_K.data), p.z_K.row, p.z_K.col},
+          {static_cast<T*>(p.log_det.data), p.log_det.stride},
+          taken<T>(p.a, p)};
+}
+
+template <class T>
+Backward<T> typed(const Backward<void>& p) {
+  const Problem<void>& problem = p;
+  return {typed<T>(problem),
+          {static_cast<const T*>(p.grad_z.data), p.grad_z.row, p.grad_z.col},
+          {static_cast<const T*>(p.grad_log_det.data), p.grad_log_det.stride},
+          taken<const T>(p.a, p),
+          {static_cast<T*>(p.dz.data), p.dz.row, p.dz.col},
+          taken<T>(p.du, p),
+          taken<T>(p.dw, p),
+          taken<T>(p.db, p),
+          nullptr};
+}
+
 // Any of the passes: the direct recursion where every row, or few rows, have a set of their own, the compact form
 // where many share one, side by side over the sets unless each set alone can keep threads busy.
-template <class Pass>
-void run(const Pass& p, bool amortized, const Isa& isa) {
-  const auto& kernels = isa.of(std::remove_const_t<std::remove_pointer_t<decltype(p.z.data)>>());
-  if (!amortized) return run_shared(p, kernels);
-  if (p.rows == 0) return;
+template <class T, class Pass>
+void run_typed(const Pass& call, const Kernels<T>& kernels) {
+  const auto p = typed<T>(call);
+  if (!p.amortized) return run_shared(p, kernels);
   const int64_t rows = p.rows / p.sets;
   if (rows < kCompactRows) return run_direct(p, kernels);
   const auto run_set = [&](int64_t set) { run_shared(of_set(p, set), kernels); };
   if (rows < kThreadedRows) return for_each(p.sets, 2 * rows * p.steps * p.dim, run_set);
   for (int64_t set = 0; set < p.sets; ++set) run_set(set);
+}
+
+template <class Pass>
+void run(const Pass& call, const Isa& isa) {
+  return call.dtype == Dtype::float64 ? run_typed(call, isa.f64) : run_typed(call, isa.f32);
 }
 
 }  // namespace vvae

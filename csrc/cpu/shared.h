@@ -2,8 +2,8 @@
 // steps.
 #pragma once
 
-#include "../planar_root.h"
-#include "tile.h"
+#include "../planar/root.h"
+#include "simd/tile.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
@@ -49,11 +49,11 @@ void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
         alpha += w_d * S::load(u + d * kTile + lane);
         norm += w_d * w_d;
       }
-      const auto x = constrain<S>(alpha, norm, p.formulas.constraint);
+      const auto x = constrain<S>(alpha, norm, p.spec.constraint);
       const int64_t k = start + lane;
       S::store(q.alpha + k, alpha), S::store(q.n + k, norm), S::store(q.inv_n + k, x.inv_n);
       S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.sunk + k, x.sunk);
-      S::store(q.unit + k, unit<S>(x.s, p.formulas.constraint));
+      S::store(q.unit + k, unit<S>(x.s, p.spec.constraint));
       for (int64_t d = 0; d < p.dim; ++d) {
         T* u_d = u + d * kTile + lane;
         S::store(u_d, S::load(u_d) + x.rho * x.inv_n * S::load(w + d * kTile + lane));
@@ -105,7 +105,7 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
 // The flow or its inverse, whose steps are in the order in which it takes them.
 template <class T, class F, bool inverse>
 void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
-  const F f = F::of(p.formulas);
+  const F f = F::of(p.spec);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   T* z = scratch;              // [dim][kTile]
   T* a = z + p.dim * kTile;    // [kChunk][kTile]
@@ -136,9 +136,9 @@ int64_t shared_backward_scratch(int64_t steps, int64_t dim) {
 
 // The pre-activation of samples behind the last, whose gradients are zeros and have to stay so: h is small, and the
 // determinant is 1 wherever the gradient of its logarithm divides by it.
-PLANAR_FN int absent(Tanh) { return 1000; }
+PLANAR_FN int padding_preactivation(StandardFlow) { return 1000; }
 template <class T>
-PLANAR_FN int absent(const AnyActivation<T>& f) {
+PLANAR_FN int padding_preactivation(const AnyFlow<T>& f) {
   return f.kind == Activation::tanh || f.kind == Activation::sigmoid ? 1000 : 0;
 }
 
@@ -149,7 +149,7 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
   const int64_t padded = round_up(p.steps, kChunk);
   fill(h + p.steps * kTile, T(0), (padded - p.steps) * kTile);
   for (int64_t k = 0; k < p.steps; ++k) {
-    load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(absent(f)));
+    load_lanes(h + k * kTile, p.a.lanes(k, row), n, T(padding_preactivation(f)));
     for (int64_t lane = 0; lane < kTile; lane += S::width) {
       const auto act = activate<S>(S::load(h + k * kTile + lane), f);
       S::store(h + k * kTile + lane, inverse ? -act.h : act.h);
@@ -202,7 +202,7 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
 
 template <class T, class F, bool inverse>
 void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
-  const F f = F::of(p.formulas);
+  const F f = F::of(p.spec);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   const int64_t padded_dim = round_up(p.dim, 4), padded_steps = round_up(p.steps, kChunk);
   const bool params = p.wants_params();
@@ -304,7 +304,7 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
     }
     const auto db = sum_lanes<T>(of_b), gamma = sum_lanes<T>(of_c), v_dot_w = sum_lanes<T>(of_w);
     for (int64_t i = 0; i < S::width && k + i < p.steps; ++i) *step_of(p.db, 0, k + i) = db[i];
-    const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.formulas.constraint);
+    const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.spec.constraint);
     const auto x = constrain_backward<S>(at, v_dot_w, gamma);
     S::store(dalpha + k, x.dalpha);
     S::store(of_v + k, x.of_v);

@@ -1,7 +1,7 @@
 // Which kernels a problem runs on. No kernel is here.
 #include <atomic>
 
-#include "partials.cuh"
+#include "reduce/partials.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -14,14 +14,14 @@ constexpr int64_t kFewSamples = 16;  // of a set: from here on its gradients are
 bool shares(const Problem& p) { return !p.amortized || p.rows / p.sets >= kFewSamples; }
 
 // The compact form's products are on tensor cores, for numbers that are computed in float32, and its kernels know the
-// usual formulas. By those, dtype, D and K alone: a row's bits do not depend on how many rows there are. Not measured on
+// usual spec. By those, dtype, D and K alone: a row's bits do not depend on how many rows there are. Not measured on
 // a GPU: below this the direct form's latency is the shorter by a count of instructions.
 bool is_compact(const Problem& p) {
   constexpr int least_dim = 49, least_steps = 8;
   const Form form = asked_form.load();
   if (p.inverse) return false;
   const bool by_shape = form == Form::automatic && p.dim >= least_dim && p.steps >= least_steps;
-  if (p.dtype == Dtype::float64 || !is_usual(p.formulas) || !(by_shape || form == Form::compact)) return false;
+  if (p.dtype == Dtype::float64 || !p.spec.is_usual() || !(by_shape || form == Form::compact)) return false;
   return compact_bytes(p.dim) <= most_shared_bytes();  // last: it asks the driver
 }
 
@@ -32,7 +32,7 @@ void set_form(Form form) { asked_form.store(form); }
 int64_t most_dim(Dtype dtype) { return dtype == Dtype::float64 ? 512 : 1024; }
 
 bool computes(const Problem& p) {
-  return is_usual(p.formulas) || p.dtype == Dtype::float32 || p.dtype == Dtype::float64;
+  return p.spec.is_usual() || p.dtype == Dtype::float32 || p.dtype == Dtype::float64;
 }
 
 int64_t workspace_bytes(const Problem& p) {
@@ -41,14 +41,14 @@ int64_t workspace_bytes(const Problem& p) {
 }
 
 void launch_forward(const Forward& f, void* stream) {
-  if (f.p.inverse) return shares(f.p) ? launch_shared_inverse(f, stream) : launch_amortized_inverse(f, stream);
-  if (!shares(f.p)) return launch_amortized_forward(f, stream);
-  return is_compact(f.p) ? launch_compact_forward(f, stream) : launch_shared_forward(f, stream);
+  if (f.inverse) return shares(f) ? launch_shared_inverse(f, stream) : launch_amortized_inverse(f, stream);
+  if (!shares(f)) return launch_amortized_forward(f, stream);
+  return is_compact(f) ? launch_compact_forward(f, stream) : launch_shared_forward(f, stream);
 }
 
 void launch_backward(const Backward& f, void* stream) {
-  if (!shares(f.p)) return launch_amortized_backward(f, stream);
-  return is_compact(f.p) ? launch_compact_backward(f, stream) : launch_shared_backward(f, stream);
+  if (!shares(f)) return launch_amortized_backward(f, stream);
+  return is_compact(f) ? launch_compact_backward(f, stream) : launch_shared_backward(f, stream);
 }
 
 }  // namespace cuda

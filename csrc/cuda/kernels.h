@@ -2,8 +2,8 @@
 // any other the amortized ones.
 #pragma once
 
-#include "../chunks.h"
-#include "planar_cuda.h"
+#include "../planar/chunks.h"
+#include "launch.h"
 
 namespace vvae {
 namespace cuda {

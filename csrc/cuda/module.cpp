@@ -4,14 +4,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "planar_cuda.h"
+#include "launch.h"
 
 #define VVAE_STRING(x) #x
 #define VVAE_EXPAND(x) VVAE_STRING(x)
 
 namespace {
 
-using vvae::cuda::Dtype;
+using vvae::Dtype;
 using vvae::cuda::Form;
 
 pybind11::dict build_facts() {

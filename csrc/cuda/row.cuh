@@ -2,7 +2,7 @@
 // columns, so that a group of lanes reads 16 bytes a thread side by side. Columns from D on are zero.
 #pragma once
 
-#include "scalar.cuh"
+#include "lane.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -11,101 +11,6 @@ template <int L, int V>
 struct Layout {
   static constexpr int lanes = L, vectors = V, numbers = 4 * V, columns = L * numbers;
 };
-
-// Calls f with the layout for rows of dim columns: few lanes, so that little is done by all of them alike, and no more
-// than 16 numbers a lane before a warp is full.
-template <class T, class F>
-void with_layout(int dim, const F& f) {
-  if (dim <= 4) return f(Layout<1, 1>());
-  if (dim <= 16) return f(Layout<4, 1>());
-  if (dim <= 32) return f(Layout<4, 2>());
-  if (dim <= 48) return f(Layout<4, 3>());
-  if (dim <= 64) return f(Layout<8, 2>());
-  if (dim <= 128) return f(Layout<16, 2>());
-  if (dim <= 256) return f(Layout<32, 2>());
-  if (dim <= 512 || sizeof(T) == 8) return f(Layout<32, 4>());
-  if constexpr (sizeof(T) == 4) return f(Layout<32, 8>());
-}
-
-// A layout for what has fewer kernels: more of a row's columns are not there. Not measured on a GPU.
-template <class T, class F>
-void with_few_layouts(int dim, const F& f) {
-  if (dim <= 4) return f(Layout<1, 1>());
-  if (dim <= 16) return f(Layout<4, 1>());
-  if (dim <= 64) return f(Layout<8, 2>());
-  if (dim <= 256) return f(Layout<32, 2>());
-  return f(Layout<32, sizeof(T) == 4 ? 8 : 4>());
-}
-
-// Calls f with a number of the type that the caller's tensors hold.
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float32: return f(float());
-    case Dtype::float64: return f(double());
-    case Dtype::bfloat16: return f(bfloat16());
-    case Dtype::float16: return f(float16());
-  }
-}
-
-// The same for kernels that compute in float32.
-template <class F>
-void with_half_or_float(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::bfloat16: return f(bfloat16());
-    case Dtype::float16: return f(float16());
-    default: return f(float());
-  }
-}
-
-// The same for kernels that no half precision has.
-template <class F>
-void with_float_or_double(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float64: return f(double());
-    default: return f(float());
-  }
-}
-
-// What kernels know when they are compiled: tanh, an exact logarithm, and no third constraint.
-inline bool is_usual(const Formulas& f) { return f.is_tanh() && f.constraint != Constraint::log_softplus; }
-
-// Calls f with a number of the tensors' type, a layout and planar_math.h's F, of which there are three lots of kernels.
-// The first ask for the formulas when they run: few, for what is seldom used.
-template <class F>
-void with_any_formulas(const Problem& p, const F& f) {
-  with_float_or_double(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_few_layouts<T>(p.dim, [&](auto layout) { f(zero, layout, AnyActivation<T>()); });
-  });
-}
-
-// As few for the usual formulas.
-template <class F>
-void with_few_kernels(const Problem& p, const F& f) {
-  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
-  with_float_or_double(p.dtype, [&](auto zero) {
-    with_few_layouts<decltype(zero)>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
-  });
-}
-
-// Many of these, for every layout and type.
-template <class F>
-void with_kernels(const Problem& p, const F& f) {
-  if (!is_usual(p.formulas)) return with_any_formulas(p, f);
-  with_type(p.dtype, [&](auto zero) {
-    with_layout<compute_t<decltype(zero)>>(p.dim, [&](auto layout) { f(zero, layout, Tanh()); });
-  });
-}
-
-// The same for backwards, with whether it is the inverse's, of which there are few.
-template <class F>
-void with_backward_kernels(const Problem& p, const F& f) {
-  if (p.inverse)
-    return with_any_formulas(
-        p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::true_type()); });
-  with_kernels(p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::false_type()); });
-}
 
 // A tensor's rows as a kernel reads them.
 template <class S>
@@ -146,19 +51,19 @@ bool aligned_to_four(const void* data) {
 }
 
 template <class S>
-Rows<S> rows_of(const Matrix& x, int dim) {
+Rows<S> rows_of(const Matrix<const void>& x, int64_t dim) {
   const bool vector = x.col == 1 && dim % 4 == 0 && x.row % 4 == 0 && aligned_to_four<S>(x.data);
   return {static_cast<const S*>(x.data), x.col, vector};
 }
 
 template <class S>
-Rows<S> rows_of(const Params& x, int dim) {
+Rows<S> rows_of(const Params<const S>& x, int64_t dim) {
   const bool vector = x.col == 1 && dim % 4 == 0 && x.set % 4 == 0 && x.step % 4 == 0 && aligned_to_four<S>(x.data);
-  return {static_cast<const S*>(x.data), x.col, vector};
+  return {x.data, x.col, vector};
 }
 
 template <class S>
-bool writes_vectors(const Gradients& x, int dim) {
+bool writes_vectors(const Params<void>& x, int64_t dim) {
   return dim % 4 == 0 && x.set % 4 == 0 && x.step % 4 == 0 && aligned_to_four<S>(x.data);
 }
 

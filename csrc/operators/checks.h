@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "formulas.h"
+#include "../planar/spec.h"
 
 namespace vvae {
 
@@ -37,7 +37,7 @@ inline void check_sets(const Tensor& z, int64_t sets) {
 }
 
 // Names as their places in vvae_fast/shapes.py.
-inline Formulas formulas_of(int64_t constraint, int64_t activation, double slope, double log_det_eps) {
+inline FlowSpec spec_of(int64_t constraint, int64_t activation, double slope, double log_det_eps) {
   STD_TORCH_CHECK(constraint >= 0 && constraint <= int64_t(Constraint::log_softplus),
                   "vvae_fast: constraint must be in [0, ", int64_t(Constraint::log_softplus), "], got ", constraint);
   STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::linear),

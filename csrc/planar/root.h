@@ -1,8 +1,8 @@
 // The scalar equation of a step's inverse, docs/math.md (17), (33) to (35), (37), (39) and (40), for every kernel. L and
-// F are those of planar_math.h; for the search F is AnyActivation only for activations that need one.
+// F are those of lane.h and activation.h; for the search F is AnyFlow only for activations that need one.
 #pragma once
 
-#include "planar_math.h"
+#include "log_det.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {
@@ -23,13 +23,13 @@ PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V i
 }
 
 template <class L>
-PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V inv_s, Tanh) {
+PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V inv_s, StandardFlow) {
   return bracket<L>(rhs, c, inv_s);
 }
 
 // sigmoid is 1/2 and half a tanh, (37).
 template <class L, class T>
-PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V inv_s, const AnyActivation<T>& f) {
+PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V inv_s, const AnyFlow<T>& f) {
   if (f.kind != Activation::sigmoid) return bracket<L>(rhs, c, inv_s);
   const auto quarter = c / 4;
   const auto start = 2 * bracket<L>((rhs - c / 2) / 2, quarter, 1 / (1 + quarter)).start;
@@ -39,12 +39,12 @@ PLANAR_FN Bracket<L> bracket(typename L::V rhs, typename L::V c, typename L::V i
 
 // The size beside which a residual is rounding: |x|, which bounds all terms where h has the sign of x.
 template <class L>
-PLANAR_FN typename L::V magnitude(typename L::V x, typename L::V /*rhs*/, Tanh) {
+PLANAR_FN typename L::V magnitude(typename L::V x, typename L::V /*rhs*/, StandardFlow) {
   return L::abs(x);
 }
 
 template <class L, class T>
-PLANAR_FN typename L::V magnitude(typename L::V x, typename L::V rhs, const AnyActivation<T>& f) {
+PLANAR_FN typename L::V magnitude(typename L::V x, typename L::V rhs, const AnyFlow<T>& f) {
   return f.kind == Activation::sigmoid ? L::abs(x) + L::abs(rhs) : L::abs(x);
 }
 
@@ -87,13 +87,13 @@ PLANAR_FN void search(typename L::V* x, const typename L::V* rhs, typename L::V 
 
 // The roots x of x + c h(x) = rhs for N variables, (17), from c > -1 and s = 1 + c. x may be rhs.
 template <class L, int N>
-PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s, Tanh f) {
+PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s, StandardFlow f) {
   search<L, N>(x, rhs, c, s, f);
 }
 
 template <class L, int N, class T>
 PLANAR_FN void solve(typename L::V* x, const typename L::V* rhs, typename L::V c, typename L::V s,
-                     const AnyActivation<T>& f) {
+                     const AnyFlow<T>& f) {
   if (f.kind == Activation::tanh || f.kind == Activation::sigmoid) return search<L, N>(x, rhs, c, s, f);
   typename L::V r[N], curved[N];
   for (int i = 0; i < N; ++i) r[i] = rhs[i], curved[i] = L::select(r[i] > 0, L::splat(0), r[i]);

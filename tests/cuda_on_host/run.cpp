@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "device.h"
-#include "planar_cuda.h"
+#include "launch.h"
 
 namespace vvae {
 namespace cuda {
@@ -71,8 +71,9 @@ struct Input {
     for (int64_t& stride : strides) stride = from.number();
   }
   const void* data() const { return bytes.data() + offset; }
-  Matrix matrix() const { return {data(), strides[0], strides[1]}; }
-  Params params() const { return {data(), strides[0], strides[1], strides[2]}; }
+  Column<const void> column() const { return {data(), strides[0]}; }
+  Matrix<const void> matrix() const { return {data(), strides[0], strides[1]}; }
+  Params<const void> params() const { return {data(), strides[0], strides[1], strides[2]}; }
 };
 
 int64_t size_of(Dtype dtype) {
@@ -112,22 +113,21 @@ void write(Writer& to, std::initializer_list<const Bytes*> outputs) {
 
 int64_t computed_size(const Problem& p) { return p.dtype == Dtype::float64 ? 8 : 4; }
 
-// dz, du, dw and db. Packed: the gradients of u, w and b of each set behind one another, as a linear head's output.
+// dz, du, dw and db. Packed: the gradients of u, w and b of each set concatenated, as a linear head's output.
 void run_backward(Writer& to, const Problem& p, const Inputs& inputs, const Bytes& a, bool packed) {
   const int64_t size = size_of(p.dtype), D = p.dim, K = p.steps;
   const Bytes dz = watched("dz", p.rows * D, size);
   const Bytes du = packed ? watched("dpacked", p.sets * K * (2 * D + 1), size) : watched("du", p.sets * K * D, size);
   const Bytes dw = watched("dw", packed ? 0 : p.sets * K * D, size), db = watched("db", packed ? 0 : p.sets * K, size);
   const auto gradients = [&](const Bytes& alone, int64_t before, int64_t step) {
-    if (packed) return Gradients{du.data() + before * size, K * (2 * D + 1), step};
-    return Gradients{alone.data(), K * step, step};
+    if (packed) return Params<void>{du.data() + before * size, K * (2 * D + 1), step, 1};
+    return Params<void>{alone.data(), K * step, step, 1};
   };
   const int64_t workspace_size = workspace_bytes(p);
   if (workspace_size % 4) throw std::runtime_error("the workspace is not of whole numbers");
   const Bytes workspace = watched("workspace", workspace_size / 4, 4, false);
-  const Input& grad_log_det = inputs.grad_log_det;
   run("backward", to, [&] {
-    launch_backward({p, inputs.grad_z.matrix(), grad_log_det.data(), grad_log_det.strides[0], a.data(), dz.data(),
+    launch_backward({p, inputs.grad_z.matrix(), inputs.grad_log_det.column(), {a.data(), p.rows, 1}, {dz.data(), D, 1},
                      gradients(du, 0, D), gradients(dw, K * D, D), gradients(db, 2 * K * D, 1), workspace.data()},
                     nullptr);
   });
@@ -139,7 +139,7 @@ void run_both(Writer& to, const Problem& p, const Inputs& inputs, bool save, boo
   const int64_t size = size_of(p.dtype), computed = computed_size(p), D = p.dim, K = p.steps;
   const Bytes z_K = watched("z_K", p.rows * D, size), log_det = watched("log_det", p.rows, computed),
               a = watched("a", save ? K * p.rows : 0, computed);
-  run("forward", to, [&] { launch_forward({p, z_K.data(), log_det.data(), save ? a.data() : nullptr}, nullptr); });
+  run("forward", to, [&] { launch_forward({p, {z_K.data(), D, 1}, {log_det.data(), 1}, {save ? a.data() : nullptr, p.rows, 1}}, nullptr); });
   write(to, {&z_K, &log_det, &a});
   if (save) run_backward(to, p, inputs, a, packed);
 }
@@ -147,11 +147,11 @@ void run_both(Writer& to, const Problem& p, const Inputs& inputs, bool save, boo
 void run_problem(Reader& from, Writer& to) {
   Problem p = {};
   p.dtype = Dtype(from.number());
-  p.formulas.constraint = Constraint(from.number()), p.formulas.activation = Activation(from.number());
-  p.formulas.slope = from.real(), p.formulas.log_det_eps = from.real();
+  p.spec.constraint = Constraint(from.number()), p.spec.activation = Activation(from.number());
+  p.spec.slope = from.real(), p.spec.log_det_eps = from.real();
   p.amortized = from.number() != 0;
   p.rows = from.number(), p.sets = from.number();
-  p.dim = int(from.number()), p.steps = int(from.number());
+  p.dim = from.number(), p.steps = from.number();
   set_form(Form(from.number()));
   host::order_of_blocks = from.number();
   const bool save = from.number() != 0, packed = from.number() != 0;

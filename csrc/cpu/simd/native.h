@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../planar_math.h"
+#include "../../planar/lane.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {

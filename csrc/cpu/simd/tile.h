@@ -2,8 +2,8 @@
 // scan over steps and every product run side by side over samples, without any exchange between lanes.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "../kernels.h"
+#include "vector.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {

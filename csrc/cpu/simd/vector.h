@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "../exponential.h"
+#include "../../planar/exp.h"
 #include "native.h"
 
 namespace vvae {

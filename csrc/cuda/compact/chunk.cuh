@@ -3,9 +3,9 @@
 // a row's steps.
 #pragma once
 
+#include "../reduce/partials.cuh"
+#include "../stage.cuh"
 #include "mma.cuh"
-#include "partials.cuh"
-#include "staged.cuh"
 
 namespace vvae {
 namespace cuda {

@@ -1,6 +1,6 @@
 // The backward of rows that share their parameters, in the compact form, docs/math.md (11) to (15) by chunks: g in
 // registers, z kept where a chunk starts, products on tensor cores. finish.cu adds the rows' sums.
-#include "compact.cuh"
+#include "chunk.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -11,7 +11,7 @@ using Narrow = Tiles<2, 4>;
 using Wide = Tiles<1, 8>;
 
 template <class S>
-struct CompactBackward : BackwardView<S, Tanh> {
+struct CompactBackward : BackwardView<S, StandardFlow> {
   Split split;
   BlockShape block;
   bool all_staged;  // every chunk has its own memory
@@ -20,9 +20,9 @@ struct CompactBackward : BackwardView<S, Tanh> {
   KeptStarts<float> kept;  // a warp's numbers as its threads hold them, side by side
 
   CompactBackward(const Backward& f, const Split& split, const BlockShape& block, bool all_staged, int shared)
-      : BackwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged), shared(shared),
+      : BackwardView<S, StandardFlow>(f), split(split), block(block), all_staged(all_staged), shared(shared),
         partials(static_cast<float*>(f.workspace)),
-        kept{partials + partial_numbers(f.p, split.programs), int(ceil_div(f.p.steps, kChunk)), block.rows} {}
+        kept{partials + partial_numbers(f, split.programs), int(ceil_div(f.steps, kChunk)), block.rows} {}
 };
 
 // z of a warp's rows and columns to memory and back, the threads of a block side by side.
@@ -224,9 +224,9 @@ struct Memory {
 
 template <class W, class S>
 void launch_as(const Backward& f, void* stream) {
-  const Memory<W> memory(f.p.dim, f.p.steps, f.p.rows / f.p.sets);
-  const Split split = split_rows(f.p, memory.block.rows, most_partials(f.p));
-  launch(compact_backward_kernel<W, S>, "compact_backward_kernel", split.programs * f.p.sets, memory.block.threads(),
+  const Memory<W> memory(f.dim, f.steps, f.rows / f.sets);
+  const Split split = split_rows(f, memory.block.rows, most_partials(f));
+  launch(compact_backward_kernel<W, S>, "compact_backward_kernel", split.programs * f.sets, memory.block.threads(),
          memory.bytes, stream, CompactBackward<S>(f, split, memory.block, memory.all_staged, memory.shared));
   launch_finish(f, split.programs, kChunk, stream);
 }
@@ -252,9 +252,9 @@ int64_t compact_bytes(int dim) {
 }
 
 void launch_compact_backward(const Backward& f, void* stream) {
-  with_half_or_float(f.p.dtype, [&](auto zero) {
+  with_half_or_float(f.dtype, [&](auto zero) {
     using S = decltype(zero);
-    return f.p.dim <= Narrow::most_dim ? launch_as<Narrow, S>(f, stream) : launch_as<Wide, S>(f, stream);
+    return f.dim <= Narrow::most_dim ? launch_as<Narrow, S>(f, stream) : launch_as<Wide, S>(f, stream);
   });
 }
 

@@ -1,6 +1,6 @@
 // The forward of rows that share their parameters, in the compact form, docs/math.md (9), (10) by chunks: products on
 // tensor cores around a scan, z in registers, one launch.
-#include "compact.cuh"
+#include "chunk.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -10,13 +10,13 @@ using W = Tiles<2, 8>;
 constexpr int64_t kMostForwardPrograms = 256;  // of a set: what large GPUs run at once, so that each stages once
 
 template <class S>
-struct CompactForward : ForwardView<S, Tanh> {
+struct CompactForward : ForwardView<S, StandardFlow> {
   Split split;
   BlockShape block;
   bool all_staged;  // every chunk has its own memory
 
   CompactForward(const Forward& f, const Split& split, const BlockShape& block, bool all_staged)
-      : ForwardView<S, Tanh>(f), split(split), block(block), all_staged(all_staged) {}
+      : ForwardView<S, StandardFlow>(f), split(split), block(block), all_staged(all_staged) {}
 };
 
 constexpr int kVoted = 8;  // steps between two votes on whether a product is ordinary: each vote is waited for
@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
 }  // namespace
 
 void launch_compact_forward(const Forward& f, void* stream) {
-  with_half_or_float(f.p.dtype, [&](auto zero) {
+  with_half_or_float(f.dtype, [&](auto zero) {
     using S = decltype(zero);
-    const BlockShape block = BlockShape::of<W>(f.p.dim, f.p.rows / f.p.sets);
+    const BlockShape block = BlockShape::of<W>(f.dim, f.rows / f.sets);
     const int64_t exchanged = (block.column_warps + 1) * block.rows * kExchangeStride * int64_t(sizeof(float));
-    const int64_t chunks = ceil_div(f.p.steps, kChunk), bytes = chunks * Chunk::bytes(block.stride);
+    const int64_t chunks = ceil_div(f.steps, kChunk), bytes = chunks * Chunk::bytes(block.stride);
     const bool all_staged = bytes <= kStagedBytes;
-    const Split split = split_rows(f.p, block.rows, kMostForwardPrograms);
-    launch(compact_forward_kernel<S>, "compact_forward_kernel", split.programs * f.p.sets, block.threads(),
+    const Split split = split_rows(f, block.rows, kMostForwardPrograms);
+    launch(compact_forward_kernel<S>, "compact_forward_kernel", split.programs * f.sets, block.threads(),
            exchanged + (all_staged ? bytes : Chunk::bytes(block.stride)), stream,
            CompactForward<S>(f, split, block, all_staged));
   });

@@ -9,7 +9,7 @@
 // holds of c what it has to give as a: a product's result is the next one's left side, and nothing is exchanged.
 #pragma once
 
-#include "row.cuh"
+#include "../row.cuh"
 
 namespace vvae {
 namespace cuda {

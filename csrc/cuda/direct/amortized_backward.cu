@@ -2,10 +2,10 @@
 // every z recomputed and kept in the workspace, then the steps back. Where a set has several rows, its threads take them
 // one after the other and keep the sums of the gradients, in the precision of computation, in the workspace until the
 // last.
-#include "partials.cuh"
-#include "staged.cuh"
+#include "../reduce/partials.cuh"
+#include "../stage.cuh"
 
-#include "../planar_root.h"  // last: it belongs to the lane type that is there
+#include "../../planar/root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
@@ -19,9 +19,9 @@ struct AmortizedBackward : BackwardView<S, F> {
   compute_t<S>* sums;  // [sets][K][2 D + 1]: u's, w's and b's gradient of a step
 
   explicit AmortizedBackward(const Backward& f)
-      : BackwardView<S, F>(f), to(f), du_vector(writes_vectors<S>(f.du, f.p.dim)),
-        dw_vector(writes_vectors<S>(f.dw, f.p.dim)), kept(static_cast<compute_t<S>*>(f.workspace)),
-        sums(kept + f.p.sets * f.p.steps * f.p.dim) {}
+      : BackwardView<S, F>(f), to(f), du_vector(writes_vectors<S>(f.du, f.dim)),
+        dw_vector(writes_vectors<S>(f.dw, f.dim)), kept(static_cast<compute_t<S>*>(f.workspace)),
+        sums(kept + f.sets * f.steps * f.dim) {}
 };
 
 // One step of one row, as it comes from memory.
@@ -124,12 +124,12 @@ int64_t amortized_backward_bytes(const Problem& p) {
 }
 
 void launch_amortized_backward(const Backward& f, void* stream) {
-  with_backward_kernels(f.p, [&](auto zero, auto layout, auto activation, auto inverse) {
+  with_backward_kernels(f, [&](auto zero, auto layout, auto activation, auto inverse) {
     using S = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
     launch(amortized_backward_kernel<L, S, F, inverse.value>, "amortized_backward_kernel",
-           ceil_div(f.p.sets * L::lanes, kThreads), kThreads, 0, stream, AmortizedBackward<S, F>(f));
+           ceil_div(f.sets * L::lanes, kThreads), kThreads, 0, stream, AmortizedBackward<S, F>(f));
   });
 }
 

@@ -1,6 +1,6 @@
 // The forward of rows with parameters of their own, docs/math.md (1) to (8): z in registers, one launch, u and w read
 // once. The next step's parameters are on their way while a step is computed.
-#include "staged.cuh"
+#include "../stage.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
 }  // namespace
 
 void launch_amortized_forward(const Forward& f, void* stream) {
-  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
-    launch(amortized_forward_kernel<L, S, F>, "amortized_forward_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
+    launch(amortized_forward_kernel<L, S, F>, "amortized_forward_kernel", ceil_div(f.rows * L::lanes, kThreads),
            kThreads, 0, stream, ForwardView<S, F>(f));
   });
 }

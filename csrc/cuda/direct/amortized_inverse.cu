@@ -1,8 +1,8 @@
 // The inverse of rows with parameters of their own, docs/math.md (17): z in registers, one launch for all steps, u and w
 // read once. A row's lanes search for its root side by side.
-#include "staged.cuh"
+#include "../stage.cuh"
 
-#include "../planar_root.h"  // last: it belongs to the lane type that is there
+#include "../../planar/root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_inverse_kernel(const Fo
 }  // namespace
 
 void launch_amortized_inverse(const Forward& f, void* stream) {
-  with_few_kernels(f.p, [&](auto zero, auto layout, auto activation) {
+  with_few_kernels(f, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
-    launch(amortized_inverse_kernel<L, T, F>, "amortized_inverse_kernel", ceil_div(f.p.rows * L::lanes, kThreads),
+    launch(amortized_inverse_kernel<L, T, F>, "amortized_inverse_kernel", ceil_div(f.rows * L::lanes, kThreads),
            kThreads, 0, stream, ForwardView<T, F>(f));
   });
 }

@@ -1,10 +1,10 @@
 // The backward of rows that share their parameters, in the direct form, docs/math.md (11) to (15) by chunks, and of their
 // inverse, (35) and (40): g in registers, z kept where a chunk starts, (27) as in the forward. The rows' sums go to
 // partials.cuh's memory and finish.cu adds them: two launches.
-#include "partials.cuh"
-#include "staged.cuh"
+#include "../reduce/partials.cuh"
+#include "../stage.cuh"
 
-#include "../planar_root.h"  // last: it belongs to the lane type that is there
+#include "../../planar/root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
@@ -19,7 +19,7 @@ struct SharedBackward : SharedView<BackwardView<S, F>> {
   SharedBackward(const Backward& f, const Split& split, int chunk, int staged)
       : SharedView<BackwardView<S, F>>(f, split, staged), chunk(chunk),
         partials(static_cast<compute_t<S>*>(f.workspace)),
-        kept{partials + partial_numbers(f.p, split.programs), int(ceil_div(f.p.steps, chunk)), split.block_rows} {}
+        kept{partials + partial_numbers(f, split.programs), int(ceil_div(f.steps, chunk)), split.block_rows} {}
 };
 
 // Steps of a chunk to each of a row's lanes.
@@ -252,13 +252,13 @@ int64_t shared_backward_bytes(const Problem& p) {
 }
 
 void launch_shared_backward(const Backward& f, void* stream) {
-  with_backward_kernels(f.p, [&](auto zero, auto layout, auto activation, auto inverse) {
+  with_backward_kernels(f, [&](auto zero, auto layout, auto activation, auto inverse) {
     using S = decltype(zero);
     using T = compute_t<S>;
     using L = decltype(layout);
     using F = decltype(activation);
-    const Plan<L, T> plan(f.p);
-    launch(shared_backward_kernel<L, S, F, inverse.value>, "shared_backward_kernel", plan.split.programs * f.p.sets,
+    const Plan<L, T> plan(f);
+    launch(shared_backward_kernel<L, S, F, inverse.value>, "shared_backward_kernel", plan.split.programs * f.sets,
            kThreads,
            plan.staged * Staged<T, L>::bytes_of_step + Tile<T, L>::bytes(kGroups<L>, plan.chunk), stream,
            SharedBackward<S, F>(f, plan.split, plan.chunk, plan.staged));

@@ -1,7 +1,7 @@
 // The forward of rows that share their parameters, in the direct form: z in registers, one launch, docs/math.md (1) to
 // (8). A step's pre-activation is taken from z two steps earlier and the last h, (27), so that only the activations of
 // consecutive steps wait for each other; dot products and updates go on beside them.
-#include "staged.cuh"
+#include "../stage.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const Share
 }  // namespace
 
 void launch_shared_forward(const Forward& f, void* stream) {
-  with_kernels(f.p, [&](auto zero, auto layout, auto activation) {
+  with_kernels(f, [&](auto zero, auto layout, auto activation) {
     using S = decltype(zero);
     using T = compute_t<S>;
     using L = decltype(layout);
     using F = decltype(activation);
-    const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
-    const Split split = split_rows<L>(f.p, kMostForwardPrograms);
-    launch(shared_forward_kernel<L, S, F>, "shared_forward_kernel", split.programs * f.p.sets, kThreads,
+    const int staged = Staged<T, L>::count(f.steps, staged_chunk_of<T, L>(f.dim));
+    const Split split = split_rows<L>(f, kMostForwardPrograms);
+    launch(shared_forward_kernel<L, S, F>, "shared_forward_kernel", split.programs * f.sets, kThreads,
            staged * Staged<T, L>::bytes_of_step, stream, SharedForward<S, F>(f, split, staged));
   });
 }

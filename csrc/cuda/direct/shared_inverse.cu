@@ -1,8 +1,8 @@
 // The inverse of rows that share their parameters, docs/math.md (17): z in registers, one launch for all steps. A row's
 // lanes search for its root side by side, as they would wait otherwise.
-#include "staged.cuh"
+#include "../stage.cuh"
 
-#include "../planar_root.h"  // last: it belongs to the lane type that is there
+#include "../../planar/root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const Share
 }  // namespace
 
 void launch_shared_inverse(const Forward& f, void* stream) {
-  with_few_kernels(f.p, [&](auto zero, auto layout, auto activation) {
+  with_few_kernels(f, [&](auto zero, auto layout, auto activation) {
     using T = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
-    const int staged = Staged<T, L>::count(f.p.steps, staged_chunk_of<T, L>(f.p.dim));
-    const Split split = split_rows<L>(f.p, kMostInversePrograms);
-    launch(shared_inverse_kernel<L, T, F>, "shared_inverse_kernel", split.programs * f.p.sets, kThreads,
+    const int staged = Staged<T, L>::count(f.steps, staged_chunk_of<T, L>(f.dim));
+    const Split split = split_rows<L>(f, kMostInversePrograms);
+    launch(shared_inverse_kernel<L, T, F>, "shared_inverse_kernel", split.programs * f.sets, kThreads,
            staged * Staged<T, L>::bytes_of_step, stream, SharedView<ForwardView<T, F>>(f, split, staged));
   });
 }

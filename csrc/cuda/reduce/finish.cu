@@ -1,7 +1,7 @@
 // The last launch of a backward with shared parameters, a block a step: adds the programs' sums in a fixed order, then
 // S of (14) and the constraint's adjoint (6).
+#include "../stage.cuh"
 #include "partials.cuh"
-#include "staged.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -11,7 +11,7 @@ constexpr int kFinishThreads = 256, kFinishWarps = kFinishThreads / int(kWarp);
 
 template <class S>
 struct Finish {
-  ParamsView<S, AnyActivation<compute_t<S>>> params;
+  ParamsView<S, AnyFlow<compute_t<S>>> params;
   int64_t sets;
   int programs, chunk, slices;  // slices: of the programs, added side by side
   bool inverse;
@@ -19,8 +19,8 @@ struct Finish {
   GradientsView<S> to;
 
   Finish(const Backward& f, int programs, int chunk, int slices)
-      : params(f.p), sets(f.p.sets), programs(programs), chunk(chunk), slices(slices),
-        inverse(f.p.inverse), partials(static_cast<const compute_t<S>*>(f.workspace)), to(f) {}
+      : params(f), sets(f.sets), programs(programs), chunk(chunk), slices(slices),
+        inverse(f.inverse), partials(static_cast<const compute_t<S>*>(f.workspace)), to(f) {}
 };
 
 template <class S>
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
 }  // namespace
 
 void launch_finish(const Backward& f, int programs, int chunk, void* stream) {
-  with_type(f.p.dtype, [&](auto zero) {
+  with_type(f.dtype, [&](auto zero) {
     using S = decltype(zero);
     using T = compute_t<S>;
-    const int64_t bytes = partial_width(f.p.dim) * int64_t(sizeof(T));
+    const int64_t bytes = partial_width(f.dim) * int64_t(sizeof(T));
     const int64_t others = kChunk * sizeof(Constrained<Lane<T>>) + kFinishWarps * sizeof(T);
     const int slices = bytes <= 5 * 1024 ? 8 : 2;  // within the memory that any block has
-    launch(finish_kernel<S>, "finish_kernel", f.p.sets * f.p.steps, kFinishThreads, others + slices * bytes, stream,
+    launch(finish_kernel<S>, "finish_kernel", f.sets * f.steps, kFinishThreads, others + slices * bytes, stream,
            Finish<S>(f, programs, chunk, slices));
   });
 }

@@ -2,8 +2,8 @@
 // chunk by chunk into the program's own memory, and finish.cu adds the programs.
 #pragma once
 
-#include "kernels.h"
-#include "row.cuh"
+#include "../kernels.h"
+#include "../row.cuh"
 
 namespace vvae {
 namespace cuda {

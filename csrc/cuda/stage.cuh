@@ -1,8 +1,7 @@
-// Parameters as kernels read them, and the steps that rows share, constrained once and kept in the block's memory.
+// The steps that rows share, constrained once and kept in the block's memory.
 #pragma once
 
-#include "kernels.h"
-#include "row.cuh"
+#include "views.cuh"
 
 namespace vvae {
 namespace cuda {
@@ -13,99 +12,6 @@ template <class Layout>
 constexpr int kGroups = kThreads / Layout::lanes;
 // Of a block's memory, for steps: with what else a block needs it stays below the 99 KB of the smallest GPUs.
 constexpr int64_t kStagedBytes = 48 * 1024;
-
-// The inverse takes the steps from the last to the first: views of what is indexed by steps start there and go back.
-inline int64_t first_step(const Problem& p) { return p.inverse ? p.steps - 1 : 0; }
-inline int64_t onward(const Problem& p, int64_t step) { return p.inverse ? -step : step; }
-
-// u, w [sets, K, D] and b [sets, K], and the formulas as far as the kernel does not know them. F is planar_math.h's.
-template <class S, class F>
-struct ParamsView {
-  Rows<S> u, w;
-  const S* b;
-  int64_t u_set, u_step, w_set, w_step, b_set, b_step;
-  int dim, steps;
-  F activation;
-  Constraint of_problem;
-
-  explicit ParamsView(const Problem& p)
-      : u(rows_of<S>(p.u, p.dim).from(first_step(p) * p.u.step)),
-        w(rows_of<S>(p.w, p.dim).from(first_step(p) * p.w.step)),
-        b(static_cast<const S*>(p.b.data) + first_step(p) * p.b.step), u_set(p.u.set), u_step(onward(p, p.u.step)),
-        w_set(p.w.set), w_step(onward(p, p.w.step)), b_set(p.b.set), b_step(onward(p, p.b.step)), dim(p.dim),
-        steps(p.steps), activation(F::of(p.formulas)), of_problem(p.formulas.constraint) {}
-
-  // Kernels that know tanh have two constraints: the code of the third would lengthen every step.
-  __device__ __forceinline__ Constraint constraint() const {
-    if (!std::is_same<F, Tanh>::value) return of_problem;
-    return of_problem == Constraint::none ? Constraint::none : Constraint::softplus;
-  }
-  __device__ __forceinline__ Rows<S> u_of(int64_t set, int64_t k) const { return u.from(set * u_set + k * u_step); }
-  __device__ __forceinline__ Rows<S> w_of(int64_t set, int64_t k) const { return w.from(set * w_set + k * w_step); }
-  __device__ __forceinline__ const S* b_of(int64_t set, int64_t k) const { return b + set * b_set + k * b_step; }
-};
-
-// The arguments of every forward and of every backward, as their kernels take them by value.
-template <class S, class F>
-struct ProblemView {
-  ParamsView<S, F> params;
-  Rows<S> z;
-  int64_t z_row, rows, sets, a_step;  // a_step: from a step's pre-activations to the next one's
-
-  explicit ProblemView(const Problem& p)
-      : params(p), z(rows_of<S>(p.z, p.dim)), z_row(p.z.row), rows(p.rows), sets(p.sets), a_step(onward(p, p.rows)) {}
-};
-
-template <class S, class F>
-struct ForwardView : ProblemView<S, F> {
-  S* z_K;
-  compute_t<S>*log_det, *a;
-
-  explicit ForwardView(const Forward& f)
-      : ProblemView<S, F>(f.p), z_K(static_cast<S*>(f.z_K)), log_det(static_cast<compute_t<S>*>(f.log_det)),
-        a(f.a ? static_cast<compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows : nullptr) {}
-};
-
-template <class S, class F>
-struct BackwardView : ProblemView<S, F> {
-  Rows<S> grad_z;
-  int64_t grad_z_row, grad_log_det_stride;
-  const compute_t<S>*grad_log_det, *a;
-  S* dz;
-
-  explicit BackwardView(const Backward& f)
-      : ProblemView<S, F>(f.p), grad_z(rows_of<S>(f.grad_z, f.p.dim)), grad_z_row(f.grad_z.row),
-        grad_log_det_stride(f.grad_log_det_stride), grad_log_det(static_cast<const compute_t<S>*>(f.grad_log_det)),
-        a(static_cast<const compute_t<S>*>(f.a) + first_step(f.p) * f.p.rows), dz(static_cast<S*>(f.dz)) {}
-};
-
-// The same for rows that share their parameters. `View` is one of those above, made of `Pass`.
-template <class View>
-struct SharedView : View {
-  Split split;
-  int staged;  // steps at a time
-
-  template <class Pass>
-  SharedView(const Pass& f, const Split& split, int staged) : View(f), split(split), staged(staged) {}
-};
-
-// Where a backward's weight gradients go.
-template <class S>
-struct GradientsView {
-  S *du, *dw, *db;
-  int64_t du_set, du_step, dw_set, dw_step, db_set, db_step;
-
-  explicit GradientsView(const Backward& f)
-      : du(static_cast<S*>(f.du.data) + first_step(f.p) * f.du.step),
-        dw(static_cast<S*>(f.dw.data) + first_step(f.p) * f.dw.step),
-        db(static_cast<S*>(f.db.data) + first_step(f.p) * f.db.step), du_set(f.du.set),
-        du_step(onward(f.p, f.du.step)), dw_set(f.dw.set), dw_step(onward(f.p, f.dw.step)), db_set(f.db.set),
-        db_step(onward(f.p, f.db.step)) {}
-
-  __device__ __forceinline__ S* du_of(int64_t set, int64_t k) const { return du + set * du_set + k * du_step; }
-  __device__ __forceinline__ S* dw_of(int64_t set, int64_t k) const { return dw + set * dw_set + k * dw_step; }
-  __device__ __forceinline__ S* db_of(int64_t set, int64_t k) const { return db + set * db_set + k * db_step; }
-};
 
 // One step of one set, as it comes from memory: who widens it waits for it.
 template <class S, class Layout>

@@ -1,4 +1,4 @@
-// The numbers of a CUDA thread: how they lie in memory, and the lane type that planar_math.h computes with.
+// The numbers of a CUDA thread: how they lie in memory, and the lane type that planar/ computes with.
 #pragma once
 
 #define PLANAR_NAMESPACE cuda
@@ -9,8 +9,9 @@
 
 #include <type_traits>
 
-#include "../exponential.h"
-#include "planar_cuda.h"
+#include "../planar/exp.h"
+#include "../planar/log_det.h"
+#include "launch.h"
 
 namespace vvae {
 namespace cuda {
@@ -105,7 +106,7 @@ __device__ __forceinline__ double float_of(uint64_t bits) { return __longlong_as
 __device__ __forceinline__ uint32_t bits_of(float x) { return uint32_t(__float_as_int(x)); }
 __device__ __forceinline__ uint64_t bits_of(double x) { return uint64_t(__double_as_longlong(x)); }
 
-// planar_math.h's L for one number of a thread.
+// planar/'s L for one number of a thread.
 template <class T>
 struct Lane {
   using V = T;
