@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sanitized
@@ -16,7 +17,8 @@ from sanitizers import stress
 def test_each_fault_on_purpose_is_one_change(mutant):
     """In the driver or in a header that it includes: what a mutant compiles anew."""
     assert (ROOT / "csrc" / mutant.file).read_text().count(mutant.old) == 1
-    assert mutant.file == sanitized.DRIVER or f'#include "{mutant.file}"' in (CPU / sanitized.DRIVER).read_text()
+    name = Path(mutant.file).name
+    assert name == sanitized.DRIVER or f'{name}"\n' in (CPU / sanitized.DRIVER).read_text()
 
 
 def test_each_sanitizer_has_faults_to_find():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vvae_fast.activations import activate, log_abs_determinant, solve, step_adjoint
 
-LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38): csrc/planar/float_format.h
+LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38)
 
 
 class Constrained(NamedTuple):
