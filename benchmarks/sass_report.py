@@ -20,7 +20,7 @@ WORSE = 1.05  # how much a figure may grow before the table has to be made anew
 STEPS_OF_CHUNK = 16
 NONE, UNREAD = "-", "?"  # a kernel without such a loop; one whose code was not looked at
 # Kernels of what nearly every call asks.
-USUAL = re.compile(r".*<((Layout|Tiles)<\d+, \d+>, )?float(, Tanh(, false)?)?>")
+USUAL = re.compile(r".*<((Layout|Tiles)<\d+, \d+>, )?float(, StandardFlow(, false)?)?>")
 RESERVED = 1024  # bytes of each block's shared memory that are the system's own on sm_90
 
 
@@ -95,7 +95,7 @@ def version_of(program: str | Path) -> str:
 
 
 def readable(names: list[str]) -> list[str]:
-    """C++ names without their namespaces, results and parameters: kernel<Layout<4, 3>, float, Tanh>."""
+    """C++ names without their namespaces, results and parameters: kernel<Layout<4, 3>, float, StandardFlow>."""
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = [re.sub(r"(vvae|cuda|\(anonymous namespace\))::", "", name) for name in said.splitlines()]
     return [re.sub(r"^void ", "", name).split(">(")[0] + ">" if "<" in name else name for name in short]

@@ -194,7 +194,7 @@ def test_a_barrier_waits_for_all():
     assert chain >= 30
 
 
-ROW = Row(100, 0, 0, 0, 1, 1, 200, 100, 250, 60, "steps", "forward_kernel<Layout<4, 3>, float, Tanh>")
+ROW = Row(100, 0, 0, 0, 1, 1, 200, 100, 250, 60, "steps", "forward_kernel<Layout<4, 3>, float, StandardFlow>")
 ALONE = ROW._replace(loop="-", kernel="finish_kernel<float>", steps=0, instructions=0, usual=0, cycles=0, chain=0)
 
 
@@ -280,7 +280,7 @@ def test_kernels_have_readable_names():
         "_ZN4vvae4cuda53_GLOBAL__N__8fcdc3fd_20_amortized_forward_cu_c3a4437b24amortized_forward_kernel"
         "INS0_6LayoutILi32ELi8EEENS0_7float16ENS0_4TanhEEEvNS0_11ForwardViewIT0_T1_EE"
     )
-    readable = "amortized_forward_kernel<Layout<32, 8>, float16, Tanh>"
+    readable = "amortized_forward_kernel<Layout<32, 8>, float16, StandardFlow>"
     assert sass_report.readable([mangled, "direct_forward_kernel"]) == [readable, "direct_forward_kernel"]
     assert not sass_report.USUAL.fullmatch(readable)
     assert sass_report.USUAL.fullmatch(readable.replace("float16", "float"))

@@ -96,6 +96,35 @@ __device__ __forceinline__ void stage(const ParamsView<S, F>& p, int64_t set, in
   }
 }
 
+// Calls body(row, inside, for_staged) for each row of the block's groups. for_staged(f) calls f(first, count) for as many
+// steps as are staged at a time, with (27)'s numbers if `next`. Groups without a row go along, for barriers and exchanges
+// between lanes: a branch around them would end the instructions that the compiler can move.
+template <bool next, class Layout, class P, class T, class Body>
+__device__ __forceinline__ void for_each_row(const P& p, const Staged<T, Layout>& staged, const Body& body) {
+  const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
+  const int group = int(threadIdx.x) / Layout::lanes, steps = p.params.steps;
+  bool fresh = true;  // nothing is staged yet
+  const int64_t stride = int64_t(p.split.programs) * p.split.block_rows;
+  for (int64_t first_row = program * p.split.block_rows; first_row < p.split.rows_per_set; first_row += stride) {
+    const bool inside = group < p.split.block_rows && first_row + group < p.split.rows_per_set;
+    body(set + p.sets * (first_row + group), inside, [&](const auto& f) {
+      for (int first = 0; first < steps; first += p.staged) {
+        const int count = p.staged < steps - first ? p.staged : steps - first;
+        if (fresh || p.staged < steps) {
+          if (!fresh) __syncthreads();  // the steps before are done with
+          if (next)
+            stage<Layout>(p.params, set, first, count, staged);
+          else
+            stage_steps<Layout>(p.params, set, first, count, staged);
+          __syncthreads();
+          fresh = false;
+        }
+        f(first, count);
+      }
+    });
+  }
+}
+
 // Steps of a chunk where rows are long: half of them where they would fill the block's memory.
 template <class T, class Layout>
 constexpr int64_t staged_chunk_of(int64_t dim) {

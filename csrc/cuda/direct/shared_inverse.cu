@@ -12,42 +12,29 @@ constexpr int64_t kMostInversePrograms = 1024;  // of a set: a few for each SM o
 
 template <class Layout, class T, class F>
 __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const SharedView<ForwardView<T, F>> p) {
-  const int64_t set = blockIdx.x / p.split.programs, program = blockIdx.x % p.split.programs;
-  const int group = int(threadIdx.x) / Layout::lanes, dim = p.params.dim, steps = p.params.steps;
+  const int dim = p.params.dim;
   const Staged<T, Layout> staged(shared_memory(), p.staged);
-  bool fresh = true;  // nothing is staged yet
-  const int64_t stride = int64_t(p.split.programs) * p.split.block_rows;
-  for (int64_t first_row = program * p.split.block_rows; first_row < p.split.rows_per_set; first_row += stride) {
-    // Warps without a row go through the steps too, as in the forward.
-    const bool inside = group < p.split.block_rows && first_row + group < p.split.rows_per_set;
-    const int64_t row = set + p.sets * (first_row + group);
+  for_each_row<false>(p, staged, [&](int64_t row, bool inside, const auto& for_staged) {
     const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
     Row<T, Layout> z = {};  // [columns]
     if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
     auto log_det = no_steps<Lane<T>>();
-    for (int first = 0; first < steps; first += p.staged) {
-      const int count = p.staged < steps - first ? p.staged : steps - first;
-      if (fresh || p.staged < steps) {
-        if (!fresh) __syncthreads();  // the steps before are done with
-        stage_steps<Layout>(p.params, set, first, count, staged);
-        __syncthreads();
-        fresh = false;
-      }
+    for_staged([&](int first, int count) {
       for (int k = 0; k < count; ++k) {
-        const auto q = staged.numbers[k];
-        const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + q.b;
+        const auto step = staged.numbers[k];
+        const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + step.b;
         T a;
-        solve<Lane<T>, 1>(&a, &rhs, q.c, q.s, p.params.activation);
+        solve<Lane<T>, 1>(&a, &rhs, step.c, step.s, p.params.activation);
         const auto act = activate<Lane<T>>(a, p.params.activation);
         if (saves) store(p.a + (first + k) * p.a_step + row, a);
-        add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
+        add_step<Lane<T>, 1>(&log_det, &act, step.c, step.s, step.sunk, p.params.activation);
         z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
       }
-    }
-    if (!inside) continue;
+    });
+    if (!inside) return;
     store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
     if (lane_of_row<Layout>() == 0) store(p.log_det + row, -value<Lane<T>>(log_det));
-  }
+  });
 }
 
 }  // namespace
