@@ -278,7 +278,7 @@ def test_a_loop_is_known_by_its_instructions():
 def test_kernels_have_readable_names():
     mangled = (
         "_ZN4vvae4cuda53_GLOBAL__N__8fcdc3fd_20_amortized_forward_cu_c3a4437b24amortized_forward_kernel"
-        "INS0_6LayoutILi32ELi8EEENS0_7float16ENS0_4TanhEEEvNS0_11ForwardViewIT0_T1_EE"
+        "INS0_6LayoutILi32ELi8EEENS0_7float16ENS0_12StandardFlowEEEvNS0_11ForwardViewIT0_T1_EE"
     )
     readable = "amortized_forward_kernel<Layout<32, 8>, float16, StandardFlow>"
     assert sass_report.readable([mangled, "direct_forward_kernel"]) == [readable, "direct_forward_kernel"]

@@ -106,9 +106,9 @@ PLANAR_FN Constrained<Simd<T>> constrain_step(const Problem<T>& p, const Block<T
 template <class T>
 struct Update {
   T h[Simd<T>::width], h_of_w[Simd<T>::width];
-  Update(typename Simd<T>::V x, const Constrained<Simd<T>>& q) {
+  Update(typename Simd<T>::V x, const Constrained<Simd<T>>& step) {
     Simd<T>::store(h, x);
-    Simd<T>::store(h_of_w, x * rho_over_n(q));
+    Simd<T>::store(h_of_w, x * rho_over_n(step));
   }
 };
 
@@ -168,16 +168,16 @@ PLANAR_FN void forward_rows(const Forward<T>& p, int64_t first, int count, T* sc
   auto log_det = no_steps<S>();
   if (p.steps) {
     auto w_z = first_dot(p, block, z, 0);
-    auto q = constrain_step(p, block, 0);
+    auto step = constrain_step(p, block, 0);
     for (int64_t k = 0; k < p.steps; ++k) {
       const int64_t next = k + 1 < p.steps ? k + 1 : k;
       auto a = w_z + S::load(b + k * S::width);
-      if constexpr (inverse) solve<S, 1>(&a, &a, q.c, q.s, f);
+      if constexpr (inverse) solve<S, 1>(&a, &a, step.c, step.s, f);
       if (p.a.data) S::store_first(p.a.data + k * p.a.row + first, a, count);
       const auto act = activate<S>(a, f);
-      add_step<S, 1>(&log_det, &act, q.c, q.s, q.sunk, f);
-      const Update<T> by(inverse ? -act.h : act.h, q);
-      if (next != k) q = constrain_step(p, block, next);
+      add_step<S, 1>(&log_det, &act, step.c, step.s, step.sunk, f);
+      const Update<T> by(inverse ? -act.h : act.h, step);
+      if (next != k) step = constrain_step(p, block, next);
       w_z = update(p, block, z, z, k, next, by);
     }
   }
@@ -216,7 +216,7 @@ void amortized_forward(const Forward<T>& p, int64_t number, T* scratch) {
 // What the forward recursion left of one step, a row a lane.
 template <class T>
 struct Step {
-  Constrained<Simd<T>> q;
+  Constrained<Simd<T>> step;
   Activated<Simd<T>> act;
 };
 
@@ -329,33 +329,33 @@ PLANAR_FN void backward_rows(const Backward<T>& p, int64_t first_set, int count,
   for (int64_t k = 0; k < p.steps; ++k) {
     steps[k] = {constrain_step(p, block, k), activate<S>(load_a(p.a, k, block), f)};
     if (k == 0 || !params) continue;
-    const auto& [q, act] = steps[k - 1];
-    update(p, block, z + (k - 1) * size, z + k * size, k - 1, k, Update<T>(inverse ? -act.h : act.h, q));
+    const auto& [step, act] = steps[k - 1];
+    update(p, block, z + (k - 1) * size, z + k * size, k - 1, k, Update<T>(inverse ? -act.h : act.h, step));
   }
   const int64_t last = p.steps - 1;
   Adjoint<T> x = {};
   if (p.steps) dot_gradient(p, block, g, last, x);
   for (int64_t k = last; k >= 0; --k) {
-    const auto& [q, act] = steps[k];
+    const auto& [step, act] = steps[k];
     const auto g_u = sum_lanes<T>(x.g_u), g_w = sum_lanes<T>(x.g_w);
-    const auto e = g_u + rho_over_n(q) * g_w, h = inverse ? -act.h : act.h;
+    const auto e = g_u + rho_over_n(step) * g_w, h = inverse ? -act.h : act.h;
     StepAdjoint<S> scalars;
     if constexpr (inverse)
-      scalars = inverse_step_adjoint<S>(e, lambda, act, q.c, q.s, f);
+      scalars = inverse_step_adjoint<S>(e, lambda, act, step.c, step.s, f);
     else
-      scalars = step_adjoint<S>(e, lambda, act, q.c, q.s, unit<S>(q.s, p.spec.constraint), f);
+      scalars = step_adjoint<S>(e, lambda, act, step.c, step.s, unit<S>(step.s, p.spec.constraint), f);
     S::store(x.delta, scalars.delta);
     if (!params) {
       gradient_back(p, block, g, k, x);
       continue;
     }
-    const auto adjoint = constrain_backward<S>(q, h * g_w, scalars.gamma);
+    const auto adjoint = constrain_backward<S>(step, h * g_w, scalars.gamma);
     S::store(x.h, h);
     S::store(x.dalpha, adjoint.dalpha);
-    S::store(x.of_u, inverse ? inverse_of_u<S>(adjoint.dalpha, scalars.delta, h, q) : adjoint.dalpha);
+    S::store(x.of_u, inverse ? inverse_of_u<S>(adjoint.dalpha, scalars.delta, h, step) : adjoint.dalpha);
     S::store(x.of_v, adjoint.of_v);
     S::store(x.of_w_n, adjoint.of_w_n);
-    S::store(x.inv_n, q.inv_n);
+    S::store(x.inv_n, step.inv_n);
     step_back(p, block, z + k * size, g, k, x, sample > 0);
   }
   store_rows(p.dz, g, block);

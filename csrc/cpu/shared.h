@@ -11,20 +11,20 @@ namespace PLANAR_NAMESPACE {
 // gram[j][i] = u_hat_j . w_k for step k, the i-th of j's chunk; only those behind j are read. The rows j < end from
 // `first` on, at most four of one chunk; w [dim][kTile] holds the steps from `start` on.
 template <class T>
-PLANAR_FN void gram_rows(const Prepared<T>& q, const T* w, int64_t first, int64_t end, int64_t start, int64_t dim) {
+PLANAR_FN void gram_rows(const Prepared<T>& flow, const T* w, int64_t first, int64_t end, int64_t start, int64_t dim) {
   using S = Simd<T>;
-  const int64_t chunk = (first - start) / q.chunk * q.chunk;  // the lane where it starts
+  const int64_t chunk = (first - start) / flow.chunk * flow.chunk;  // the lane where it starts
   const T* u[4];
-  for (int j = 0; j < 4; ++j) u[j] = q.u_hat + (first + j < end ? first + j : first) * dim;
-  for (int64_t i = 0; i < q.chunk; i += S::width) {
-    const auto mask = S::first(q.chunk - i);
+  for (int j = 0; j < 4; ++j) u[j] = flow.u_hat + (first + j < end ? first + j : first) * dim;
+  for (int64_t i = 0; i < flow.chunk; i += S::width) {
+    const auto mask = S::first(flow.chunk - i);
     typename S::V sum[4] = {};
     for (int64_t d = 0; d < dim; ++d) {
       const auto w_d = S::load(w + d * kTile + chunk + i, mask, S::splat(0));
       for (int j = 0; j < 4; ++j) sum[j] += u[j][d] * w_d;
     }
     for (int j = 0; j < 4; ++j)
-      if (first + j < end) S::store(q.gram + (first + j) * kChunk + i, sum[j], mask);
+      if (first + j < end) S::store(flow.gram + (first + j) * kChunk + i, sum[j], mask);
   }
 }
 
@@ -35,7 +35,7 @@ int64_t prepare_scratch(int64_t dim) {
 
 // Contiguous u_hat and w, the constraint (4), (5) and each chunk's Gram matrix, a tile of steps at a time.
 template <class T>
-void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
+void prepare(const Problem<T>& p, const Prepared<T>& flow, T* scratch) {
   using S = Simd<T>;
   T *u = scratch, *w = u + p.dim * kTile;  // [dim][kTile], a step a lane
   for (int64_t start = 0; start < p.steps; start += kTile) {
@@ -51,18 +51,18 @@ void prepare(const Problem<T>& p, const Prepared<T>& q, T* scratch) {
       }
       const auto x = constrain<S>(alpha, norm, p.spec.constraint);
       const int64_t k = start + lane;
-      S::store(q.alpha + k, alpha), S::store(q.n + k, norm), S::store(q.inv_n + k, x.inv_n);
-      S::store(q.c + k, x.c), S::store(q.s + k, x.s), S::store(q.sunk + k, x.sunk);
-      S::store(q.unit + k, unit<S>(x.s, p.spec.constraint));
+      S::store(flow.alpha + k, alpha), S::store(flow.n + k, norm), S::store(flow.inv_n + k, x.inv_n);
+      S::store(flow.c + k, x.c), S::store(flow.s + k, x.s), S::store(flow.sunk + k, x.sunk);
+      S::store(flow.unit + k, unit<S>(x.s, p.spec.constraint));
       for (int64_t d = 0; d < p.dim; ++d) {
         T* u_d = u + d * kTile + lane;
         S::store(u_d, S::load(u_d) + x.rho * x.inv_n * S::load(w + d * kTile + lane));
       }
     }
-    store_tile(u, Matrix<T>{q.u_hat + start * p.dim, p.dim, 1}, n, p.dim);
-    store_tile(w, Matrix<T>{q.w + start * p.dim, p.dim, 1}, n, p.dim);
-    for (int64_t k = start; k < start + n; ++k) q.b[k] = p.b.data[k * p.b.step];
-    for (int64_t j = 0; j < n; j += 4) gram_rows(q, w, start + j, start + (j + 4 < n ? j + 4 : n), start, p.dim);
+    store_tile(u, Matrix<T>{flow.u_hat + start * p.dim, p.dim, 1}, n, p.dim);
+    store_tile(w, Matrix<T>{flow.w + start * p.dim, p.dim, 1}, n, p.dim);
+    for (int64_t k = start; k < start + n; ++k) flow.b[k] = p.b.data[k * p.b.step];
+    for (int64_t j = 0; j < n; j += 4) gram_rows(flow, w, start + j, start + (j + 4 < n ? j + 4 : n), start, p.dim);
   }
 }
 
@@ -74,18 +74,18 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
 // h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse leaves -h and the roots
 // a of (17).
 template <class T, bool inverse, class F>
-PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start, int64_t steps, const F& f) {
+PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& flow, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
     LogDet<S> sum[kRegisters];
     for (int v = 0; v < kRegisters; ++v) sum[v] = no_steps<S>();
     for (int64_t k = 0; k < steps; ++k) {
-      const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]), sunk = S::splat(q.sunk[start + k]);
+      const auto c = S::splat(flow.c[start + k]), s = S::splat(flow.s[start + k]), sunk = S::splat(flow.sunk[start + k]);
       typename S::V acc[kRegisters];
       for (int v = 0; v < kRegisters; ++v) acc[v] = S::load(a + k * kTile + lane + v * S::width);
       for (int64_t j = 0; j < k; ++j)
         for (int v = 0; v < kRegisters; ++v)
-          acc[v] += q.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
+          acc[v] += flow.gram[(start + j) * kChunk + k] * S::load(h + j * kTile + lane + v * S::width);
       if constexpr (inverse) solve<S, kRegisters>(acc, acc, c, s, f);
       Activated<S> act[kRegisters];
       for (int v = 0; v < kRegisters; ++v) {
@@ -104,7 +104,7 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& q, int64_t start,
 
 // The flow or its inverse, whose steps are in the order in which it takes them.
 template <class T, class F, bool inverse>
-void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* scratch) {
+void shared_forward(const Forward<T>& p, const Prepared<T>& flow, int64_t tile, T* scratch) {
   const F f = F::of(p.spec);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   T* z = scratch;              // [dim][kTile]
@@ -114,12 +114,12 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& q, int64_t tile, T* 
   load_tile(z, p.z.from(row), n, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
   fill(log_det, T(0), kTile);
-  for (int64_t start = 0; start < p.steps; start += q.chunk) {
-    const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
-    for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, q.b[start + k], kTile);
-    product(a, q.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
-    scan<T, inverse>(a, h, log_det, q, start, steps, f);
-    product(z, q.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
+  for (int64_t start = 0; start < p.steps; start += flow.chunk) {
+    const int64_t steps = p.steps - start < flow.chunk ? p.steps - start : flow.chunk;
+    for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, flow.b[start + k], kTile);
+    product(a, flow.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
+    scan<T, inverse>(a, h, log_det, flow, start, steps, f);
+    product(z, flow.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a.data)
       for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n, p.stream);
   }
@@ -142,7 +142,7 @@ PLANAR_FN int padding_preactivation(const AnyFlow<T>& f) {
   return f.kind == Activation::tanh || f.kind == Activation::sigmoid ? 1000 : 0;
 }
 
-// H, of the inverse -H, and h' of every step from the saved pre-activations; steps behind the last hold zeros.
+// H, of the inverse -H, and h' of every step from the saved pre-activations; missing steps hold zeros.
 template <class T, bool inverse, class F>
 PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h, T* h_prime, const F& f) {
   using S = Simd<T>;
@@ -161,11 +161,11 @@ PLANAR_FN void activate_tile(const Backward<T>& p, int64_t row, int64_t n, T* h,
 // delta of the steps of one chunk from Q = g U^T in delta, last step first: (11), (12) or (35); with `params` db and
 // gamma by lane.
 template <class T, bool inverse, bool params, class F>
-PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& q,
+PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda, const Prepared<T>& flow,
                          const Partial<T>& sums, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int64_t k = steps - 1; k >= 0; --k) {
-    const auto c = S::splat(q.c[start + k]), s = S::splat(q.s[start + k]), unit = S::splat(q.unit[start + k]);
+    const auto c = S::splat(flow.c[start + k]), s = S::splat(flow.s[start + k]), unit = S::splat(flow.unit[start + k]);
     [[maybe_unused]] typename S::V db{}, gamma{};
     if constexpr (params) {
       db = S::load(sums.db + (start + k) * kMaxLanes);
@@ -176,7 +176,7 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
       for (int v = 0; v < kRegisters; ++v) e[v] = S::load(delta + k * kTile + lane + v * S::width);
       for (int64_t j = k + 1; j < steps; ++j)
         for (int v = 0; v < kRegisters; ++v)
-          e[v] += q.gram[(start + k) * kChunk + j] * S::load(delta + j * kTile + lane + v * S::width);
+          e[v] += flow.gram[(start + k) * kChunk + j] * S::load(delta + j * kTile + lane + v * S::width);
       for (int v = 0; v < kRegisters; ++v) {
         const int at = lane + v * S::width;
         const auto h_at = S::load(h + k * kTile + at), lambda_at = S::load(lambda + at);
@@ -201,12 +201,12 @@ PLANAR_FN void scan_back(T* delta, const T* h, const T* h_prime, const T* lambda
 }
 
 template <class T, class F, bool inverse>
-void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T>& sums, int64_t tile, T* scratch) {
+void shared_backward(const Backward<T>& p, const Prepared<T>& flow, const Partial<T>& sums, int64_t tile, T* scratch) {
   const F f = F::of(p.spec);
   const int64_t row = tile * kTile, n = p.rows - row < kTile ? p.rows - row : kTile;
   const int64_t padded_dim = round_up(p.dim, 4), padded_steps = round_up(p.steps, kChunk);
   const bool params = p.wants_params();
-  const int64_t spans = params ? ceil_div(p.steps, q.span) : 0;  // dz alone needs no z
+  const int64_t spans = params ? ceil_div(p.steps, flow.span) : 0;  // dz alone needs no z
   T* z = scratch;                             // [spans][padded dim][kTile]: z where each span starts
   T* g = z + spans * padded_dim * kTile;      // [padded dim][kTile]
   T* h = g + padded_dim * kTile;              // [padded steps][kTile]
@@ -225,26 +225,26 @@ void shared_backward(const Backward<T>& p, const Prepared<T>& q, const Partial<T
   }
   for (int64_t span = 1; span < spans; ++span) {  // (10), once more
     T* next = z + span * padded_dim * kTile;
-    const int64_t start = (span - 1) * q.span;
+    const int64_t start = (span - 1) * flow.span;
     copy(next, next - padded_dim * kTile, padded_dim * kTile);
-    product(next, q.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, q.span);
+    product(next, flow.u_hat + start * p.dim, 1, p.dim, h + start * kTile, p.dim, flow.span);
   }
-  for (int64_t start = (p.steps - 1) / q.chunk * q.chunk; start >= 0 && p.steps; start -= q.chunk) {
-    const int64_t steps = p.steps - start < q.chunk ? p.steps - start : q.chunk;
+  for (int64_t start = (p.steps - 1) / flow.chunk * flow.chunk; start >= 0 && p.steps; start -= flow.chunk) {
+    const int64_t steps = p.steps - start < flow.chunk ? p.steps - start : flow.chunk;
     const T* h_chunk = h + start * kTile;
     fill(delta, T(0), kChunk * kTile);
-    product(delta, q.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
+    product(delta, flow.u_hat + start * p.dim, p.dim, 1, g, steps, p.dim);  // Q = g U^T
     if (params) {
-      const int64_t span = start / q.span, before = start - span * q.span;  // the span's steps before the chunk
-      scan_back<T, inverse, true>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
+      const int64_t span = start / flow.span, before = start - span * flow.span;  // the span's steps before the chunk
+      scan_back<T, inverse, true>(delta, h_chunk, h_prime + start * kTile, lambda, flow, sums, start, steps, f);
       const int64_t rows = round_up(steps, 4);
       outer(sums.du_hat + start * padded_dim, h_chunk, g, rows, padded_dim);                           // (14)
       outer(sums.dw + start * padded_dim, delta, z + span * padded_dim * kTile, rows, padded_dim);     // (14)
-      outer(sums.triangle + start * q.span, h_chunk - before * kTile, delta, before + rows, q.chunk);  // (14)
+      outer(sums.triangle + start * flow.span, h_chunk - before * kTile, delta, before + rows, flow.chunk);  // (14)
     } else {
-      scan_back<T, inverse, false>(delta, h_chunk, h_prime + start * kTile, lambda, q, sums, start, steps, f);
+      scan_back<T, inverse, false>(delta, h_chunk, h_prime + start * kTile, lambda, flow, sums, start, steps, f);
     }
-    product(g, q.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                                  // (13)
+    product(g, flow.w + start * p.dim, 1, p.dim, delta, p.dim, steps);                                  // (13)
   }
   store_tile(g, p.dz.from(row), n, p.dim, p.stream);
   if (p.stream) Simd<T>::fence();
@@ -261,24 +261,24 @@ PLANAR_FN void unblock_row(T* row, const T* sums, int64_t m, int64_t dim) {
 
 // The sums over samples of step k: v = dL/du_hat and dL/dw without the constraint's part, with the triangle of (14).
 template <class T>
-PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& q, const Partial<T>& sums, int64_t k, int64_t steps,
+PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& flow, const Partial<T>& sums, int64_t k, int64_t steps,
                              int64_t dim, bool inverse) {
   using S = Simd<T>;
-  const int64_t start = k / q.chunk * q.chunk, end = start + q.chunk < steps ? start + q.chunk : steps;
-  const int64_t span = k / q.span * q.span, matrix = start * round_up(dim, 4);
-  const T* triangle = sums.triangle + start * q.span;  // [steps of the span][steps of the chunk]
+  const int64_t start = k / flow.chunk * flow.chunk, end = start + flow.chunk < steps ? start + flow.chunk : steps;
+  const int64_t span = k / flow.span * flow.span, matrix = start * round_up(dim, 4);
+  const T* triangle = sums.triangle + start * flow.span;  // [steps of the span][steps of the chunk]
   unblock_row(v, sums.du_hat + matrix, k - start, dim);
   unblock_row(dw, sums.dw + matrix, k - start, dim);
-  const int64_t before = inverse && q.inv_n[k] == 0 ? k + 1 : k;  // w = 0: z_{k-1} in place of z_k, (40)
+  const int64_t before = inverse && flow.inv_n[k] == 0 ? k + 1 : k;  // w = 0: z_{k-1} in place of z_k, (40)
   T of_w[kChunk], of_u[kMaxSpan];
-  for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - span, j - start, q.chunk)];
-  for (int64_t j = span; j < before; ++j) of_u[j - span] = triangle[block_index(j - span, k - start, q.chunk)];
+  for (int64_t j = k + 1; j < end; ++j) of_w[j - start] = triangle[block_index(k - span, j - start, flow.chunk)];
+  for (int64_t j = span; j < before; ++j) of_u[j - span] = triangle[block_index(j - span, k - start, flow.chunk)];
   for (int64_t d = 0; d < dim; d += S::width) {
     const auto mask = S::first(dim - d);
     const auto zero = S::splat(0);
     auto v_d = S::load(v + d, mask, zero), dw_d = S::load(dw + d, mask, zero);
-    for (int64_t j = k + 1; j < end; ++j) v_d += of_w[j - start] * S::load(q.w + j * dim + d, mask, zero);
-    for (int64_t j = span; j < before; ++j) dw_d += of_u[j - span] * S::load(q.u_hat + j * dim + d, mask, zero);
+    for (int64_t j = k + 1; j < end; ++j) v_d += of_w[j - start] * S::load(flow.w + j * dim + d, mask, zero);
+    for (int64_t j = span; j < before; ++j) dw_d += of_u[j - span] * S::load(flow.u_hat + j * dim + d, mask, zero);
     S::store(v + d, v_d, mask);
     S::store(dw + d, dw_d, mask);
   }
@@ -286,7 +286,7 @@ PLANAR_FN void triangle_sums(T* v, T* dw, const Prepared<T>& q, const Partial<T>
 
 // Adds the slices in order, then the triangle's part of (14) and the constraint's adjoint (6).
 template <class T>
-void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t slices, T* scratch) {
+void finish(const Backward<T>& p, const Prepared<T>& flow, T* partials, int64_t slices, T* scratch) {
   using S = Simd<T>;
   const int64_t size = Partial<T>::size(p.steps, p.dim), padded = round_up(p.steps, kMaxLanes);
   for (int64_t slice = 1; slice < slices; ++slice)
@@ -294,17 +294,17 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
   const Partial<T> sums(partials, p.steps, p.dim);
   T *dalpha = scratch, *of_v = dalpha + padded, *of_w_n = of_v + padded;
   for (int64_t k = 0; k < p.steps; ++k)
-    triangle_sums(step_of(p.du, 0, k), step_of(p.dw, 0, k), q, sums, k, p.steps, p.dim, p.inverse);
+    triangle_sums(step_of(p.du, 0, k), step_of(p.dw, 0, k), flow, sums, k, p.steps, p.dim, p.inverse);
   for (int64_t k = 0; k < p.steps; k += S::width) {
     typename S::V of_b[S::width], of_c[S::width], of_w[S::width] = {};
     for (int64_t i = 0; i < S::width; ++i) {
       of_b[i] = S::load(sums.db + (k + i) * kMaxLanes);
       of_c[i] = S::load(sums.gamma + (k + i) * kMaxLanes);
-      if (k + i < p.steps) of_w[i] = dot<T>(step_of(p.du, 0, k + i), q.w + (k + i) * p.dim, p.dim);
+      if (k + i < p.steps) of_w[i] = dot<T>(step_of(p.du, 0, k + i), flow.w + (k + i) * p.dim, p.dim);
     }
     const auto db = sum_lanes<T>(of_b), gamma = sum_lanes<T>(of_c), v_dot_w = sum_lanes<T>(of_w);
     for (int64_t i = 0; i < S::width && k + i < p.steps; ++i) *step_of(p.db, 0, k + i) = db[i];
-    const auto at = constrain<S>(S::load(q.alpha + k), S::load(q.n + k), p.spec.constraint);
+    const auto at = constrain<S>(S::load(flow.alpha + k), S::load(flow.n + k), p.spec.constraint);
     const auto x = constrain_backward<S>(at, v_dot_w, gamma);
     S::store(dalpha + k, x.dalpha);
     S::store(of_v + k, x.of_v);
@@ -312,13 +312,13 @@ void finish(const Backward<T>& p, const Prepared<T>& q, T* partials, int64_t sli
   }
   for (int64_t k = 0; k < p.steps; ++k) {
     T *du = step_of(p.du, 0, k), *dw = step_of(p.dw, 0, k);
-    const T *w_row = q.w + k * p.dim, *u_row = step_of(p.u, 0, k);
+    const T *w_row = flow.w + k * p.dim, *u_row = step_of(p.u, 0, k);
     for (int64_t d = 0; d < p.dim; d += S::width) {
       const int64_t left = p.dim - d;
       const auto v = S::load_first(du + d, left), w = S::load_first(w_row + d, left);
       const auto u = load_strided(u_row + d * p.u.col, p.u.col, left);
       S::store_first(du + d, v + dalpha[k] * w, left);
-      S::store_first(dw + d, S::load_first(dw + d, left) + (of_v[k] * v + dalpha[k] * u + of_w_n[k] * (q.inv_n[k] * w)),
+      S::store_first(dw + d, S::load_first(dw + d, left) + (of_v[k] * v + dalpha[k] * u + of_w_n[k] * (flow.inv_n[k] * w)),
                      left);
     }
   }

@@ -67,14 +67,14 @@ __device__ __forceinline__ void stage_steps(const ParamsView<S, F>& p, int64_t s
   auto next = read(0);
   for (int start = 0; start < count; start += groups) {
     const int i = start + group;
-    const auto step = next;
+    const auto raw = next;
     if (kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
-    const auto u = widen(step.u), w = widen(step.w);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constraint());
+    const auto u = widen(raw.u), w = widen(raw.w);
+    const auto step = constrain<Lane<T>>(dot(w, u), dot(w, w), p.constraint());
     if (i < count) {
       write_row(to.w + i * columns, w);
-      write_row(to.u_hat + i * columns, add(u, rho_over_n(q), w));
-      if (writes) to.numbers[i] = {widen(step.b), q.c, q.s, T(0), q.sunk};
+      write_row(to.u_hat + i * columns, add(u, rho_over_n(step), w));
+      if (writes) to.numbers[i] = {widen(raw.b), step.c, step.s, T(0), step.sunk};
     }
     if (!kReadsAhead<T, Layout> && start + groups < count) next = read(start + groups);
   }

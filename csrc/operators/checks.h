@@ -84,7 +84,7 @@ void check_saved(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor&
   check_kind(a, "a", computed);
 }
 
-// z [R, D], a [K, R] and packed [P, K (2 D + 1)], which holds u, w and b behind one another.
+// z [R, D], a [K, R] and packed [P, K (2 D + 1)], in whose rows u, w and b are concatenated.
 inline void check_packed(const Tensor& z, const Tensor& packed, const Tensor& a) {
   check_rank(z, "z", 2);
   check_rank(packed, "packed", 2);

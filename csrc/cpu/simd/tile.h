@@ -37,7 +37,7 @@ PLANAR_FN void product(T* out, const T* A, int64_t a_m, int64_t a_i, const T* X,
   for (; m < rows; ++m) product_block<T, 1>(out + m * kTile, A + m * a_m, a_m, a_i, X, inner);
 }
 
-// A matrix of sums over samples, in blocks of kBlockM x kBlockN whose elements stand behind one another: a block is
+// A matrix of sums over samples, in blocks of kBlockM x kBlockN each of which is contiguous: a block is
 // what one pass of `outer` holds in registers.
 constexpr int kBlockM = 4, kBlockN = PLANAR_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kBlock = kBlockM * kBlockN;

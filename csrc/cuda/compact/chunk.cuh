@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_columns(S* to, const Columns<W>& z, const 
   });
 }
 
-// A chunk's parameters in shared memory; steps that there are not have w = u_hat = 0 and change nothing.
+// A chunk's parameters in shared memory; missing steps have w = u_hat = 0 and change nothing.
 struct Chunk {
   float *w, *u_hat;         // [kChunk][stride]
   float* gram;              // [kChunk][kChunk]: G of (9), u_hat_j . w_k at [j][k] and at [k][j] for j < k
@@ -179,10 +179,10 @@ __device__ __forceinline__ void stage_chunk(const ParamsView<S, F>& p, int64_t s
     }
     sum_lanes(alpha, n, lanes);
     if (!writes) continue;
-    const auto q = constrain<Lane<float>>(alpha, n, p.constraint());
-    const float of_w = rho_over_n(q);
+    const auto step = constrain<Lane<float>>(alpha, n, p.constraint());
+    const float of_w = rho_over_n(step);
     for (int d = lane; d < block.columns; d += lanes) u_i[d] += of_w * w_i[d];
-    if (lane == 0) to.numbers[i] = {b, inside ? q.c : 0.f, inside ? q.s : 1.f, 0.f, inside ? q.sunk : 0.f};
+    if (lane == 0) to.numbers[i] = {b, inside ? step.c : 0.f, inside ? step.s : 1.f, 0.f, inside ? step.sunk : 0.f};
   }
   __syncthreads();
   for (int pair = int(threadIdx.x); pair < kChunk * kChunk; pair += int(blockDim.x)) {

@@ -28,9 +28,9 @@ __device__ __forceinline__ LogDet<Lane<float>> add_one_by_one(LogDet<Lane<float>
                                                               const Chunk& chunk, int first, const F& f) {
 #pragma unroll 1
   for (int k = first; k < first + kVoted; ++k) {
-    const auto q = chunk.numbers[k];
+    const auto step = chunk.numbers[k];
     const auto act = activate<Lane<float>>(a[k], f);
-    add_step<Lane<float>, 1>(&log_det, &act, q.c, q.s, q.sunk, f);
+    add_step<Lane<float>, 1>(&log_det, &act, step.c, step.s, step.sunk, f);
   }
   return log_det;
 }
@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(kMostCompactThreads, 1) compact_forward_kernel
         auto outside = L::outside(1);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
-          const auto q = chunk.numbers[k];
-          a_k[k] += q.b;
+          const auto step = chunk.numbers[k];
+          a_k[k] += step.b;
           const auto act = activate<L>(a_k[k], p.params.activation);
-          product = multiplied<L>(product, act, q.c, q.s, p.params.activation);
+          product = multiplied<L>(product, act, step.c, step.s, p.params.activation);
           outside |= L::outside(product.high);  // so is every product with an s that is sunk
           h[at.own * kExchangeStride + k] = act.h;
           a_own[k] = a_k[k];

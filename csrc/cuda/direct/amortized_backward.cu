@@ -76,38 +76,38 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_backward_kernel(const A
     auto next = read(0);
     for (int k = 0; k < steps; ++k) {  // forward once more, (1)
       if (!ahead) next = read(k);
-      const auto [step, a] = next;
+      const auto [raw, a] = next;
       if (ahead) next = read(k + 1 < steps ? k + 1 : k);
       if (inside) store_row<Layout>(kept(k), z, dim, dim % 4 == 0);
-      const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
+      const auto u = widen(raw.u), w = widen(raw.w);
+      const auto step = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
       const T h = activate<Lane<T>>(a, p.params.activation).h;
-      z = add(z, inverse ? -h : h, add(u, rho_over_n(q), w));
+      z = add(z, inverse ? -h : h, add(u, rho_over_n(step), w));
     }
     for (int k = steps - 1; k >= 0; --k) {
       if (!ahead) next = read(k);
-      const auto [step, a] = next;
+      const auto [raw, a] = next;
       if (ahead) next = read(k > 0 ? k - 1 : k);
       if (inside) z = load_row<Layout>(Rows<T>{kept(k), 1, dim % 4 == 0}, dim);
-      const auto u = widen(step.u), w = widen(step.w);
-      const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
-      const T e = dot(g, add(u, rho_over_n(q), w)), g_w = dot(g, w);
+      const auto u = widen(raw.u), w = widen(raw.w);
+      const auto step = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
+      const T e = dot(g, add(u, rho_over_n(step), w)), g_w = dot(g, w);
       const auto act = activate<Lane<T>>(a, p.params.activation);
       const T h = inverse ? -act.h : act.h;
       StepAdjoint<Lane<T>> x;
       if constexpr (inverse)
-        x = inverse_step_adjoint<Lane<T>>(e, lambda, act, q.c, q.s, p.params.activation);
+        x = inverse_step_adjoint<Lane<T>>(e, lambda, act, step.c, step.s, p.params.activation);
       else
-        x = step_adjoint<Lane<T>>(e, lambda, act, q.c, q.s, unit<Lane<T>>(q.s, p.params.constraint()),
+        x = step_adjoint<Lane<T>>(e, lambda, act, step.c, step.s, unit<Lane<T>>(step.s, p.params.constraint()),
                                   p.params.activation);
-      const auto adjoint = constrain_backward<Lane<T>>(q, h * g_w, x.gamma);  // (6)
-      const T of_u = inverse ? inverse_of_u<Lane<T>>(adjoint.dalpha, x.delta, h, q) : adjoint.dalpha;
+      const auto adjoint = constrain_backward<Lane<T>>(step, h * g_w, x.gamma);  // (6)
+      const T of_u = inverse ? inverse_of_u<Lane<T>>(adjoint.dalpha, x.delta, h, step) : adjoint.dalpha;
       Row<T, Layout> du, dw;
 #pragma unroll
       for (int i = 0; i < Layout::numbers; ++i) {
         const T v = h * g.x[i];
         du.x[i] = v + adjoint.dalpha * w.x[i];
-        dw.x[i] = x.delta * z.x[i] + adjoint.of_v * v + of_u * u.x[i] + adjoint.of_w_n * (q.inv_n * w.x[i]);
+        dw.x[i] = x.delta * z.x[i] + adjoint.of_v * v + of_u * u.x[i] + adjoint.of_w_n * (step.inv_n * w.x[i]);
       }
       if (inside) write_gradients<Layout>(p, set, k, row == set, row + p.sets >= p.rows, du, dw, x.delta);
       g = add(g, x.delta, w);

@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
   const bool inside = nth < p.rows;
   const int64_t row = inside ? nth : p.rows - 1, set = row % p.sets;
   auto z = load_row<Layout>(p.z.from(row * p.z_row), dim);  // [columns]
-  auto step = read_step<Layout>(p.params, set, 0);
+  auto raw = read_step<Layout>(p.params, set, 0);
   auto log_det = no_steps<Lane<T>>();
   for (int k = 0; k < steps; ++k) {
-    const auto u = widen(step.u), w = widen(step.w);
-    const T b = widen(step.b);
-    step = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
-    const auto q = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
-    const auto u_hat = add(u, rho_over_n(q), w);
+    const auto u = widen(raw.u), w = widen(raw.w);
+    const T b = widen(raw.b);
+    raw = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
+    const auto step = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
+    const auto u_hat = add(u, rho_over_n(step), w);
     const T a = dot(w, z) + b;
     const auto act = activate<Lane<T>>(a, p.params.activation);
     if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
-    add_step<Lane<T>, 1>(&log_det, &act, q.c, q.s, q.sunk, p.params.activation);
+    add_step<Lane<T>, 1>(&log_det, &act, step.c, step.s, step.sunk, p.params.activation);
     z = add(z, act.h, u_hat);
   }
   if (!inside) return;

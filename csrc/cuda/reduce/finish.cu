@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
   const T* s = slices + 2 * dim;      // [kChunk]
   const bool at_zero = p.inverse && of_steps[own].inv_n == 0;  // w = 0: z_{k-1} in place of z_k, (40)
   const auto w = p.params.w_of(set, step), u = p.params.u_of(set, step);
-  T q = 0, none = 0;
+  T v_dot_w = 0, none = 0;
   for (int d = thread; d < dim; d += kFinishThreads) {
     T v_d = v[d], dw_d = dw[d];
     for (int j = 0; j < count; ++j) {
@@ -78,16 +78,16 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const Finish<
       }
     }
     v[d] = v_d, dw[d] = dw_d;
-    q += v_d * widen(w.data[d * w.col]);
+    v_dot_w += v_d * widen(w.data[d * w.col]);
   }
-  sum_lanes(q, none, int(kWarp));
-  if (lane == 0) of_warps[warp] = q;
+  sum_lanes(v_dot_w, none, int(kWarp));
+  if (lane == 0) of_warps[warp] = v_dot_w;
   __syncthreads();
-  q = 0;
-  for (int i = 0; i < kFinishWarps; ++i) q += of_warps[i];
+  v_dot_w = 0;
+  for (int i = 0; i < kFinishWarps; ++i) v_dot_w += of_warps[i];
   const auto constrained = of_steps[own];
   const T gamma = s[kChunk + 1];
-  const auto adjoint = constrain_backward<Lane<T>>(constrained, q, gamma);  // (6)
+  const auto adjoint = constrain_backward<Lane<T>>(constrained, v_dot_w, gamma);  // (6)
   for (int d = thread; d < dim; d += kFinishThreads) {
     const T u_d = widen(u.data[d * u.col]), w_d = widen(w.data[d * w.col]);
     const T through_u_hat = adjoint.of_v * v[d] + adjoint.dalpha * u_d + adjoint.of_w_n * (constrained.inv_n * w_d);
