@@ -32,6 +32,7 @@ sanitize: .venv/built
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # normflows', pythae's, Pyro's and PyTorch's own tests with this package's classes: PEERS=folders with their checkouts.
 peers-tests: .venv/built

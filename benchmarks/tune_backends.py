@@ -120,10 +120,11 @@ def render(measured_on: str | None, table: dict[tuple, dict[int, str]]) -> str:
     """The text of _measured.py with the table, in order."""
     text = Path(_measured.__file__).read_text()
     literal = "None" if measured_on is None else f'"{measured_on}"'
-    head = re.sub("(?m)^MEASURED_ON = .*$", lambda _: f"MEASURED_ON = {literal}", text[: text.index("\nFASTER = ") + 1])
+    head, name, _ = re.split(r"^(FASTER: .* = )", text, flags=re.MULTILINE)
+    head = re.sub("(?m)^MEASURED_ON = .*$", lambda _: f"MEASURED_ON = {literal}", head)
     keys = sorted(table, key=lambda key: (key[0] != "shared", *key))
     lines = [f"    {key}: {dict(sorted(table[key].items()))},\n".replace("'", '"') for key in keys]
-    return f"{head}FASTER = {{\n{''.join(lines)}}}\n" if lines else f"{head}FASTER = {{}}\n"
+    return f"{head}{name}{{\n{''.join(lines)}}}\n" if lines else f"{head}{name}{{}}\n"
 
 
 def tune(chosen: list[Shape], clock: Clock, file: Path, gpu: str, seconds: float, device: str = "cuda") -> None:

@@ -4,4 +4,4 @@
 MEASURED_ON = None
 
 # (parameters, D up to, K up to): the faster by the rows up to which it is that. Only what was measured.
-FASTER = {}
+FASTER: dict[tuple[str, int, int], dict[int, str]] = {}

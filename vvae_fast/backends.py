@@ -5,7 +5,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -145,7 +145,7 @@ def is_cpp(name: str | None) -> bool:
     return name in ("cpp", AUTO) and ops.load_error is None
 
 
-def info() -> dict[str, object]:
+def info() -> dict[str, Any]:
     """Every backend, whether it is available and if not why, the same of the autograd nodes in C++, the build facts of
     the extensions, and the versions."""
     backends = {b.name: {"available": not b.unavailable(), "reasons": b.unavailable()} for b in _BACKENDS.values()}

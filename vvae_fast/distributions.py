@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,22 @@ from vvae_fast.functional import planar_flow, planar_flow_inverse
 
 
 class _Call(NamedTuple):
-    """The log-determinant of one call, and what has to be unchanged for it to hold."""
+    """One call, and what has to be unchanged for it to hold."""
 
+    x: Tensor
+    y: Tensor
     log_det: Tensor  # [*batch]
     tensors: tuple[Tensor, ...]  # x, y and the sources; held, so that another tensor cannot pass for one of them
     versions: tuple[tuple[int, int, bool], ...]
     values: tuple[Tensor, ...]  # of the sources
-    mode: tuple
+    mode: tuple[object, ...]
     with_grad: bool
 
 
 class _Inverse(_InverseTransform):
     """torch's inverse, which its own copies and pickles separate from its transform; these are the inverse of one."""
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.inv, "inv")
 
     def __copy__(self) -> Transform:
@@ -45,10 +47,9 @@ class CachedPlanar(Transform):
     domain = constraints.real_vector
     codomain = constraints.real_vector
 
-    def __init__(self, options: dict[str, object], cache_size: int = 0) -> None:
+    def __init__(self, options: dict[str, Any], cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.options = options
-        self._cached_x_y = None, None
         self._cached_call: _Call | None = None
 
     def _params(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +60,7 @@ class CachedPlanar(Transform):
         """The tensors that the parameters come from; None where they are not known, and nothing is cached."""
         raise NotImplementedError
 
-    def _mode(self) -> tuple:
+    def _mode(self) -> tuple[object, ...]:
         """What else the result depends on."""
         return tuple(self.options.values())
 
@@ -81,7 +82,7 @@ class CachedPlanar(Transform):
         return other
 
     @property
-    def bijective(self) -> bool:
+    def bijective(self) -> bool:  # type: ignore[override]  # torch's is an attribute
         """Whether an inverse is guaranteed: not by the constraint "none", nor by leaky_relu with a slope above 1."""
         return self._why_not_bijective() is None
 
@@ -94,8 +95,9 @@ class CachedPlanar(Transform):
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [*batch, D] for x, whose batch dimensions are broadcast with those of the parameters."""
-        if self._cached(x=x) is not None:
-            return self._cached_x_y[1]
+        call = self._cached(x=x)
+        if call is not None:
+            return call.y
         y, log_det = self._flow(x)
         self._remember(x, y, log_det)
         return y
@@ -104,8 +106,9 @@ class CachedPlanar(Transform):
         return self._flow(x)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if self._cached(y=y) is not None:
-            return self._cached_x_y[0]
+        call = self._cached(y=y)
+        if call is not None:
+            return call.x
         x, log_det = self._flow_inverse(y)
         self._remember(x, y, -log_det)
         return x
@@ -144,13 +147,13 @@ class CachedPlanar(Transform):
 
     def _cached(self, **given: Tensor) -> _Call | None:
         """The last call, where x, y or both are its own tensors and nothing has changed since."""
-        x, y = self._cached_x_y
         call = self._cached_call
-        if call is None or given.get("x", x) is not x or given.get("y", y) is not y:
+        if call is None or any(tensor is not getattr(call, name) for name, tensor in given.items()):
             return None
-        tensors = self._watched(x, y)
-        same = tensors is not None and len(tensors) == len(call.tensors)
-        same = same and all(a is b for a, b in zip(tensors, call.tensors, strict=True))
+        tensors = self._watched(call.x, call.y)
+        if tensors is None or len(tensors) != len(call.tensors):
+            return None
+        same = all(a is b for a, b in zip(tensors, call.tensors, strict=True))
         if not same or _versions(tensors) != call.versions or self._mode() != call.mode:
             return None
         if not _still(tensors[2:], call.values):
@@ -166,17 +169,18 @@ class CachedPlanar(Transform):
         if tensors is None:
             self.clear_cache()
             return
-        self._cached_x_y = x, y
         values = tuple(t.detach().clone() for t in tensors[2:])
-        self._cached_call = _Call(log_det, tensors, _versions(tensors), values, self._mode(), torch.is_grad_enabled())
+        self._cached_call = _Call(
+            x, y, log_det, tensors, _versions(tensors), values, self._mode(), torch.is_grad_enabled()
+        )
 
     def clear_cache(self) -> None:
         """Forgets the last call, and what its graph holds; Pyro's distributions call it."""
-        self._cached_x_y, self._cached_call = (None, None), None
+        self._cached_call = None
 
-    def _watched(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, ...] | None:
+    def _watched(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...] | None:
         """What must not change; None where a change would leave no trace."""
-        if x is None or y is None or torch.compiler.is_compiling() or needs_plain_torch():
+        if torch.compiler.is_compiling() or needs_plain_torch():
             return None
         sources = self._sources()
         if sources is None or any(t.is_inference() for t in (x, y, *sources)):
@@ -186,7 +190,7 @@ class CachedPlanar(Transform):
     def __getstate__(self) -> dict[str, object]:
         # The inverse is that of this transform and not of its copy, and graphs can be neither copied nor pickled. Not
         # left to the base class: Pyro replaces its __getstate__.
-        return {**self.__dict__, "_inv": None, "_cached_x_y": (None, None), "_cached_call": None}
+        return {**self.__dict__, "_inv": None, "_cached_call": None}
 
 
 class PlanarTransform(CachedPlanar):
@@ -226,26 +230,24 @@ class PlanarTransform(CachedPlanar):
     def _sources(self) -> tuple[Tensor, ...]:
         return self.u, self.w, self.b
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: object) -> bool:  # and so no hash: the values may change
         return (
             isinstance(other, PlanarTransform)
             and self.options == other.options
             and all(_equal(a, b) for a, b in zip(self._params(), other._params(), strict=True))
         )
 
-    __hash__ = None  # as torch's transforms: equal by value, and the values may change
-
     def __repr__(self) -> str:
         named = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"PlanarTransform(u={tuple(self.u.shape)}, {named})"
 
 
-def flow_options(activation: str, slope: float = 0.2, constraint: str = "softplus") -> dict[str, object]:
+def flow_options(activation: str, slope: float = 0.2, constraint: str = "softplus") -> dict[str, Any]:
     """`planar_flow`'s arguments by name."""
     return {"activation": activation, "slope": slope, "constraint": constraint}
 
 
-def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, object]) -> None:
+def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, Any]) -> None:
     """Raises `planar_flow`'s errors where parameters or names do not fit one another, before there is a sample."""
     if not isinstance(u, Tensor):
         raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
@@ -283,8 +285,8 @@ def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
         return x, u, w, b
     batch = _broadcast_batch(name, x.shape, u)
     trailing = batch[len(batch) - len(params) :]
-    expanded = (t.expand(*trailing, *t.shape[len(params) :]) for t in (u, w, b))
-    return x.expand(*batch, x.shape[-1]), *expanded
+    u, w, b = (t.expand(*trailing, *t.shape[len(params) :]) for t in (u, w, b))
+    return x.expand(*batch, x.shape[-1]), u, w, b
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, th
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
 Numbers = tuple[int, int, float, float]  # Formulas as operators take them
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_set_tracing_state = torch._C._set_tracing_state  # type: ignore[attr-defined]  # not in PyTorch's stubs
 
 
 class Formulas(NamedTuple):
@@ -58,19 +61,19 @@ class Problem(NamedTuple):
     formulas: Formulas = Formulas()
 
 
-def untraced(check: Callable) -> Callable:
+def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A check that leaves no trace: while torch.jit.trace records, sizes are tensors, and whoever asks is warned."""
 
     @functools.wraps(check)
-    def wrapped(*args):
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         state = torch._C._get_tracing_state()
         if state is None:
-            return check(*args)
-        torch._C._set_tracing_state(None)
+            return check(*args, **kwargs)
+        _set_tracing_state(None)
         try:
-            return check(*args)
+            return check(*args, **kwargs)
         finally:
-            torch._C._set_tracing_state(state)
+            _set_tracing_state(state)
 
     return wrapped
 
@@ -246,7 +249,7 @@ def check_size(name: str, value: object, least: int) -> int:
     return value
 
 
-def as_index(name: str, value: object) -> int:
+def as_index(name: str, value: Any) -> int:
     """What can index a list as an int. Raises TypeError for anything else, a bool included."""
     try:
         number = operator.index(value)
@@ -265,7 +268,7 @@ def as_float(name: str, value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def _is_bool(value: object) -> bool:

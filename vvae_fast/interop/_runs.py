@@ -4,10 +4,16 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+NAMES = ("u", "w", "b")  # of a planar layer's parameters
+Layer = Any  # another package's, which need not be installed, or ours
+Facts = tuple[Hashable, ...]  # of a layer, that its neighbours must share
+Made = TypeVar("Made")
 
 
 class Stack(nn.Module):
@@ -23,87 +29,96 @@ class Stack(nn.Module):
         return len(self.b)
 
 
-def is_class(layer: nn.Module, module: str, name: str) -> bool:
+def is_class(layer: object, module: str, name: str) -> bool:
     """Whether the layer is of another package's class itself, which need not be installed, and not of a subclass."""
     return (type(layer).__module__, type(layer).__name__) == (module, name)
 
 
-def uses(model: nn.Module) -> Counter[int]:
-    """How often each parameter occurs in a model: one that occurs twice is tied, and a stack would untie it."""
-    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+class LayerList(NamedTuple):
+    """The attribute of another package's models that holds their layers, and for messages a class that has it."""
+
+    attribute: str
+    example: str
+
+    def of(self, model: nn.Module) -> nn.ModuleList:
+        """The model's list. Raises TypeError where it has none."""
+        layers = getattr(model, self.attribute, None)
+        if not isinstance(layers, nn.ModuleList):
+            raise TypeError(
+                f"model must have a ModuleList `{self.attribute}`, as {self.example} has, got {type(model).__name__}"
+            )
+        return layers
+
+    def fuse(self, model: nn.Module, facts_of: Callable[[Layer], Facts | None], build: Callable[..., Stack]) -> None:
+        """Replaces, in the list itself, each run of layers with the same facts by a stack. A layer without facts stays.
+
+        `build(layer, *facts)` makes a stack of one step. The list's state_dict stays the other package's.
+        """
+        layers = self.of(model)
+        # A parameter that occurs twice is tied, and a stack would untie it.
+        counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        fused: list[nn.Module] = []
+        for key, group in itertools.groupby(layers, key=lambda layer: _key(layer, counts, facts_of(layer))):
+            run = list(group)
+            if key is None or (len(run) == 1 and isinstance(run[0], Stack)):
+                fused += run
+            else:
+                fused.append(_joined(run, without_drawing(build, run[0], *key[0])))
+        del layers[:]
+        layers.extend(fused)
+        if any(isinstance(layer, Stack) for layer in fused):
+            _keep_their_names(layers)
+
+    def unfused_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state_dict as it would be with one layer for each step; copies."""
+        with _their_names(self.of(model)):
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+    def load_unfused_state_dict(self, model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+        """Loads what `unfused_state_dict` gives. Raises TypeError for what is no state_dict, ValueError for a step that
+        is missing or has another shape, and load_state_dict's errors."""
+        layers = self.of(model)
+        check_state_dict(state_dict)
+        stacked = list(_stacked(layers, f"{self.attribute}."))
+        missing = [name for name in self.unfused_state_dict(model) if name not in state_dict]
+        if missing:
+            own = {row: name for name, rows, _ in stacked for row in rows}
+            of = dict.fromkeys(own.get(name, name) for name in missing)
+            raise ValueError(
+                f"state_dict must have {', '.join(missing)} for the model's {', '.join(of)}, got none: load a "
+                "state_dict of the model as it was before its layers were fused"
+            )
+        for _, rows, value in stacked:
+            check_rows({row: state_dict[row] for row in rows}, (1, *value.shape[1:]))
+        with _their_names(layers):
+            model.load_state_dict(state_dict)  # what is left over is its error
 
 
-def key(layer: nn.Module, counts: Counter[int], *facts: Hashable) -> Hashable | None:
+def _key(layer: Layer, counts: Counter[int], facts: Facts | None) -> tuple[Facts, Hashable] | None:
     """What neighbours must share to be one stack; None for a layer that a stack cannot replace."""
-    params = (layer.u, layer.w, layer.b)
+    if facts is None:
+        return None
+    params = [getattr(layer, name) for name in NAMES]
     plain = layer.u.shape == layer.w.shape and layer.b.dim() == 1 and len(layer.u) == len(layer.b)
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     if not plain or any(hooks) or any(counts[id(p)] > 1 for p in params):
         return None
     kinds = tuple((p.dtype, p.device, p.requires_grad) for p in params)
-    return (*facts, layer.u.shape[1:], kinds, layer.training)
-
-
-def fuse(
-    layers: nn.ModuleList,
-    key_of: Callable[[nn.Module], Hashable | None],
-    build: Callable[[nn.Module], Stack],
-) -> None:
-    """Replaces, in the list itself, each run of layers of one key by a stack; `build` makes one like a layer.
-
-    The list's state_dict stays the other package's.
-    """
-    fused = []
-    for run_key, run in itertools.groupby(layers, key=key_of):
-        run = list(run)
-        if run_key is None or (len(run) == 1 and isinstance(run[0], Stack)):
-            fused += run
-        else:
-            fused.append(_joined(run, without_drawing(build, run[0])))
-    del layers[:]
-    layers.extend(fused)
-    if any(isinstance(layer, Stack) for layer in fused):
-        _keep_their_names(layers)
+    return facts, (layer.u.shape[1:], kinds, layer.training)
 
 
 def _joined(run: list[nn.Module], stack: Stack) -> Stack:
-    for name in ("u", "w", "b"):
+    for name in NAMES:
         rows = [getattr(layer, name) for layer in run]
         joined = torch.cat([row.detach() for row in rows])
         setattr(stack, name, nn.Parameter(joined, requires_grad=rows[0].requires_grad))
     return stack.train(run[0].training)
 
 
-def without_drawing(make: Callable[..., nn.Module], *args: object) -> nn.Module:
-    """A module whose parameters are placeholders, to be replaced by copies: the global generator stays where it was."""
+def without_drawing(make: Callable[..., Made], *args: object) -> Made:
+    """Calls `make` such that parameters are placeholders, to be replaced by copies, and no random number is drawn."""
     with torch.device("meta"):
         return make(*args)
-
-
-def unfused_state_dict(model: nn.Module, attribute: str) -> dict[str, Tensor]:
-    """The model's state_dict as it would be with one layer for each step in the list `attribute`; copies."""
-    with _their_names(getattr(model, attribute)):
-        return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def load_unfused_state_dict(model: nn.Module, attribute: str, state_dict: dict[str, Tensor]) -> None:
-    """Loads what `unfused_state_dict` gives. Raises TypeError for what is no state_dict, ValueError for a step that is
-    missing or has another shape, and load_state_dict's errors."""
-    check_state_dict(state_dict)
-    layers, prefix = getattr(model, attribute), f"{attribute}."
-    stacked = list(_stacked(layers, prefix))
-    missing = [name for name in unfused_state_dict(model, attribute) if name not in state_dict]
-    if missing:
-        own = {row: name for name, rows, _ in stacked for row in rows}
-        of = dict.fromkeys(own.get(name, name) for name in missing)
-        raise ValueError(
-            f"state_dict must have {', '.join(missing)} for the model's {', '.join(of)}, got none: load a state_dict "
-            "of the model as it was before its layers were fused"
-        )
-    for _, rows, value in stacked:
-        check_rows({row: state_dict[row] for row in rows}, (1, *value.shape[1:]))
-    with _their_names(layers):
-        model.load_state_dict(state_dict)  # what is left over is its error
 
 
 @contextlib.contextmanager
@@ -185,7 +200,7 @@ def _stacked(layers: nn.ModuleList, prefix: str) -> Iterator[tuple[str, list[str
     """Of each parameter of each stack its name, the names of its rows in the unfused list, and its value."""
     for position, (first, steps) in enumerate(_spans(layers)):
         for name, value in layers[position].named_parameters() if steps else ():
-            yield f"{prefix}{position}.{name}", [f"{prefix}{first + k}.{name}" for k in range(steps)], value
+            yield f"{prefix}{position}.{name}", [f"{prefix}{first + k}.{name}" for k in range(len(value))], value
 
 
 def check_state_dict(state_dict: object) -> None:

@@ -1,7 +1,7 @@
 """normflows' planar flow, and one fused layer for a run of them. normflows itself is not imported."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from vvae_fast.functional import planar_flow, planar_flow_inverse
 from vvae_fast.interop import _runs
 
 _SLOPE = 0.2  # normflows' own, for leaky_relu
+_LAYERS = _runs.LayerList("flows", "nf.NormalizingFlow")
 
 
 class PlanarStack(_runs.Stack):
@@ -63,7 +64,7 @@ class PlanarStack(_runs.Stack):
         """(z_0 [*batch, *shape], log_det [*batch] of the inverse map in nats) for z [*batch, *shape]."""
         return self._run(planar_flow_inverse, z)
 
-    def _run(self, flow, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, flow: Callable[..., tuple[Tensor, Tensor]], z: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(z, Tensor):
             raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
         batch = z.shape[: max(z.dim() - len(self.shape), 0)]
@@ -124,23 +125,13 @@ def from_normflows(model: nn.Module) -> nn.Module:
 
     Raises TypeError where model has no ModuleList `flows`, such as nf.NormalizingFlow has.
     """
-    _flows(model)
-    counts = _runs.uses(model)
-
-    def key(layer: nn.Module):
-        ours = type(layer) in (Planar, PlanarStack)
-        if not ours and not _runs.is_class(layer, "normflows.flows.planar", "Planar"):
-            return None
-        return _runs.key(layer, counts, layer.act) if ours or _normflows_slope(layer) else None
-
-    _runs.fuse(model.flows, key, lambda layer: PlanarStack(layer.u.shape[1:], 1, layer.act))
+    _LAYERS.fuse(model, _facts, lambda layer, act: PlanarStack(layer.u.shape[1:], 1, act))
     return model
 
 
 def to_normflows_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model that `from_normflows` fused, as before: `flows.{k}.u`, `.w` and `.b`; copies."""
-    _flows(model)
-    return _runs.unfused_state_dict(model, "flows")
+    return _LAYERS.unfused_state_dict(model)
 
 
 def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
@@ -148,15 +139,12 @@ def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -
 
     Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
     """
-    _flows(model)
-    _runs.load_unfused_state_dict(model, "flows", state_dict)
+    _LAYERS.load_unfused_state_dict(model, state_dict)
 
 
-def _flows(model: nn.Module) -> None:
-    if not isinstance(getattr(model, "flows", None), nn.ModuleList):
-        raise TypeError(f"model must have a ModuleList `flows`, as nf.NormalizingFlow has, got {type(model).__name__}")
-
-
-def _normflows_slope(layer: nn.Module) -> bool:
-    """Whether a layer of normflows' own has the slope that they all have, unless someone changed it."""
-    return layer.act != "leaky_relu" or layer.h.negative_slope == _SLOPE
+def _facts(layer: _runs.Layer) -> tuple[str] | None:
+    """The activation of a planar layer; None of any other, and of one of normflows' own whose slope was changed."""
+    if type(layer) in (Planar, PlanarStack):
+        return (layer.act,)
+    theirs = _runs.is_class(layer, "normflows.flows.planar", "Planar")
+    return (layer.act,) if theirs and (layer.act != "leaky_relu" or layer.h.negative_slope == _SLOPE) else None

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from vvae_fast import reference, shapes
 from vvae_fast.distributions import CachedPlanar, flow_options
-from vvae_fast.interop._runs import check_rows, check_state_dict, is_class, without_drawing
+from vvae_fast.interop._runs import Layer, check_rows, check_state_dict, is_class, without_drawing
 
 try:  # Pyro's conditional distributions take nothing but its own class, and its users ask for these
     from pyro.distributions import TransformModule as _ModuleBase
     from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
 except ImportError:
-    _ModuleBase = _ConditionalBase = nn.Module
+    _ModuleBase = _ConditionalBase = nn.Module  # type: ignore[misc, assignment]
 
 
 class _PyroPlanar(CachedPlanar):
@@ -30,6 +30,11 @@ class _PyroPlanar(CachedPlanar):
 
 class _PlanarModule(_PyroPlanar, _ModuleBase):
     """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
+
+    input_dim: int
+    bias: nn.Parameter
+    u: nn.Parameter
+    w: nn.Parameter
 
     __hash__ = nn.Module.__hash__
 
@@ -159,8 +164,8 @@ class ConditionedPlanar(_PyroPlanar):
             return None
         return self.context, *self.nn.parameters(), *self.nn.buffers()
 
-    def _mode(self) -> tuple:
-        return tuple(module.training for module in self.nn.modules())
+    def _mode(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.nn.modules()) if isinstance(self.nn, torch.nn.Module) else ()
 
     def _shape(self, name: str, shape: torch.Size) -> torch.Size:
         return shape  # as Pyro's, which asks nn for nothing and samples as many as there are contexts
@@ -196,7 +201,7 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
     """
     if not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list of planar transforms, got {type(transforms).__name__}")
-    layers = list(transforms)
+    layers: list[Layer] = list(transforms)
     if not layers:
         raise ValueError("transforms must hold at least one planar transform, got none")
     for layer in layers:

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,20 @@ from vvae_fast.interop import _runs
 
 _LOG_DET_EPS = 1e-4  # pythae's log(|det| + 1e-4)
 _ACTIVATIONS = ("linear", "tanh", "elu")  # pythae's
+_LAYERS = _runs.LayerList("net", "VAE_LinNF")
 
 
-class _StandIn(OrderedDict):
+class _StandIn(OrderedDict[str, Any]):
     """pythae's ModelOutput where pythae is not installed: the same access by name, by attribute and by position."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __setitem__(self, key, value) -> None:
+    def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         super().__setattr__(key, value)
 
-    def to_tuple(self) -> tuple:
+    def to_tuple(self) -> tuple[Any, ...]:
         """The values in their order."""
         return tuple(self.values())
 
@@ -85,7 +87,7 @@ class PlanarStack(_runs.Stack):
         for parameter in (self.w, self.u, self.b):
             nn.init.normal_(parameter)
 
-    def forward(self, x: Tensor, **kwargs: object):
+    def forward(self, x: Tensor, **kwargs: object) -> Any:
         """An output with out [B, D] and log_abs_det_jac [B] for x [B, *input_dim]; errors as `planar_flow`'s."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -102,7 +104,7 @@ class PlanarStack(_runs.Stack):
         )
         return _Output(out=out, log_abs_det_jac=log_det)
 
-    def inverse(self, y: Tensor, **kwargs: object):
+    def inverse(self, y: Tensor, **kwargs: object) -> Any:
         """Raises NotImplementedError, as pythae's."""
         raise NotImplementedError("pythae's planar steps have no constraint on u, so that no inverse is guaranteed")
 
@@ -126,7 +128,7 @@ class PlanarFlow(PlanarStack, _Base):
     PlanarStack; ImportError where it is to be saved or loaded without pythae.
     """
 
-    def __init__(self, model_config) -> None:
+    def __init__(self, model_config: Any) -> None:
         size = model_config.input_dim
         if size is None:
             raise _NoInputDim("model_config.input_dim must be the shape of a data point, got None: set it")
@@ -164,27 +166,15 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     Raises TypeError where model has no ModuleList `net`, TypeError or ValueError where log_det_eps is no number of at
     least 0.
     """
-    _net(model)
+    _LAYERS.of(model)
     shapes.check_formulas(shapes.Formulas("none", log_det_eps=log_det_eps))
-    counts = _runs.uses(model)
-
-    def key(layer: nn.Module):
-        activation = _activation(layer)
-        if activation is None:
-            return None
-        # stacks made with another epsilon stay as they are
-        return _runs.key(layer, counts, activation, getattr(layer, "log_det_eps", _LOG_DET_EPS))
-
-    _runs.fuse(
-        model.net, key, lambda layer: PlanarStack(layer.u.shape[1], 1, _activation(layer), log_det_eps=log_det_eps)
-    )
+    _LAYERS.fuse(model, _facts, lambda layer, act, _: PlanarStack(layer.u.shape[1], 1, act, log_det_eps=log_det_eps))
     return model
 
 
 def to_pythae_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of a model that `from_pythae` fused, as before: `net.{k}.w`, `.u` and `.b`; copies."""
-    _net(model)
-    return _runs.unfused_state_dict(model, "net")
+    return _LAYERS.unfused_state_dict(model)
 
 
 def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
@@ -192,18 +182,13 @@ def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> N
 
     Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
     """
-    _net(model)
-    _runs.load_unfused_state_dict(model, "net", state_dict)
+    _LAYERS.load_unfused_state_dict(model, state_dict)
 
 
-def _net(model: nn.Module) -> None:
-    if not isinstance(getattr(model, "net", None), nn.ModuleList):
-        raise TypeError(f"model must have a ModuleList `net`, as VAE_LinNF has, got {type(model).__name__}")
-
-
-def _activation(layer: nn.Module) -> str | None:
-    """The name of a planar layer's activation; None of any other layer."""
+def _facts(layer: _runs.Layer) -> tuple[str, float] | None:
+    """The activation of a planar layer, and its epsilon: stacks made with another one stay as they are. None of any
+    other layer."""
     if type(layer) in (PlanarFlow, PlanarStack):
-        return layer.activation
+        return layer.activation, layer.log_det_eps
     theirs = _runs.is_class(layer, "pythae.models.normalizing_flows.planar_flow.planar_flow_model", "PlanarFlow")
-    return layer.model_config.activation if theirs else None
+    return (layer.model_config.activation, _LOG_DET_EPS) if theirs else None

@@ -10,6 +10,7 @@ calls for the first batch that it trains on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,7 @@ class Binomial(Likelihood):
     num_params = 1
     takes_logits = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "total_count", check_size("total_count", self.total_count, 1))
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class Gaussian(Likelihood):
     MAX_ABS_LOG_VAR = 80.0  # of a fixed one: beyond, its exponential leaves float32
     name = "gaussian"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.log_var is None:
             return
         object.__setattr__(self, "log_var", as_float("log_var", self.log_var))
@@ -183,29 +184,24 @@ class Gaussian(Likelihood):
             raise ValueError(f"log_var must be within +-{self.MAX_ABS_LOG_VAR:g}, got {self.log_var}")
 
     @property
-    def num_params(self) -> int:
+    def num_params(self) -> int:  # type: ignore[override]  # the others' is an attribute of the class
         return 2 if self.log_var is None else 1
 
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        if self.log_var is None:
-            mean, log_var = self._split(params)
-            precision = (-log_var).exp()
-        else:
-            mean, log_var, precision = params, self.log_var, math.exp(-self.log_var)
-        return -0.5 * ((x - mean).square() * precision + log_var + LOG_TWO_PI).sum(-1)
+        mean, log_var = self._split(params)
+        return -0.5 * ((x - mean).square() * _exp(-log_var) + log_var + LOG_TWO_PI).sum(-1)
 
     def mean(self, params: Tensor) -> Tensor:
-        return params if self.log_var is not None else self._split(params)[0]
+        return self._split(params)[0]
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if self.log_var is None:
-            mean, log_var = self._split(params)
-            std = (0.5 * log_var).exp()
-        else:
-            mean, std = params, math.exp(0.5 * self.log_var)
-        return mean + std * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        mean, log_var = self._split(params)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + _exp(0.5 * log_var) * noise
 
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor | float]:
+        if self.log_var is not None:
+            return params, self.log_var
         mean, log_var = params.chunk(2, -1)
         return mean, log_var.clamp(min=self.MIN_LOG_VAR)
 
@@ -226,6 +222,8 @@ class Standardised(Likelihood, nn.Module):
     """
 
     name = "gaussian"
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shift: Tensor, scale: Tensor, base: Gaussian | None = None):
         super().__init__()
@@ -237,7 +235,7 @@ class Standardised(Likelihood, nn.Module):
         self.register_buffer("shift", shift.clone())
         self.register_buffer("scale", scale.clone())
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardised:
         """Takes devices and wide dtypes from fn, as every module does, but no half precision."""
 
         def kept(t: Tensor) -> Tensor:
@@ -247,7 +245,7 @@ class Standardised(Likelihood, nn.Module):
         return super()._apply(kept, recurse)
 
     @property
-    def num_params(self) -> int:
+    def num_params(self) -> int:  # type: ignore[override]  # as Gaussian's
         return self.base.num_params
 
     def mean(self, params: Tensor) -> Tensor:
@@ -259,6 +257,10 @@ class Standardised(Likelihood, nn.Module):
     def _log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         log_volume = self.scale.log().expand(x.shape[-1:]).sum()
         return self.base.log_prob((x - self.shift) / self.scale, params) - log_volume
+
+
+def _exp(x: Tensor | float) -> Tensor | float:
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)
 
 
 def _squashed_by(params: Tensor) -> str | None:

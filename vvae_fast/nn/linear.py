@@ -3,6 +3,8 @@
 On processors that MKL does not know it runs at half their speed, and the head is most of what an amortized flow costs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,9 @@ from vvae_fast.autograd import needs_plain_torch
 _LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
 
 
-def _find_onednn():
+def _find_onednn() -> Any:
     """PyTorch's own entry to oneDNN, which its compiler uses; private, so asked for by name."""
-    namespace = getattr(torch.ops, "mkldnn", None)
+    namespace: Any = getattr(torch.ops, "mkldnn", None)
     return namespace._linear_pointwise.default if hasattr(namespace, "_linear_pointwise") else None
 
 
@@ -32,12 +34,12 @@ class OneDnnLinear(torch.autograd.Function):
     """x [N, F], weight [M, F], bias [M] -> x weight^T + bias [N, M]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         product = nn.functional.linear if torch.is_grad_enabled() else _product  # differentiable for create_graph=True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -43,8 +44,7 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
 @untraced
 def check_flowed(flowed: object, z: Tensor) -> None:
     """Refuses all but z_K as z [*batch, D] and log_det [*batch], with ValueError or TypeError."""
-    fits = _are_tensors(flowed, (2,)) and flowed[0].shape == z.shape and flowed[1].shape == z.shape[:-1]
-    if not fits:
+    if not _are_tensors(flowed, (2,)) or flowed[0].shape != z.shape or flowed[1].shape != z.shape[:-1]:
         two = " and ".join(describe(t) for t in flowed) if _are_tensors(flowed, (2,)) else describe(flowed)
         raise ValueError(f"flow must give z_K {tuple(z.shape)} and log_det {tuple(z.shape[:-1])}, got {two}")
     for tensor in flowed:
@@ -73,7 +73,7 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def _are_tensors(value: object, numbers: tuple[int, ...]) -> bool:
+def _are_tensors(value: object, numbers: tuple[int, ...]) -> TypeGuard[Sequence[Tensor]]:
     """Whether it is a tuple or list of tensors, of which there are as many as one of the numbers."""
     return isinstance(value, (tuple, list)) and len(value) in numbers and all(isinstance(v, Tensor) for v in value)
 

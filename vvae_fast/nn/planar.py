@@ -1,6 +1,7 @@
 """Planar flows as modules."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class _Planar(nn.Module):
             check_name(backend)
         self.activation, self.constraint, self.backend = activation, constraint, backend
 
-    def _options(self) -> dict[str, str | float | None]:
+    def _options(self) -> dict[str, Any]:
         """The keyword arguments of `planar_flow`."""
         return {
             "activation": self.activation,
@@ -82,7 +83,8 @@ class _Planar(nn.Module):
 
     def _repr(self, **sizes: int) -> str:
         """The sizes, and of the options what differs from the defaults."""
-        changed = {name: x for name, x in self._options().items() if x != planar_flow.__kwdefaults__[name]}
+        defaults = {**Formulas()._asdict(), "backend": None}
+        changed = {name: x for name, x in self._options().items() if x != defaults[name]}
         return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,21 +98,13 @@ class VAE(nn.Module):
         self._flow_takes_features = getattr(flow, "context_dim", None) is not None
 
     def forward(
-        self,
-        x: Tensor,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> ElboTerms:
         """The same as `elbo_terms`."""
         return self.elbo_terms(x, num_samples, generator, noise)
 
     def elbo_terms(
-        self,
-        x: Tensor,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
+        self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> ElboTerms:
         """-ELBO, reconstruction -E_q[log p(x | z)] and KL(q(z | x) || p(z)) of each data point, in nats.
 
@@ -158,7 +150,7 @@ class VAE(nn.Module):
         encoded = self.encoder(self._as_taken_by(self.encoder, x))
         check_encoded(encoded, x, self.latent_dim, self.feature_dim)
         dtype = compute_dtype(self._like.dtype)
-        if isinstance(encoded, Tensor):
+        if isinstance(encoded, Tensor) and self.posterior_head is not None:
             statistics = self.posterior_head(self._as_taken_by(self.posterior_head, encoded)).to(dtype)
             mean, log_var = statistics.chunk(2, -1)  # views [B, D]
             return Posterior(mean, log_var, encoded)
@@ -231,9 +223,8 @@ class VAE(nn.Module):
         _check_channels(params, self.likelihood)
         rows = params.flatten(1)  # [N, num_params * P]
         x = self.likelihood.mean(rows) if mean else self.likelihood.sample(rows, generator)
-        return x.reshape(num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:]).to(
-            self._like.dtype
-        )
+        shape = (num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:])
+        return x.reshape(shape).to(self._like.dtype)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -277,7 +268,9 @@ class VAE(nn.Module):
 
     def _log_weights(self, x: Tensor, posterior: Posterior, noise: Tensor, rows: slice) -> Tensor:
         """log p(x, z_K) - log q_K(z_K | x) of some rows of x, [S, rows], for noise [S, B, D]."""
-        posterior, noise = Posterior(*(t if t is None else t[rows] for t in posterior)), noise[:, rows]
+        mean, log_var, features = posterior
+        posterior = Posterior(mean[rows], log_var[rows], None if features is None else features[rows])
+        noise = noise[:, rows]
         _, z, log_det = self._push(posterior, noise)
         log_ratio = 0.5 * (noise.square() + posterior.log_var - z.square()).sum(-1) + log_det  # log p(z_K) - log q_K
         return self._log_likelihood_of(x[rows], z) + log_ratio
@@ -338,7 +331,8 @@ def _trains_eagerly(x: Tensor) -> bool:
 
 
 def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    options = {} if generator is None else {"generator": generator}  # torch.export knows no sizes beside a generator
+    # torch.export knows no sizes beside a generator
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}
     return torch.randn(shape, **options, dtype=compute_dtype(like.dtype), device=like.device)
 
 

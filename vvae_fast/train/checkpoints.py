@@ -9,6 +9,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR
 from vvae_fast.train.runconfig import are_plans, is_config, is_history
 
 callbacks = require("lightning.pytorch.callbacks")
-io = require("lightning.pytorch.plugins.io")
+io: Any = require("lightning.pytorch.plugins.io")
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 # What torch.load lets through from a file that it cannot read.

@@ -7,10 +7,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import vvae_fast
 from vvae_fast import backends
-from vvae_fast.train.data import LIKELIHOODS, summary
+from vvae_fast.train.data import LIKELIHOODS, Dataset, summary
 from vvae_fast.train.density import FitConfig
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
@@ -19,7 +20,7 @@ from vvae_fast.train.memory import is_out_of_memory, telling_memory
 from vvae_fast.train.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.output import guarded
 from vvae_fast.train.paths import resolve, resolve_data, resolve_out
-from vvae_fast.train.runconfig import CHOICES, GATED_CONV
+from vvae_fast.train.runconfig import CHOICES, GATED_CONV, RunConfig
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
 EXIT_CODES = (
@@ -29,6 +30,7 @@ EXIT_CODES = (
 DESCRIPTION = "Planar flows and variational autoencoders."
 STEPS = [4, 16]  # flow lengths that compare takes where neither options nor a file name any
 HIDDEN = [100]
+Read = TypeVar("Read")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +67,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return INTERRUPTED
 
 
-def _with_study(parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None):
+def _with_study(
+    parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None
+) -> argparse.Namespace:
     """The arguments once more, with what the study's file says in place of the options' defaults."""
     from vvae_fast.train.study import load_study
 
@@ -107,7 +111,7 @@ def _info(arguments: argparse.Namespace) -> None:
     _check_backend()
 
 
-def _available(state: dict[str, object]) -> str:
+def _available(state: dict[str, Any]) -> str:
     return "available" if state["available"] else "; ".join(state["reasons"])
 
 
@@ -165,7 +169,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.checkpoints import load_checkpoint
     from vvae_fast.train.data import LikelihoodError, load_dataset
     from vvae_fast.train.module import CHECKPOINT_KEY
-    from vvae_fast.train.runconfig import RunConfig, data_digest
+    from vvae_fast.train.runconfig import data_digest
     from vvae_fast.train.runs import evaluate, vae_of_checkpoint
 
     _check_backend()
@@ -205,10 +209,10 @@ def _density(arguments: argparse.Namespace) -> int:
     return _diverged(len(diverged), len(configs))
 
 
-def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int):
+def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int) -> tuple[RunConfig, Dataset]:
     """The RunConfig that the arguments ask for, and its data."""
     from vvae_fast.train.data import load_dataset
-    from vvae_fast.train.runconfig import RunConfig, data_digest
+    from vvae_fast.train.runconfig import data_digest
 
     data = resolve_data(arguments.data, arguments.root)
     dataset = load_dataset(data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)
@@ -216,7 +220,7 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
         arguments.study.check_splits(dataset)
     if arguments.network == GATED_CONV and arguments.hidden:
         raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
-    names = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
+    names: tuple[str, ...] = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
     names += ("network", "optimizer", "schedule")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
@@ -297,7 +301,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _command(commands, name: str, handler, summary: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
     parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
     return parser
@@ -351,7 +357,7 @@ def _positive_float(text: str) -> float:
     return _number(as_positive_float, text)
 
 
-def _number(read: Callable, text: str, *bounds: int) -> int | float:
+def _number(read: Callable[..., Read], text: str, *bounds: int) -> Read:
     try:
         return read(text, *bounds)
     except ValueError as error:

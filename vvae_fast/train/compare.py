@@ -173,13 +173,13 @@ def print_table(results: dict[Model, list[dict]]) -> None:
 
 
 def _mean_and_spread(values: list[float | None], digits: int) -> str:
-    values = [value for value in values if value is not None]
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    mean = statistics.mean(values)
+    mean = statistics.mean(known)
     form = f".{digits}f" if abs(mean) < FIXED_BELOW else ".4g"
-    is_measured = len(values) > 1 and digits > 0  # the others are the same for every seed
-    return f"{mean:{form}} ± {statistics.stdev(values):{form}}" if is_measured else f"{mean:{form}}"
+    is_measured = len(known) > 1 and digits > 0  # the others are the same for every seed
+    return f"{mean:{form}} ± {statistics.stdev(known):{form}}" if is_measured else f"{mean:{form}}"
 
 
 def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:

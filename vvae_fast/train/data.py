@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
     return train, EvalLoader(dataset.val, batch_size), EvalLoader(dataset.test, batch_size)
 
 
-def describe(dataset: Dataset) -> dict[str, object]:
+def describe(dataset: Dataset) -> dict[str, Any]:
     """What was understood of a data set, as files record it."""
     splits = {name: getattr(dataset, name) for name in SPLITS}
     low, high = dataset.value_range or _range([x.numpy() for x in splits.values()])
@@ -245,8 +245,9 @@ def _make(
     value_range: tuple[float, float] | None = None,
 ) -> Dataset:
     likelihood, total_count, dynamic, why = model
-    shape = _image_shape(parts[0])
-    return Dataset(name, *parts, likelihood, total_count, shape, dynamic, why, source, arrays, value_range)
+    train, val, test = parts
+    shape = _image_shape(train)
+    return Dataset(name, train, val, test, likelihood, total_count, shape, dynamic, why, source, arrays, value_range)
 
 
 def _as_float32(array: np.ndarray, where: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def plot_fits(fits: Sequence[tuple[FitConfig, PlanarFlow, Divergence]], path: Pa
     save_figure(figure, path)
 
 
-def _draw(axes, density: Tensor, top: float, title: str) -> None:
+def _draw(axes: Any, density: Tensor, top: float, title: str) -> None:
     limits = (-VIEW, VIEW, -VIEW, VIEW)
     axes.imshow(density.T.numpy(), origin="lower", extent=limits, cmap="magma", vmin=0, vmax=top)
     axes.set_title(title, fontsize=7)

@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vvae_fast.train.networks import build_optimizer
 from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
 from vvae_fast.train.runconfig import RunConfig
 
-lightning = require("lightning.pytorch")
+lightning: Any = require("lightning.pytorch")
 
 Report = Callable[[str, list[dict]], None]  # called with the stage and the finished epochs' records
 
@@ -152,7 +152,7 @@ class _RunningMean:
     """Means over data points of [B] tensors, kept on their device: reading a number each step would stall a GPU."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | float = 0.0
+        self.sums = torch.zeros(())
         self.count = 0
 
     def add(self, terms: tuple[Tensor, ...], count: int) -> None:

@@ -107,6 +107,9 @@ class _Rescale(nn.Module):
 class _Standardise(nn.Module):
     """x [B, P] -> (x - shift) / scale; shift and scale, [P] or [], belong to its state_dict."""
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, shift: torch.Tensor, scale: torch.Tensor):
         super().__init__()
         self.register_buffer("shift", shift)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 MOST = 10**7  # bounds that keep a typing error from filling the memory
 MOST_SEED = 2**32 - 1
 MOST_LR = 1e3
@@ -43,7 +45,7 @@ def as_ints(value: object, least: int, most: int = MOST) -> list[int]:
     return [as_int(item, least, most) for item in value]
 
 
-def _number(value: object) -> int | float | None:
+def _number(value: Any) -> int | float | None:
     """None where the value is no number. True and False are none."""
     if type(value) in (int, float):
         return value

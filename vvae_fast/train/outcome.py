@@ -15,11 +15,10 @@ def of_training(history: Sequence[dict], planned: int, stopped: bool) -> dict[st
 
     It diverged where the last validation -ELBO is not finite; only early stopping ends a training before its time else.
     """
-    last = history[-1]["val_neg_elbo"]
-    if not math.isfinite(last):
+    last, best = history[-1]["val_neg_elbo"], best_epoch(history)
+    if best is None or not math.isfinite(last):
         return _outcome(DIVERGED, history, planned, f"the validation -ELBO is {last}")
     if stopped:
-        best = best_epoch(history)
         return _outcome(STOPPED, history, planned, f"no better validation -ELBO since epoch {best + 1}")
     return _outcome(FINISHED, history, planned, None)
 

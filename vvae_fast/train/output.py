@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from vvae_fast.train.extras import require
 
@@ -17,24 +18,25 @@ PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # w
 class Stream:
     """A text stream or None. Its first write that fails is kept as `error`; from then on nothing is written."""
 
-    def __init__(self, stream):
-        self.stream, self.error = stream, None
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._try(lambda: self.stream.flush())
+        self._try(lambda stream: stream.flush())
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def _try(self, act) -> None:
+    def _try(self, act: Callable[[TextIO], object]) -> None:
         if self.error is not None or self.stream is None:
             return
         try:
-            act()
+            act(self.stream)
         except OSError as error:
             self.error = error
             _send_to_nowhere(self.stream)
@@ -60,17 +62,19 @@ def guarded() -> Iterator[Stream]:
             sys.stdout.reconfigure(errors=handler)
 
 
-def make_console(**options):
+def make_console(**options: object) -> Any:
     """A rich console on sys.stdout, which knows that stream's encoding."""
     return require("rich.console").Console(file=sys.stdout, highlight=False, **options)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
     text = error.object[error.start : error.end]
     return "".join(PLAIN_TEXT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
-def _send_to_nowhere(stream) -> None:
+def _send_to_nowhere(stream: TextIO) -> None:
     """What the stream still holds goes to /dev/null: else writing it fails once more when Python ends."""
     with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
         descriptor = stream.fileno()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,12 +115,12 @@ def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> No
     save_figure(figure, path)
 
 
-def make_figure(width: float, height: float):
+def make_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of this size in inches."""
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG in one step; the same figure gives the same bytes."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ PATH_KEYS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of 
 REMARK = "stopping_reason_message"  # of EarlyStopping: None or a text that decides nothing
 
 
-def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunConfig, trainer) -> dict:
+def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunConfig, trainer: Any) -> dict:
     """The checkpoint of `path` as Lightning's trainer can go on from it in the folder where it lies.
 
     Args:
@@ -90,7 +91,7 @@ def _migrated(checkpoint: dict, path: Path) -> dict:
     return migrated
 
 
-def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer) -> str | None:
+def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer: Any) -> str | None:
     """What is wrong with a checkpoint, in words; None where nothing is."""
     history, epoch = checkpoint[CHECKPOINT_KEY]["history"], checkpoint["epoch"]
     if len(history) != epoch + 1 or [record["epoch"] for record in history] != list(range(epoch + 1)):
@@ -112,7 +113,7 @@ def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer) -> 
     return None if done == len(history) else f"its loop has run {done} epochs, and its history has {len(history)}"
 
 
-def _structure(model: nn.Module, config: RunConfig, trainer) -> dict:
+def _structure(model: nn.Module, config: RunConfig, trainer: Any) -> dict:
     """What a checkpoint of this trainer is like, after a step."""
     model = copy.deepcopy(model)
     optimizer = build_optimizer(config, model)
@@ -127,7 +128,7 @@ def _structure(model: nn.Module, config: RunConfig, trainer) -> dict:
     }
 
 
-def _with_known_settings(states: object, wanted: dict) -> object:
+def _with_known_settings(states: Any, wanted: dict) -> object:
     """Optimizers' states in which a parameter group has the settings that this PyTorch knows, all of them: it has
     defaults for those that an older one did not write."""
     known = wanted["optimizer_states"][0]["param_groups"]
@@ -146,7 +147,7 @@ def _without_remark(state: object) -> object:
     return {key: value for key, value in state.items() if key != REMARK} if isinstance(state, dict) else state
 
 
-def _of_this_run(state: dict, callback) -> dict:
+def _of_this_run(state: dict, callback: Any) -> dict:
     """A callback's state with the folder and the patience of now: Lightning would drop the best of a moved folder."""
     if isinstance(callback, callbacks.EarlyStopping):
         return {**state, "patience": callback.patience}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 from vvae_fast.train import outcome
 from vvae_fast.train.data import SPLITS, Dataset
@@ -25,7 +26,7 @@ SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
 RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch", *outcome.OUTCOME)
 RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset", "num_samples", "earlier_plans"}
 # The first results had none of these, which a value stands for; a finished run is evaluated for them.
-ADDED = {
+ADDED: dict[str, Any] = {
     **dict.fromkeys(("gap", "active_units", "num_parameters", "epochs_done", "epochs_planned", "num_samples"), 0),
     **{"dataset": {}, "status": outcome.FINISHED, "reason": None, "earlier_plans": []},
 }
@@ -81,7 +82,7 @@ def with_defaults(content: dict) -> dict:
 
 def is_config(content: object) -> bool:
     """Whether this is what RunConfig.to_json of this version or an older one returns, with values of their types."""
-    kinds = {field.name: field.type for field in fields(RunConfig)}
+    kinds = {field.name: str(field.type) for field in fields(RunConfig)}
     if not isinstance(content, dict) or (content := with_defaults(content)).keys() != kinds.keys():
         return False
     if not all(_has_type(content[name], kind) for name, kind in kinds.items()):

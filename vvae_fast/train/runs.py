@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,7 +48,7 @@ from vvae_fast.train.runconfig import COSINE, SCORES, RunConfig
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
-environments = require("lightning.pytorch.plugins.environments")
+environments: Any = require("lightning.pytorch.plugins.environments")
 
 THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
 
@@ -98,7 +98,8 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
     history = training.history
     ended = outcome.of_training(history, training.planned, training.stopped)
     if outcome.best_epoch(history) is None:
-        vae, best_epoch, scores = build_vae(config, dataset), None, dict.fromkeys(SCORES)
+        vae, best_epoch = build_vae(config, dataset), None
+        scores: dict[str, Any] = dict.fromkeys(SCORES)
     else:
         if report is not None:
             report("evaluating", history)
@@ -225,7 +226,7 @@ def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
 
 
-def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO, compile_: bool):
+def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO, compile_: bool) -> Any:
     callbacks = require("lightning.pytorch.callbacks")
     # Without a patience it stops at the first validation -ELBO that is not finite.
     patience = config.patience or config.epochs
@@ -266,7 +267,7 @@ class _OneProcess(environments.LightningEnvironment):
         """Lightning's removes WORLD_SIZE from the environment."""
 
 
-def _cluster():
+def _cluster() -> Any:
     if processes.count() > 1:
         return environments.TorchElasticEnvironment()
     cluster = _OneProcess()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vvae_fast.train.compare import Model
 from vvae_fast.train.data import LIKELIHOODS, SPLITS, Dataset
@@ -14,20 +16,36 @@ from vvae_fast.train.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_pos
 from vvae_fast.train.paths import resolve_data
 from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
 
+Read = TypeVar("Read")
+
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16]}"
+
+
+def _text(value: object, least: int = 1) -> str:
+    if not isinstance(value, str) or len(value) < least or "\0" in value:
+        raise ValueError
+    return value
+
+
+def _one_of(value: object, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError
+    return value
+
+
 # The settings of a file, each as the command line's option of that name: its reader, which raises ValueError, and how
 # what it reads is told.
-SETTINGS: dict[str, tuple[Callable[[object], object], str]] = {
+SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     **dict.fromkeys(
         ("epochs", "batch_size", "latent_dim", "num_samples"), (lambda value: as_int(value, 1), "a positive int")
     ),
     **dict.fromkeys(("warmup_epochs", "patience"), (lambda value: as_int(value, 0), "an int of at least 0")),
-    "data": (lambda value: _text(value), "a name or a path"),
-    "array": (lambda value: _text(value), "the name of an archive's array"),
+    "data": (_text, "a name or a path"),
+    "array": (_text, "the name of an archive's array"),
     "lr": (as_positive_float, "a positive number"),
     "hidden": (lambda value: as_ints(value, 1), "a list of positive ints"),
     **{
-        name: (lambda value, choices=choices: _one_of(value, choices), f"one of {', '.join(choices)}")
+        name: (partial(_one_of, choices=choices), f"one of {', '.join(choices)}")
         for name, choices in {**CHOICES, "likelihood": LIKELIHOODS}.items()
         if name != "model"
     },
@@ -51,7 +69,7 @@ class Study:
 
     name: str
     protocol: str
-    settings: dict[str, object]
+    settings: dict[str, Any]
     splits: dict[str, int] | None
     models: list[Model]
     seeds: list[int]
@@ -110,7 +128,7 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _read_as(read: Callable[[object], object], wanted: str, path: Path, name: str, value: object):
+def _read_as(read: Callable[[object], Read], wanted: str, path: Path, name: str, value: object) -> Read:
     """What `read` makes of a value. Raises RunError where it raises ValueError."""
     try:
         return read(value)
@@ -133,15 +151,3 @@ def _splits(content: object) -> dict[str, int]:
     if not isinstance(content, dict) or content.keys() != set(SPLITS):
         raise ValueError
     return {name: as_int(count, 1) for name, count in content.items()}
-
-
-def _text(value: object, least: int = 1) -> str:
-    if not isinstance(value, str) or len(value) < least or "\0" in value:
-        raise ValueError
-    return value
-
-
-def _one_of(value: object, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError
-    return value
