@@ -29,7 +29,7 @@ class _Call(NamedTuple):
 
 
 class _Inverse(_InverseTransform):
-    """torch's inverse, which its own copies and pickles separate from its transform; these are the inverse of one."""
+    """torch's inverse, but a copy or a pickle of it is still the inverse of one transform."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.inv, "inv")
@@ -57,7 +57,7 @@ class CachedPlanar(Transform):
         raise NotImplementedError
 
     def _sources(self) -> tuple[Tensor, ...] | None:
-        """The tensors that the parameters come from; None where they are not known, and nothing is cached."""
+        """The tensors that the parameters are computed from; None where they are unknown, and so nothing is cached."""
         raise NotImplementedError
 
     def _mode(self) -> tuple[object, ...]:
@@ -72,7 +72,7 @@ class CachedPlanar(Transform):
         return self._inv
 
     def with_cache(self, cache_size: int = 1) -> CachedPlanar:
-        """This transform where it has that cache_size, else one that shares its tensors, and has it."""
+        """This transform if it has that cache_size, else a copy that has it and shares the tensors."""
         if cache_size == self._cache_size:
             return self
         if cache_size not in (0, 1):
@@ -83,7 +83,7 @@ class CachedPlanar(Transform):
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]  # torch's is an attribute
-        """Whether an inverse is guaranteed: not by the constraint "none", nor by leaky_relu with a slope above 1."""
+        """Whether an inverse is guaranteed: neither with constraint "none" nor with leaky_relu and a slope above 1."""
         return self._why_not_bijective() is None
 
     def _why_not_bijective(self) -> ValueError | None:
@@ -188,8 +188,8 @@ class CachedPlanar(Transform):
         return x, y, *sources
 
     def __getstate__(self) -> dict[str, object]:
-        # The inverse is that of this transform and not of its copy, and graphs can be neither copied nor pickled. Not
-        # left to the base class: Pyro replaces its __getstate__.
+        # A copy makes an inverse of its own, and graphs can be neither copied nor pickled. The base class's
+        # __getstate__ does not serve: Pyro replaces it.
         return {**self.__dict__, "_inv": None, "_cached_call": None}
 
 
@@ -202,8 +202,9 @@ class PlanarTransform(CachedPlanar):
         activation, slope, constraint: as `planar_flow`'s. `bijective` is False for constraint="none": no inverse is
             guaranteed, and only a sample's own log_prob is known, with cache_size=1.
         cache_size: 1 keeps x, y and log_det of the last call, so that the log_prob of a sample inverts nothing; 0, the
-            default, keeps nothing. Any change of u, w or b makes the cache void, whoever writes it, and so does one of
-            x or y, save by a write through `.data`, and asking with gradients for what was drawn without.
+            default, keeps nothing. Any change of u, w or b empties the cache, whoever makes it, and so does a change of
+            x or y, except a write through `.data`. What was drawn without gradients is computed again where gradients
+            are wanted.
 
     Raises TypeError or ValueError where u, w, b or a name do not fit, as `planar_flow`; NotImplementedError where an
     inverse is asked for that is not guaranteed.

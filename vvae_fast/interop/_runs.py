@@ -30,7 +30,7 @@ class Stack(nn.Module):
 
 
 def is_class(layer: object, module: str, name: str) -> bool:
-    """Whether the layer is of another package's class itself, which need not be installed, and not of a subclass."""
+    """Whether the layer's class is this one, and no subclass of it. The other package need not be installed."""
     return (type(layer).__module__, type(layer).__name__) == (module, name)
 
 
@@ -123,7 +123,7 @@ def without_drawing(make: Callable[..., Made], *args: object) -> Made:
 
 @contextlib.contextmanager
 def _their_names(layers: nn.ModuleList) -> Iterator[None]:
-    """The list's state_dict is, for now or as ever, the other package's."""
+    """Inside, the list's state_dict is the other package's."""
     handles = _keep_their_names(layers)
     try:
         yield
@@ -133,9 +133,9 @@ def _their_names(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def _keep_their_names(layers: nn.ModuleList) -> list[RemovableHandle]:
-    """Makes the list's state_dict that of the unfused list: what else saves and loads the model knows no stacks.
+    """Makes the list save and load the state_dict of the unfused list: whoever else saves the model knows no stacks.
 
-    Returns the handles of the hooks that this takes, none where the list has them.
+    Returns the handles of the hooks that do it; none where the list has them already.
     """
     if _unfuse in layers._state_dict_hooks.values():
         return []
@@ -143,7 +143,7 @@ def _keep_their_names(layers: nn.ModuleList) -> list[RemovableHandle]:
 
 
 def _unfuse(layers: nn.ModuleList, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Gives each step of a stack, in the list's own state_dict, its own entries."""
+    """Gives each step of a stack its own entries in the list's state_dict."""
     own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
     for position, (first, steps) in enumerate(_spans(layers)):
         start = f"{prefix}{position}."
@@ -163,7 +163,7 @@ def _refuse(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Undoes `_unfuse` in a state_dict that is about to be loaded. One that holds stacks already stays as it is."""
+    """Undoes `_unfuse` before a state_dict is loaded. One that already holds stacks stays as it is."""
     positions = {name: _position(name, prefix) for name in state_dict}
     if max((p for p in positions.values() if p is not None), default=-1) < len(layers):
         return
@@ -191,26 +191,26 @@ def _refuse(
 
 
 def _position(name: str, prefix: str) -> int | None:
-    """The position in the list that a name of a state_dict is for; None of any other name."""
+    """The position in the list that a state_dict's name belongs to; None for any other name."""
     position = name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
     return int(position) if position.isdecimal() else None
 
 
 def _stacked(layers: nn.ModuleList, prefix: str) -> Iterator[tuple[str, list[str], Tensor]]:
-    """Of each parameter of each stack its name, the names of its rows in the unfused list, and its value."""
+    """Each stack's parameters: name, names of the rows in the unfused list, value."""
     for position, (first, steps) in enumerate(_spans(layers)):
         for name, value in layers[position].named_parameters() if steps else ():
             yield f"{prefix}{position}.{name}", [f"{prefix}{first + k}.{name}" for k in range(len(value))], value
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raises TypeError where it is no mapping, such as a module is."""
+    """Raises TypeError where it is no mapping: a module is passed by mistake."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of names and tensors, got {type(state_dict).__name__}")
 
 
 def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
-    """Raises TypeError or ValueError where what a state_dict has for a step is no tensor of the shape `wanted`."""
+    """Raises TypeError where one of a state_dict's entries is no tensor, ValueError where its shape is not `wanted`."""
     for name, row in rows.items():
         if not isinstance(row, Tensor):
             raise TypeError(f"state_dict's {name} must be a torch.Tensor, got {type(row).__name__}")
@@ -219,7 +219,7 @@ def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
 
 
 def _spans(layers: nn.ModuleList) -> Iterator[tuple[int, int | None]]:
-    """For each layer the position that it has, or that its first step has, unfused; and a stack's K."""
+    """For each layer its position in the unfused list, that of a stack's first step, and a stack's K."""
     first = 0
     for layer in layers:
         steps = layer.num_steps if isinstance(layer, Stack) else None

@@ -1,4 +1,4 @@
-"""pythae's planar flow, and one fused layer for a run of them. pythae's own base and output classes where they are."""
+"""pythae's planar flow, and one fused layer for a run of them, with pythae's base and output where it is installed."""
 
 import math
 from collections import OrderedDict
@@ -33,7 +33,7 @@ class _StandIn(OrderedDict[str, Any]):
 
 
 class _WithoutPythae(nn.Module):
-    """pythae's BaseNF where pythae is not installed, whose configurations a file of its would hold."""
+    """pythae's BaseNF where pythae is not installed: it saves and loads nothing, as the files hold pythae's classes."""
 
     def save(self, dir_path: str) -> None:
         raise ImportError("pythae must be installed to save a layer in its format: pip install pythae")
@@ -60,7 +60,7 @@ class PlanarStack(_runs.Stack):
 
     `stack(x)` gives an output with `.out` [B, D] and `.log_abs_det_jac` [B] in nats, the sum of log(|det| + 1e-4) over
     the steps, for x [B, *input_dim], flattened. A batch of one keeps [1], where pythae gives a tensor without
-    dimensions. There is no inverse: pythae's steps guarantee none, and nor does it have one.
+    dimensions. There is no inverse: pythae's steps guarantee none, and pythae has none.
 
     log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|.
 

@@ -28,7 +28,7 @@ SAME_VALUES = {
     *("UnsqueezeBackward0", "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0"),
     *("ExpandBackward0", "AliasBackward0", "SliceBackward0"),
 }
-_NO_REDUCTION = 0  # of PyTorch's losses, by their number
+_NO_REDUCTION = 0  # PyTorch's number for it
 
 
 class Likelihood:
@@ -37,7 +37,7 @@ class Likelihood:
     Attributes:
         name: the name `make_likelihood` knows it by.
         num_params: outputs the decoder must give for each data dimension.
-        takes_logits: whether those outputs are logits, which no sigmoid has squashed.
+        takes_logits: whether those outputs are logits, any real numbers, to which log_prob applies the sigmoid.
     """
 
     name: str
@@ -207,7 +207,7 @@ class Gaussian(Likelihood):
 
 
 class Standardised(Likelihood, nn.Module):
-    """A Gaussian of y = (x - shift) / scale; log-densities are those of x, docs/math.md (50), means and draws too.
+    """A Gaussian of y = (x - shift) / scale. Log-densities, docs/math.md (50), means and draws are those of x.
 
     The decoder gives the parameters of y, which are of the size that networks are initialised for whatever the units of
     x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it. A VAE in half precision
@@ -236,7 +236,7 @@ class Standardised(Likelihood, nn.Module):
         self.register_buffer("scale", scale.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardised:
-        """Takes devices and wide dtypes from fn, as every module does, but no half precision."""
+        """Moves and converts as every module does, but leaves the buffers in full precision."""
 
         def kept(t: Tensor) -> Tensor:
             moved = fn(t)

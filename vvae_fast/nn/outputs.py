@@ -1,4 +1,4 @@
-"""What the modules of a VAE gave: checked where they gave it, and refused by the module's name."""
+"""Checks of what the modules of a VAE return. A message names the module."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vvae_fast.shapes import untraced
 
 @untraced
 def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int) -> None:
-    """Refuses all but features [B, F], the pair (mean, log_var) of [B, D] each, and (mean, log_var, features [B, *]).
+    """Accepts features [B, F], the pair (mean, log_var) of [B, D] each, or (mean, log_var, features [B, *]).
 
-    Raises ValueError, and TypeError for dtypes that are not floating.
+    Raises ValueError for anything else, and TypeError for dtypes that are not floating.
     """
     wanted, pair = (x.shape[0], feature_dim), (x.shape[0], latent_dim)
     if isinstance(encoded, Tensor) and feature_dim > 0:
@@ -43,7 +43,7 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
 
 @untraced
 def check_flowed(flowed: object, z: Tensor) -> None:
-    """Refuses all but z_K as z [*batch, D] and log_det [*batch], with ValueError or TypeError."""
+    """Raises ValueError or TypeError unless a flow gave z_K, as z [*batch, D], and log_det [*batch]."""
     if not _are_tensors(flowed, (2,)) or flowed[0].shape != z.shape or flowed[1].shape != z.shape[:-1]:
         two = " and ".join(describe(t) for t in flowed) if _are_tensors(flowed, (2,)) else describe(flowed)
         raise ValueError(f"flow must give z_K {tuple(z.shape)} and log_det {tuple(z.shape[:-1])}, got {two}")
@@ -53,7 +53,7 @@ def check_flowed(flowed: object, z: Tensor) -> None:
 
 @untraced
 def check_decoded(decoded: object, rows: Tensor) -> None:
-    """Refuses all but one tensor [N, *] for rows [N, D], with ValueError or TypeError."""
+    """Raises ValueError or TypeError unless a decoder gave one tensor [N, *] for rows [N, D]."""
     if not isinstance(decoded, Tensor) or decoded.ndim < 2 or decoded.shape[0] != rows.shape[0]:
         hint = ": join them with torch.cat, means first for the gaussian" if isinstance(decoded, (tuple, list)) else ""
         raise ValueError(
@@ -74,7 +74,7 @@ def describe(value: object) -> str:
 
 
 def _are_tensors(value: object, numbers: tuple[int, ...]) -> TypeGuard[Sequence[Tensor]]:
-    """Whether it is a tuple or list of tensors, of which there are as many as one of the numbers."""
+    """Whether it is a tuple or list of tensors, as many as one of the numbers says."""
     return isinstance(value, (tuple, list)) and len(value) in numbers and all(isinstance(v, Tensor) for v in value)
 
 

@@ -82,14 +82,14 @@ class _Planar(nn.Module):
         return torch.stack(points)
 
     def _repr(self, **sizes: int) -> str:
-        """The sizes, and of the options what differs from the defaults."""
+        """The sizes, and the options that differ from their defaults."""
         defaults = {**Formulas()._asdict(), "backend": None}
         changed = {name: x for name, x in self._options().items() if x != defaults[name]}
         return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dtype, ...] = ()) -> None:
-    """Raises where a tensor is not on the device of the flow's parameters, or has neither their dtype nor another."""
+    """Raises where a tensor has another device than the parameters, or neither their dtype nor one of `others`."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the flow, got {tensor.device}: move one of them")
     allowed = tensor.dtype in (like.dtype, *others) or autocasts(tensor)
@@ -159,8 +159,8 @@ class PlanarFlow(_Planar):
         return _fitting(z, u, w, b)
 
     def step(self, k: int) -> "PlanarFlow":
-        """The flow of step k alone, k < 0 counting from the end. Its parameters lie in this flow's memory, so that
-        training either moves both, and have gradients of their own.
+        """The flow of step k alone; k < 0 counts from the end. Its parameters have gradients of their own and this
+        flow's memory, so that training either changes both.
 
         Raises IndexError where there is no such step, TypeError where k is no int.
         """
@@ -212,7 +212,7 @@ class AmortizedPlanarFlow(_Planar):
     ) -> None:
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
         self.context_dim = check_size("context_dim", context_dim, 1)
-        self.head = _Head(self.context_dim, self.num_steps * (2 * self.dim + 1))  # u, w, b behind one another
+        self.head = _Head(self.context_dim, self.num_steps * (2 * self.dim + 1))  # u, w, b concatenated
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -282,7 +282,7 @@ class VAE(nn.Module):
         return weight if isinstance(weight, Tensor) else next(self.parameters(), torch.empty(0))
 
     def _as_taken_by(self, module: nn.Module, t: Tensor) -> Tensor:
-        """t in the dtype of the module's parameters, or where it has none in the VAE's; autocast sees to it itself."""
+        """t in the dtype of the module's parameters, or in the VAE's if it has none; autocast converts by itself."""
         if autocasts(t):
             return t
         for parameter in module.parameters():
@@ -307,11 +307,11 @@ class VAE(nn.Module):
         self._check_like("z", z, compute_dtype(self._like.dtype))
 
     def _check_like(self, name: str, tensor: Tensor, *others: torch.dtype) -> None:
-        """Raises where a tensor is not on the VAE's device, or has neither its dtype nor another."""
+        """Raises where a tensor is not on the VAE's device, or has neither its dtype nor one of `others`."""
         like = self._like
         if tensor.device != like.device:
             raise ValueError(f"{name} must be on {like.device} like the VAE, got {tensor.device}; move one of them")
-        if autocasts(tensor) and like.dtype != torch.float64:  # which it leaves alone
+        if autocasts(tensor) and like.dtype != torch.float64:  # autocast leaves float64 alone
             others = (*others, torch.float32, *HALVES)
         if tensor.dtype not in (like.dtype, *others):
             raise TypeError(f"{name} must be {like.dtype} like the VAE, got {tensor.dtype}; convert one of them")
