@@ -31,10 +31,21 @@ class _PyroPlanar(CachedPlanar):
 class _PlanarModule(_PyroPlanar, _ModuleBase):
     """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
 
-    input_dim: int
-    bias: nn.Parameter
-    u: nn.Parameter
-    w: nn.Parameter
+    def __init__(self, cache_size: int, input_dim: int, *num_steps: int) -> None:
+        super().__init__(cache_size)
+        self.input_dim = shapes.check_size("input_dim", input_dim, 1)
+        steps = [shapes.check_size("num_steps", size, 1) for size in num_steps]
+        self.bias = nn.Parameter(torch.empty(steps or 1))
+        self.u = nn.Parameter(torch.empty(*steps, self.input_dim))
+        self.w = nn.Parameter(torch.empty(*steps, self.input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws u and w uniformly between +-1 / sqrt(D), and sets bias to 0."""
+        bound = 1 / math.sqrt(self.input_dim)
+        nn.init.uniform_(self.w, -bound, bound)
+        nn.init.uniform_(self.u, -bound, bound)
+        nn.init.zeros_(self.bias)
 
     __hash__ = nn.Module.__hash__
 
@@ -57,22 +68,12 @@ class PlanarStack(_PlanarModule):
     """
 
     def __init__(self, input_dim: int, num_steps: int, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size)
-        self.input_dim = input_dim = shapes.check_size("input_dim", input_dim, 1)
-        num_steps = shapes.check_size("num_steps", num_steps, 1)
-        self.bias = nn.Parameter(torch.empty(num_steps))
-        self.u = nn.Parameter(torch.empty(num_steps, input_dim))
-        self.w = nn.Parameter(torch.empty(num_steps, input_dim))
-        self.reset_parameters()
+        super().__init__(cache_size, input_dim, num_steps)
 
     @property
     def num_steps(self) -> int:
         """K."""
         return len(self.bias)
-
-    def reset_parameters(self) -> None:
-        """Draws u and w uniformly between +-1 / sqrt(D), and sets bias to 0."""
-        _reset(self)
 
     def _params(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.u, self.w, self.bias
@@ -117,16 +118,7 @@ class Planar(_PlanarModule):
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size)
-        self.input_dim = input_dim = shapes.check_size("input_dim", input_dim, 1)
-        self.bias = nn.Parameter(torch.empty(1))
-        self.u = nn.Parameter(torch.empty(input_dim))
-        self.w = nn.Parameter(torch.empty(input_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws u and w uniformly between +-1 / sqrt(D), and sets bias to 0."""
-        _reset(self)
+        super().__init__(cache_size, input_dim)
 
     def _params(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.u[None], self.w[None], self.bias
@@ -205,9 +197,8 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
     if not layers:
         raise ValueError("transforms must hold at least one planar transform, got none")
     for layer in layers:
-        if not isinstance(layer, (Planar, PlanarStack)) and not is_class(
-            layer, "pyro.distributions.transforms.planar", "Planar"
-        ):
+        theirs = is_class(layer, "pyro.distributions.transforms.planar", "Planar")
+        if not theirs and not isinstance(layer, (Planar, PlanarStack)):
             raise TypeError(
                 f"transforms must all be Planar, Pyro's or this package's, got {type(layer).__name__}: fuse the runs "
                 "between other transforms one by one"
@@ -217,9 +208,8 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
         raise ValueError(f"transforms must share one input_dim, got {sorted(dims)}")
     dim = dims.pop()
     joined = {
-        "u": torch.cat([layer.u.detach().reshape(-1, dim) for layer in layers]),
-        "w": torch.cat([layer.w.detach().reshape(-1, dim) for layer in layers]),
-        "bias": torch.cat([layer.bias.detach() for layer in layers]),
+        name: torch.cat([getattr(layer, name).detach().reshape(-1, *sizes) for layer in layers])
+        for name, sizes in (("u", (dim,)), ("w", (dim,)), ("bias", ()))
     }
     stack = without_drawing(PlanarStack, dim, len(joined["bias"]))
     stack.load_state_dict(joined, assign=True)
@@ -250,13 +240,6 @@ def conditional_planar(input_dim: int, context_dim: int, hidden_dims: Sequence[i
 def _check_callable(nn: object) -> None:
     if not callable(nn):
         raise TypeError(f"nn must map context to (bias, u, w), a module or a function, got {type(nn).__name__}")
-
-
-def _reset(transform: _PlanarModule) -> None:
-    bound = 1 / math.sqrt(transform.input_dim)
-    nn.init.uniform_(transform.w, -bound, bound)
-    nn.init.uniform_(transform.u, -bound, bound)
-    nn.init.zeros_(transform.bias)
 
 
 def _sizes(params: object) -> str:

@@ -178,11 +178,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def log_likelihood(
-        self,
-        x: Tensor,
-        num_samples: int = 1000,
-        chunk_size: int = 4096,
-        generator: torch.Generator | None = None,
+        self, x: Tensor, num_samples: int = 1000, chunk_size: int = 4096, generator: torch.Generator | None = None
     ) -> Tensor:
         """log p(x) by importance sampling from the posterior, in nats: Burda et al. 2016, eq. 8 with k = num_samples.
 
