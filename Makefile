@@ -23,11 +23,11 @@ test: .venv/built
 test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 test-long: .venv/built
 	@echo "make test-long SEED=$(SEED) draws the same examples again"
-	$(BIN)/python -m pytest tests/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
+	$(BIN)/python -m pytest tests/cpu/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
-# The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/sanitized.py.
+# The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/cpu/sanitized.py.
 sanitize: .venv/built
-	$(BIN)/python tests/sanitized.py
+	$(BIN)/python tests/cpu/sanitized.py
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from session import Bench
 
 from vvae_fast import PlanarFlow, ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = Case(6, 3, 2)
 RUNS_HERE = [trial for trial in ours("cpu") if trial.runs]
 

@@ -9,7 +9,7 @@ import pairs
 import pytest
 from cases import Case
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CASE = Case(100, 2, 8)
 
 

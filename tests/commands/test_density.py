@@ -16,7 +16,7 @@ from vvae_fast.train.density_plots import plot_fits
 from vvae_fast.train.energies import ENERGIES
 from vvae_fast.train.files import RunError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = FitConfig("U1", num_steps=2, iterations=40, restarts=2, batch_size=64)
 
 

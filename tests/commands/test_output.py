@@ -17,7 +17,7 @@ from vvae_fast.train.cli import main
 OPTIONS = "--epochs 2 --batch-size 40 --latent-dim 2 --hidden 3 --steps 1 --num-samples 2"
 SMALL = [*OPTIONS.split(), "--seeds", "0", "1"]
 PROGRAM = [sys.executable, "-m", "vvae_fast"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from vvae_fast.train.study import load_study
 
 yaml = pytest.importorskip("yaml")
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {
     **{"data": "", "splits": {"train": 80, "val": 10, "test": 10}, "network": "gated-mlp", "hidden": [6, 5]},
     **{"latent_dim": 2, "optimizer": "adamax", "lr": 0.01, "schedule": "constant", "batch_size": 40, "epochs": 2},

@@ -1,4 +1,4 @@
-"""The accuracy rule of tests/problems.py itself, and a quick part of the sweep that benchmarks/accuracy.py makes."""
+"""The accuracy rule of tests/support/problems.py itself, and a quick part of the sweep that benchmarks/accuracy.py makes."""
 
 import importlib.util
 import math

@@ -1,5 +1,5 @@
 """Problems on which formulas that look right lose the digits that float32 has: against float64, on every backend that
-runs here without Triton's interpreter; tests/test_triton_digits.py has the same for Triton."""
+runs here without Triton's interpreter; tests/triton_backend/test_triton_digits.py has the same for Triton."""
 
 import cuda_host
 import digits

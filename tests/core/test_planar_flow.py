@@ -114,7 +114,7 @@ def edge_problem(alpha: float, dtype: torch.dtype, amortized: bool) -> Problem:
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
 @pytest.mark.parametrize("alpha", EDGES)
 def test_edges_of_the_constraint(isa, alpha, amortized):
-    """The activations in turn: tests/test_fused_activations.py tries them on more than an edge."""
+    """The activations in turn: tests/cpu/test_fused_activations.py tries them on more than an edge."""
     for constraint, activation in itertools.product(("softplus", "log_softplus"), shapes.ACTIVATIONS):
         got = run(edge_problem(alpha, torch.float32, amortized), constraint, "cpp", activation=activation)
         wanted = oracle(edge_problem(alpha, torch.float64, amortized), constraint, activation=activation)

@@ -23,7 +23,7 @@ import torch
 
 from vvae_fast import ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "sanitizers"
 CPU = ROOT / "csrc" / "cpu"
 BUILD = ROOT / "build" / "sanitize"

@@ -22,7 +22,7 @@ from vvae_fast.shapes import Formulas
 
 FOLDER = "VVAE_FAST_TEST_BUILDS"  # an environment variable: where the processes of a test run put what they build
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
 SANITIZERS = {
     "plain": [],
     "address": ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,vla-bound", "-fno-sanitize-recover"],
@@ -64,7 +64,7 @@ FORWARD, REVERSE = 0, 1  # orders of the blocks; any other number is the seed of
 
 
 class Case(NamedTuple):
-    problem: Problem  # z [*samples, P, D] or [*samples, D], as in tests/problems.py
+    problem: Problem  # z [*samples, P, D] or [*samples, D], as in tests/support/problems.py
     formulas: Formulas = Formulas()
     form: str = "automatic"
     order: int = FORWARD

@@ -1,5 +1,5 @@
 // Stands in for the CUDA kernels and for CUDA itself, so that the operators of csrc/cuda/operators.cpp run on the
-// CPU: simple sums that read every input by its strides and write every output. tests/test_cuda_operators.py has them
+// CPU: simple sums that read every input by its strides and write every output. tests/cuda/test_cuda_operators.py has them
 // too.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/BFloat16.h>

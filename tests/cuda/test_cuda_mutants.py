@@ -1,4 +1,4 @@
-"""What tests/test_cuda_on_host.py would say of kernels that are wrong: each is found by the means named."""
+"""What tests/cuda/test_cuda_on_host.py would say of kernels that are wrong: each is found by the means named."""
 
 import re
 import shutil

@@ -222,7 +222,7 @@ def test_the_bits_of_a_row_are_the_same_alone(plain, kind, dim):
 @pytest.mark.parametrize("scale", [0.3, 0.7])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (6, 20), (20, 52), (33, 6)])
 def test_float32_accuracy(plain, num_steps, dim, scale, params, kind):
-    """The rule of tests/problems.py, whose backends are PyTorch's."""
+    """The rule of tests/support/problems.py, whose backends are PyTorch's."""
     problems = [random_problem((9,), num_steps, dim, params, scale, seed=seed) for seed in range(DRAWS)]
     cases = [Case(p, **KINDS[kind]) for p in problems]
     done = cuda_host.run(plain, cases)

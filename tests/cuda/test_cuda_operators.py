@@ -1,5 +1,5 @@
 """The CUDA backend's operators without a GPU: their arguments, outputs and what they hand to the kernels, for which
-tests/cuda_stand_in.cpp stands in, as it does for CUDA."""
+tests/cuda/cuda_stand_in.cpp stands in, as it does for CUDA."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from vvae_fast import ops
 from vvae_fast.shapes import Formulas
 
 HERE = Path(__file__).parent
-CUDA = HERE.parent / "csrc" / "cuda"
+CUDA = HERE.parents[1] / "csrc" / "cuda"
 COMPILE = ["g++", "-O1", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 COMPILE += [f"-I{CUDA}"]
 TORCH = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]

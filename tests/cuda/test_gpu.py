@@ -97,7 +97,7 @@ os._exit(0)
 @pytest.mark.usefixtures("set_cuda_form")
 def test_a_launch_that_fails_names_the_kernel():
     """On a device that a kernel before has broken: in a process of its own."""
-    command, folder = [sys.executable, "-c", AFTER_A_FAULT], Path(__file__).parent.parent
+    command, folder = [sys.executable, "-c", AFTER_A_FAULT], Path(__file__).parents[2]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
     assert "error: vvae_fast: the kernel shared_forward_kernel could not be launched: " in done.stdout, done
 

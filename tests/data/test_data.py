@@ -128,7 +128,7 @@ def test_mnist_refuses(tmp_path):
 
 
 def test_real_mnist():
-    default = Path(__file__).resolve().parents[1] / "../shared/data/mnist"
+    default = Path(__file__).resolve().parents[2] / "../shared/data/mnist"
     folder = Path(os.environ.get("VVAE_FAST_MNIST") or default)
     if not folder.is_dir():
         pytest.skip(f"MNIST's files are not in {folder}; set VVAE_FAST_MNIST to their folder")

@@ -27,7 +27,7 @@ from cases import GPU_CASES, Case
 from measure import COPY, Block, Refused, Run, time_limit
 from test_gpu_bars import fabricated
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

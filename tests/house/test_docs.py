@@ -13,7 +13,7 @@ import torch
 import vvae_fast
 from vvae_fast import backends, ops, shapes
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.S)
 PEERS = ("normflows", "pyro", "pythae")

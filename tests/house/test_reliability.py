@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent / "docs" / "reliability.md").read_text()
+PAGE = (HERE.parents[1] / "docs" / "reliability.md").read_text()
 ROWS = re.findall(r"^\| (?!fault \||---|command \||`make )(.+) \| (.+) \| (.+) \|$", PAGE, re.M)
 KINDS = ["Numbers", "Shapes and memory", "Threads", "Data", "Runs and files", "Modules", "Installing", "Drop-ins"]
 

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import setuptools
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 from build_tools import compiler, environment  # noqa: E402, next to setup.py, and installed nowhere
 

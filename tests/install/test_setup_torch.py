@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOO_OLD = "vvae_fast: building needs torch 2.11 or newer, got 2.10.0+found. Run: uv pip install 'torch>=2.11'"
 NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "build_tools", "csrc")
 HOOK = "import setuptools.build_meta as backend; backend.prepare_metadata_for_build_wheel('.')"

@@ -1,6 +1,6 @@
 """What PyTorch does to the modules, to the inverse and to every activation: transforms, compilation, precision, copies.
 
-tests/test_autograd.py has the same of the functional flow with tanh, tests/test_fused_inverse.py of its inverse.
+tests/pytorch/test_autograd.py has the same of the functional flow with tanh, tests/cpu/test_fused_inverse.py of its inverse.
 """
 
 import copy
@@ -167,7 +167,7 @@ def test_forward_mode_of_a_module(amortized, way, activation):
 @each_activation
 @pytest.mark.parametrize("constraint", shapes.CONSTRAINTS)
 def test_the_flow_under_transforms(activation, constraint):
-    """As tests/test_inverse.py has it of the inverse."""
+    """As tests/core/test_inverse.py has it of the inverse."""
     p = random_problem((4,), 2, 3, dtype=torch.float64)
 
     def flow(z):

@@ -1,4 +1,4 @@
-"""The problems of tests/test_digits.py, and what float32 owes to each."""
+"""The problems of tests/core/test_digits.py, and what float32 owes to each."""
 
 from typing import NamedTuple
 

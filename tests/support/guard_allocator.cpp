@@ -1,4 +1,4 @@
-// PyTorch's allocator of CPU memory with guards around every block, for tests/guards.py: whoever writes past a tensor
+// PyTorch's allocator of CPU memory with guards around every block, for tests/support/guards.py: whoever writes past a tensor
 // breaks them, by scalar code and by masked vectors alike, and whoever reads past it reads NaN. Blocks hold NaN at first,
 // too: an element that is left out cannot pass for zero.
 #include <c10/core/Allocator.h>

@@ -8,7 +8,7 @@ SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 # The same examples everywhere and always: a verdict is the code's alone.
 settings.register_profile("test", max_examples=200, derandomize=True, suppress_health_check=SUPPRESSED, **COMMON)
-# The same under a sanitizer, tests/sanitized.py, where an example takes longer.
+# The same under a sanitizer, tests/cpu/sanitized.py, where an example takes longer.
 settings.register_profile("sanitize", max_examples=50, derandomize=True, suppress_health_check=SUPPRESSED, **COMMON)
 # Others in every run, whose seed is printed.
 settings.register_profile("long", max_examples=2000, suppress_health_check=SUPPRESSED, **COMMON)

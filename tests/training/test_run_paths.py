@@ -110,7 +110,7 @@ def test_a_relative_path_in_a_study_starts_at_its_file(home, tmp_path, monkeypat
     pytest.importorskip("yaml")
     from vvae_fast.train.study import load_study
 
-    text = (Path(__file__).parent.parent / "configs/digits.yaml").read_text()
+    text = (Path(__file__).parents[2] / "configs/digits.yaml").read_text()
     Path("study.yaml").write_text(text.replace("data: digits", "data: data/x.npy"))
     (home / "study.yaml").write_text(text.replace("data: digits", "data: ~/x.npy"))
     monkeypatch.chdir(tmp_path)

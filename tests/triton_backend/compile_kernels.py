@@ -1,6 +1,6 @@
 """Compiles what the Triton launchers would launch, for a GPU that is not here, and reads registers and spills.
 
-    python tests/compile_kernels.py TARGET CASES [FOLDER]  # both JSON; prints one JSON line a kernel
+    python tests/triton_backend/compile_kernels.py TARGET CASES [FOLDER]  # both JSON; prints one JSON line a kernel
 
 FOLDER gets NVIDIA's machine code, a file for each line, whose name is in it. A process of its own: where Triton
 interprets, its kernels cannot be compiled. Used by compiled.py.
@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, not what is installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is installed
 
 from vvae_fast.kernels import (
     _heuristics,

@@ -14,7 +14,7 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, not what is installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is installed
 
 from vvae_fast.kernels import planar
 from vvae_fast.shapes import Formulas

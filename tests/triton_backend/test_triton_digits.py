@@ -1,4 +1,4 @@
-"""tests/test_digits.py for the Triton kernels, and the memory that z takes on the way back."""
+"""tests/core/test_digits.py for the Triton kernels, and the memory that z takes on the way back."""
 
 import digits
 import problems
@@ -47,7 +47,7 @@ def test_gradients_of_an_inverse_step_that_stretches(problem):
     digits.assert_digits(problem, answer(problem), "triton")
 
 
-# The interpreter is slow: each kind of parameters once. tests/test_digits.py has the others.
+# The interpreter is slow: each kind of parameters once. tests/core/test_digits.py has the others.
 STRETCHING = [problem for problem in digits.inverse_of_many_steps() if problem.name.startswith("elu")]
 
 

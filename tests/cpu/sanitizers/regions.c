@@ -1,5 +1,5 @@
 /* Parallel regions that end and begin as OpenMP promises or, with an argument, a race inside one. Its own code alone is
- * instrumented, as ours is in PyTorch: tests/test_sanitized.py asks what ThreadSanitizer says with and without
+ * instrumented, as ours is in PyTorch: tests/cpu/test_sanitized.py asks what ThreadSanitizer says with and without
  * fork_join.c. */
 #include <stdio.h>
 

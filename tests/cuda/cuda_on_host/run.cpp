@@ -1,4 +1,4 @@
-// Runs the launchers of csrc/cuda on the problems of a file, tests/cuda_host.py's: run PROBLEMS ANSWERS
+// Runs the launchers of csrc/cuda on the problems of a file, tests/cuda/cuda_host.py's: run PROBLEMS ANSWERS
 #include <fstream>
 #include <iostream>
 #include <memory>

@@ -1,7 +1,7 @@
 """What Python takes of a call of the Triton kernels, without a GPU: python benchmarks/launch_cost.py [--seconds 0.3]
 
 Two stand-ins, which take turns: in place of `launch` a call that does nothing, which leaves the operators and the
-launchers; and in place of the driver one that compiles for sm_90 and runs nothing (tests/count_variants.py), which
+launchers; and in place of the driver one that compiles for sm_90 and runs nothing (tests/triton_backend/count_variants.py), which
 adds Triton's own way to a kernel. The tensors are on the CPU. Printed are medians, in microseconds.
 """
 

@@ -119,7 +119,7 @@ class Package:
 
 
 class CudaOnHost:
-    """The CUDA kernels as tests/cuda_host.py runs them where there is no GPU."""
+    """The CUDA kernels as tests/cuda/cuda_host.py runs them where there is no GPU."""
 
     def __init__(self) -> None:
         import cuda_host

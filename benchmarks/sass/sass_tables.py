@@ -33,7 +33,7 @@ def rows_of_objects(folder: Path, tools: dict[str, Path], wanted: re.Pattern[str
 
 
 def rows_of_launches(launches: list[dict], folder: Path, tools: dict[str, Path]) -> list[Row]:
-    """Of what tests/compile_kernels.py compiled into the folder; launches of the same code are read once."""
+    """Of what tests/triton_backend/compile_kernels.py compiled into the folder; launches of the same code are read once."""
     of_code: dict[str, list[Row]] = {}
     rows, seen = [], {}
     for launch in launches:

@@ -83,7 +83,7 @@ LONG, MANY, WIDE = "shared-B128-D40-K80", "shared-B65536-D64-K32", "shared-B4096
 TRITON, CUDA = "vvae_fast triton", "vvae_fast cuda"
 
 # Predicted, not measured: a loop on a GPU takes as long as its launches. At LONG the plain loop has a ninth of those of
-# the reference (tests/test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
+# the reference (tests/bench/test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
 BARS = (
     Bar("128 x 40, K = 80, triton, times the plain loop, 6 wanted", 6, _times_faster(LONG, PLAIN, TRITON)),
     Bar("128 x 40, K = 80, triton, times the reference, 50 wanted", 50, _times_faster(LONG, REFERENCE, TRITON)),
