@@ -1,4 +1,4 @@
-"""How many digits the kernels keep: python benchmarks/accuracy.py [--quick] [--backend cpp triton cuda]
+"""How many digits the kernels keep: python -m benchmarks.accuracy.accuracy [--quick] [--backend cpp triton cuda]
 
 In float32, over the activations and the constraints that can be inverted: one step with w.u from -20 to 100, and up
 to 32 steps in 2 to 40 dimensions with entries up to 2 N(0, 1); forward and inverse, with the gradients of both. The
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, whatever is installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # problems, and the harness of cuda
+sys.path += [
+    str(room) for room in (Path(__file__).resolve().parents[2] / "tests").iterdir()
+]  # problems, and the harness of cuda
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # read by the imports below
 
-import sweep
-from accuracy_table import breaches, summary, table
-from sweep_inputs import inputs
+from benchmarks.accuracy import sweep
+from benchmarks.accuracy.accuracy_table import breaches, summary, table
+from benchmarks.accuracy.sweep_inputs import inputs
 
 BACKENDS = ("cpp", "triton", "cuda")
 

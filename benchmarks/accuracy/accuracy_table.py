@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from sweep import FLOOR, Counts, Finding
+from benchmarks.accuracy.sweep import FLOOR, Counts, Finding
 
 
 def table(findings: list[Finding]) -> list[str]:

@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 from problems import NAMES, Problem, on_each_isa
-from sweep_inputs import Input
 from torch import Tensor
 
 import vvae_fast
+from benchmarks.accuracy.sweep_inputs import Input
 from vvae_fast import ops
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.kernels import _heuristics

@@ -1,4 +1,4 @@
-"""What a call costs beside the kernels, on the CPU: python benchmarks/call_cost.py [rounds]
+"""What a call costs beside the kernels, on the CPU: python -m benchmarks.calls.call_cost [rounds]
 
 Forward + backward in one thread, against the no-op, which is a Python autograd Function that computes nothing: by the
 Function in Python, and by the node in C++ where it is there. Then what the backward of a frozen flow, whose parameters
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from cases import Case
-from contestants import no_op
-from measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
 
 import vvae_fast
+from benchmarks.flow.cases import Case
+from benchmarks.flow.contestants import no_op
+from benchmarks.flow.measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
 from vvae_fast import autograd, node, ops
 
 CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]

@@ -1,4 +1,4 @@
-"""Times the inverse against the forward pass on the CPU: python benchmarks/inverse.py [rounds]
+"""Times the inverse against the forward pass on the CPU: python -m benchmarks.calls.inverse [rounds]
 
 Calls take turns; the numbers are medians and, steadier on a busy machine, the least, in milliseconds. w.u and w.z have
 standard deviation 1.

@@ -1,7 +1,9 @@
-"""What Python takes of a call of the Triton kernels, without a GPU: python benchmarks/launch_cost.py [--seconds 0.3]
+"""What Python takes of a call of the Triton kernels, without a GPU.
+
+    python -m benchmarks.calls.launch_cost [--seconds 0.3]
 
 Two stand-ins, which take turns: in place of `launch` a call that does nothing, which leaves the operators and the
-launchers; and in place of the driver one that compiles for sm_90 and runs nothing (tests/triton_backend/count_variants.py), which
+launchers; and in place of the driver one that compiles for sm_90 and runs nothing (count_variants.py), which
 adds Triton's own way to a kernel. The tensors are on the CPU. Printed are medians, in microseconds.
 """
 
@@ -15,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the driver that runs nothing
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path += [
+    str(room) for room in (Path(__file__).resolve().parents[2] / "tests").iterdir()
+]  # the driver that runs nothing
 
 os.environ.pop("TRITON_INTERPRET", None)  # nothing is interpreted here
 

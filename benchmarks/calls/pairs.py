@@ -1,4 +1,6 @@
-"""This checkout against another one, both built in place: python benchmarks/pairs.py FOLDER [--rounds 12] [--only B128]
+"""This checkout against another one, both built in place.
+
+    python -m benchmarks.calls.pairs FOLDER [--rounds 12] [--only B128]
 
 Times forward + backward of the cpp backend on the CPU cases of `make bench`. Each checkout has a process of its own;
 they take turns, a block of calls each, so that a machine that slows down slows both. A round's ratio is this checkout's
@@ -14,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cases import PLANAR_CASES, Case
+from benchmarks.flow.cases import PLANAR_CASES, Case
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SECONDS = 0.06
 CONTESTANTS = {"ours": "vvae_fast cpp", "no-op": "no-op"}  # by contestants.py's names
 
@@ -25,9 +27,9 @@ class Checkout:
     """A process that times what it is told to with the package in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, HERE / "pairs.py", "--worker", folder]
+        command = [sys.executable, "-m", "benchmarks.calls.pairs", "--worker", folder.resolve()]
         # Without buffers: what a process that ended has not read is not written again at the end.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT)
 
     def seconds(self, case: Case, contestant: str) -> float:
         """The median call of a block."""
@@ -55,11 +57,10 @@ def compare(case: Case, pair: list[Checkout], rounds: int) -> dict[str, tuple[fl
 def work(folder: Path) -> None:
     """Answers on the standard output what its input asks, with the package of `folder` and the cases of this one."""
     sys.path.insert(0, str(folder))
-    import contestants
-    import measure
     import torch
 
     import vvae_fast
+    from benchmarks.flow import contestants, measure
 
     if folder not in Path(vvae_fast.__file__).parents:
         raise SystemExit(f"{folder} holds no vvae_fast: give the root of a checkout that is built in place")
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.worker:
         work(args.folder.resolve())
         return
-    pair = [Checkout(HERE.parent), Checkout(args.folder.resolve())]
+    pair = [Checkout(ROOT), Checkout(args.folder.resolve())]
     print(f"{'':32s} {'this':>10s} {'other':>10s} {'ratio':>6s} {'no-op':>6s}")
     for case in PLANAR_CASES:
         if args.only in str(case):

@@ -1,8 +1,8 @@
 """Bytes saved for the backward and needed at the peak, against K and B. Run with `make bench`."""
 
-from cases import GPU_MEMORY_CASES, MEMORY_CASES
-from measure import Block
-from memory import peak_bytes, saved_bytes
+from benchmarks.flow.cases import GPU_MEMORY_CASES, MEMORY_CASES
+from benchmarks.flow.measure import Block
+from benchmarks.flow.memory import peak_bytes, saved_bytes
 
 
 def pytest_generate_tests(metafunc):

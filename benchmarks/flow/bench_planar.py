@@ -1,7 +1,7 @@
 """planar_flow, forward, backward and both, against what a user could run instead. Run with `make bench`."""
 
-from cases import GPU_CASES, PLANAR_CASES
-from measure import COPY, Block
+from benchmarks.flow.cases import GPU_CASES, PLANAR_CASES
+from benchmarks.flow.measure import COPY, Block
 
 ROUNDS, QUICK_ROUNDS, GPU_ROUNDS = 5, 3, 3
 BLOCK_SECONDS, GPU_BLOCK_SECONDS = 0.06, 0.02

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from contestants import COMPILED, GRAPH, LOOPS, no_op
-from loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
-from measure import Block, Refused, failures_refused
 from torch import Tensor, nn
 
+from benchmarks.flow.contestants import COMPILED, GRAPH, LOOPS, no_op
+from benchmarks.flow.loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
+from benchmarks.flow.measure import Block, Refused, failures_refused
 from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder
 

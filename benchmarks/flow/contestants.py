@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from loops import PLAIN, REFERENCE, plain_loop, reference_loop
 from torch import Tensor
 
 import vvae_fast
+from benchmarks.flow.loops import PLAIN, REFERENCE, plain_loop, reference_loop
 from vvae_fast import backends, ops, shapes
 from vvae_fast.autograd import PlanarFlowFunction
 from vvae_fast.shapes import Formulas

@@ -9,13 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import ceilings
-import gpu_clock
 import torch
-from cases import Case
-from contestants import Contestant, Prepared, Unavailable
 from torch import Tensor
 
+from benchmarks.flow import ceilings, gpu_clock
+from benchmarks.flow.cases import Case
+from benchmarks.flow.contestants import Contestant, Prepared, Unavailable
 from vvae_fast import reference
 
 COPY = "copy"  # the contestant that clones z

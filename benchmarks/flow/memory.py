@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import Case
-from contestants import Contestant, Prepared
-from measure import Stage, failures_refused
+
+from benchmarks.flow.cases import Case
+from benchmarks.flow.contestants import Contestant, Prepared
+from benchmarks.flow.measure import Stage, failures_refused
 
 _SMALL = {"rows": 64, "dim": 8, "num_steps": 2}  # loads code and starts threads before anything is counted
 CPU_METHOD = "growth of the resident set's high-water mark in a forked child"
@@ -62,7 +63,9 @@ def _cuda_peak(stage: Stage, prepared: Prepared) -> int:
 def _pool():
     """One child a task, forked from a process that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memory", "normflows.flows", "pyro.distributions.transforms", "pythae.models"])
+    context.set_forkserver_preload(
+        ["benchmarks.flow.memory", "normflows.flows", "pyro.distributions.transforms", "pythae.models"]
+    )
     kept = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server preloads before it is told our sys.path
     try:

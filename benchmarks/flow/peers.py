@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from contestants import Contestant, Prepared, Unavailable
 from torch import Tensor, nn
+
+from benchmarks.flow.contestants import Contestant, Prepared, Unavailable
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import GPU_CASES, Case
-from contestants import Contestant, Prepared, baselines, ours
-from measure import Block, Refused, Run, Stage, failures_refused, settle_allocator
-from peers import peers
+
+from benchmarks.flow.cases import GPU_CASES, Case
+from benchmarks.flow.contestants import Contestant, Prepared, baselines, ours
+from benchmarks.flow.measure import Block, Refused, Run, Stage, failures_refused, settle_allocator
+from benchmarks.flow.peers import peers
 
 OUT_OF_TIME = "not run: the session's time was up"
 AFTER_COMPILING, A_CASE = 20, 9  # seconds that torch.compile leaves to its session, and to each case behind its own

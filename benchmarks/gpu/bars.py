@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from contestants import GRAPH
-from loops import PLAIN, REFERENCE
-from report import OURS, cases, duration, pick, ratio, size, speedup, title, where_from
-from results import Results, Row
+from benchmarks.flow.contestants import GRAPH
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report.report import OURS, cases, duration, pick, ratio, size, speedup, title, where_from
+from benchmarks.report.results import Results, Row
 
 FB = "forward+backward"
 
@@ -83,7 +83,7 @@ LONG, MANY, WIDE = "shared-B128-D40-K80", "shared-B65536-D64-K32", "shared-B4096
 TRITON, CUDA = "vvae_fast triton", "vvae_fast cuda"
 
 # Predicted, not measured: a loop on a GPU takes as long as its launches. At LONG the plain loop has a ninth of those of
-# the reference (tests/bench/test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
+# the reference (test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
 BARS = (
     Bar("128 x 40, K = 80, triton, times the plain loop, 6 wanted", 6, _times_faster(LONG, PLAIN, TRITON)),
     Bar("128 x 40, K = 80, triton, times the reference, 50 wanted", 50, _times_faster(LONG, REFERENCE, TRITON)),

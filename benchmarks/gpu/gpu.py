@@ -1,6 +1,6 @@
 """`make gpu`: builds, tests and measures on this machine's GPU, a line a step; docs/gpu.md says what each means.
 
-    python benchmarks/gpu.py [test | bench | sanitize | tune ...] [--results FOLDER] [--commit TEXT]
+    python -m benchmarks.gpu.gpu [test | bench | sanitize | tune ...] [--results FOLDER] [--commit TEXT]
 
 A target alone takes under 9 minutes; without a name all of them are run in turn. It takes Python's packages as they are
 and installs nothing. Whatever a target and its steps print is in gpu-<target>.log beside the results, as it comes. It
@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import prebuilt
-from gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
+from benchmarks.gpu import prebuilt
+from benchmarks.gpu.gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
 
 # Seconds at most; what has no number of its own gets what is left of its target's.
 BUILD, SMOKE, TESTS, FAULT, SANITIZED = 130, 60, 260, 40, 150
@@ -112,13 +112,15 @@ def smoke(steps: Steps) -> str:
     """Each kernel of the cuda backend once: what cannot run at all is seen in seconds."""
     if reasons := cuda_reasons(steps):
         raise Missing(f"the backend cuda: {reasons}")
-    return steps.command([sys.executable, "benchmarks/sanitize.py"], SMOKE)[-1]
+    return steps.command([sys.executable, "-m", "benchmarks.gpu.sanitize"], SMOKE)[-1]
 
 
 def tests(steps: Steps) -> str:
     """All that has the marker gpu, in several processes where pytest-xdist is there."""
     needed("pytest")
-    files = sorted(str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/test_{name}*.py"))
+    files = sorted(
+        str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/*/test_{name}*.py")
+    )
     command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line a test: one that hangs is found
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -161,7 +163,7 @@ def sanitized(steps: Steps, program: str, tool: str, limit: float, *options: str
     where it did not look."""
     # API errors are those that PyTorch tries out and handles.
     command = [program, "--tool", tool, "--kernel-name", "kns=vvae", "--report-api-errors", "no", "--print-limit", "10"]
-    command += [sys.executable, "benchmarks/sanitize.py", f"--seconds={0.6 * limit:.0f}", *options]
+    command += [sys.executable, "-m", "benchmarks.gpu.sanitize", f"--seconds={0.6 * limit:.0f}", *options]
     late = None
     try:  # an allocation of its own for each tensor: its end is the end of what may be read
         lines = steps.command(command, limit, kept=1000, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -190,7 +192,7 @@ def backends(steps: Steps, folder: Path) -> str:
     file.unlink(missing_ok=True)  # of an earlier run
     limit = steps.left - GRACE
     # A shape that Triton compiles for takes seconds, and so does the start.
-    command = [sys.executable, "benchmarks/tune_backends.py", f"--write={file}", f"--seconds={limit - 20:.0f}"]
+    command = [sys.executable, "-m", "benchmarks.gpu.tune_backends", f"--write={file}", f"--seconds={limit - 20:.0f}"]
     steps.command(command, limit)
     if not file.exists():
         raise Failed("no shape was measured")
@@ -222,7 +224,7 @@ def newest(folder: Path, since: float) -> Path:
 
 def memory(folder: Path, since: float) -> str:
     """Part of the benchmarks' run: whether it has the bytes of this package in every case."""
-    import results
+    from benchmarks.report import results
 
     found = [row for row in results.read(newest(folder, since)).rows if row.pass_ == "memory" and row.role == "ours"]
     found = [row for row in found if not row.status.startswith(("not run", "missing"))]
@@ -232,8 +234,8 @@ def memory(folder: Path, since: float) -> str:
 
 
 def table(steps: Steps, folder: Path, since: float) -> None:
-    import bars
-    import results
+    from benchmarks.gpu import bars
+    from benchmarks.report import results
 
     steps.say(bars.table(results.read(newest(folder, since))))
 
@@ -242,7 +244,6 @@ def measured(steps: Steps, folder: Path, commit: str | None) -> None:
     """The benchmarks, and what is made of their results: of a part of them, where they were cut off."""
     started = time.time()
     steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
-    sys.path.insert(0, str(ROOT))  # the package, built in place
     steps.step("memory", lambda: memory(folder, started))
     steps.step("table", lambda: table(steps, folder, started))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 525  # seconds of a target
 GRACE = 8  # seconds between a command's interrupt, after which pytest says what failed, and its end
 

@@ -1,7 +1,7 @@
 """Extensions that were built before, and a record beside them of what they were built with: a machine with a GPU then
 spends no minute on compiling. Without a GPU, with nvcc and PyTorch for CUDA,
 
-    python benchmarks/prebuilt.py [--architectures 9.0]
+    python -m benchmarks.gpu.prebuilt [--architectures 9.0]
 
 builds them all, strips them and writes the record; `make gpu` takes them where all of it fits.
 """
@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from gpu_steps import ROOT
+from benchmarks.gpu.gpu_steps import ROOT
 
 NAMES = ("_C", "_C_node", "_C_cuda")
 RECORD = "_built.json"  # in the package's folder, as the extensions are

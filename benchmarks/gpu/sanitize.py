@@ -1,6 +1,6 @@
 """Runs every kernel of the cuda backend once, on problems so small that compute-sanitizer is done with them in seconds.
 
-    compute-sanitizer --tool racecheck python benchmarks/sanitize.py [--seconds 20] [--fault]
+    compute-sanitizer --tool racecheck python -m benchmarks.gpu.sanitize [--seconds 20] [--fault]
 
 A line a case; `--fault` reads past the end of a tensor instead, which shows whether the sanitizer looks at anything.
 """
@@ -8,10 +8,7 @@ A line a case; `--fault` reads past the end of a tensor instead, which shows whe
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, built in place
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Times forward + backward of the CUDA and the Triton backend over shapes on the GPU at hand and writes the faster of
 each into vvae_fast/_measured.py, which is where `backend=None` looks. On an idle GPU:
 
-    python benchmarks/tune_backends.py [--only shared ...] [--seconds S] [--write FILE]
+    python -m benchmarks.gpu.tune_backends [--only shared ...] [--seconds S] [--write FILE]
 
 By the clock, since launches decide small shapes; in alternating rounds, float32. A shape is written once both backends
 gave the same answer. `--only` takes a part of a shape's name, "shared 64 32 1024"; shapes measured before on the same
@@ -22,11 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's table, whatever is installed
-
-import gpu_clock
-
 import vvae_fast
+from benchmarks.flow import gpu_clock
 from vvae_fast import _measured, _preference
 
 BACKENDS = ("triton", "cuda")

@@ -1,7 +1,7 @@
 """Times the candidates for every entry of the Triton kernels' table on the GPU at hand and writes the fastest into
 vvae_fast/kernels/_table.py. On an idle GPU:
 
-    python benchmarks/tune_triton.py [--only forward ...] [--write FILE]
+    python -m benchmarks.gpu.tune_triton [--only forward ...] [--write FILE]
 
 An entry changes only for one that is 3 % faster and gives the answer of the entry before it. `--only` takes a part
 of an entry's name, "direct forward shared 64 few". About a second an entry and candidate, most of it for the compiler.
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's table, whatever is installed
 
 from vvae_fast.kernels import _table
 from vvae_fast.kernels.launch import forget_plans

@@ -1,6 +1,6 @@
 """A plugin of pytest that puts this package's classes in place of a peer's, and writes what became of each test.
 
-benchmarks/peers_tests.py starts pytest with it. PEERS_TESTS holds, as JSON, which peer, the folder from which its tests
+peers_tests.py starts pytest with it. PEERS_TESTS holds, as JSON, which peer, the folder from which its tests
 import one another, and the file for the outcomes.
 """
 

@@ -1,6 +1,6 @@
 """Runs other packages' own tests of planar flows with this package's classes in their place, and explains what fails.
 
-    python benchmarks/peers_tests.py [FILE or FOLDER ...]
+    python -m benchmarks.other_packages.peers_tests [FILE or FOLDER ...]
 
 Of each package the file is taken that the paths hold, such as a checkout of its repository, or else the one that is
 installed with it (normflows brings its own). A table says what ran, and every failure has its reason in EXPLAINED. The
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Peer(NamedTuple):
@@ -89,10 +89,19 @@ def run(peer: Peer, file: Path) -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"peer": peer.package, "root": str(file.parents[peer.above]), "outcomes": f"{folder}/outcomes.json"}
         Path(folder, "pytest.ini").write_text("[pytest]\n")  # neither the peer's options nor ours
-        path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         conftest = file.parent / "conftest.py"
         slow = ["--runslow"] if conftest.is_file() and "--runslow" in conftest.read_text() else []
-        command = [sys.executable, "-m", "pytest", str(file), "-p", "peers_plugin", "-q", "--import-mode=importlib"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(file),
+            "-p",
+            "benchmarks.other_packages.peers_plugin",
+            "-q",
+            "--import-mode=importlib",
+        ]
         command += ["-c", f"{folder}/pytest.ini", "-p", "no:cacheprovider", *slow]
         command += ["-k", peer.select] if peer.select else []
         environment = os.environ | {"PYTHONPATH": path, "PEERS_TESTS": json.dumps(settings)}

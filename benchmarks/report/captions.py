@@ -1,8 +1,8 @@
 """The sentences of the report that say what its tables hold."""
 
-from contestants import GRAPH
-from loops import PLAIN, REFERENCE
-from results import Results
+from benchmarks.flow.contestants import GRAPH
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report.results import Results
 
 NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
 LEAST_FLOOR = 2e-6  # seconds, a function call: a ratio to less says nothing
@@ -12,8 +12,8 @@ BACKEND_CAPTION = "Both: forward and backward, by the clock. Forward, backward: 
 
 RATIOS = (
     f"in parentheses: how many times as fast as the {PLAIN}, the median of the rounds' ratios. "
-    f"The {PLAIN} is the fastest that was found in twenty lines of PyTorch (benchmarks/loops.py), the {REFERENCE} this "
-    "package's own, for any input."
+    f"The {PLAIN} is the fastest that was found in twenty lines of PyTorch (benchmarks/flow/loops.py), the {REFERENCE} "
+    "this package's own, for any input."
 )
 NO_RATIOS = f"this run has no {PLAIN}, which the ratios are to."
 MARK = f" `~`: the slowest round took more than {NOISY} times the fastest."

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import svg
 from matplotlib.axes import Axes
-from results import Results, Row
+
+from benchmarks.report import svg
+from benchmarks.report.results import Results, Row
 
 FB = "forward+backward"
 NO_OP = "no-op (does no work)"

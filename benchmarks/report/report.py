@@ -7,8 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-import results
-from captions import (
+from benchmarks.flow.cases import PASSES
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report import results
+from benchmarks.report.captions import (
     BACKEND_CAPTION,
     LEAST_FLOOR,
     NO_GPU,
@@ -20,9 +22,7 @@ from captions import (
     step_caption,
     time_caption,
 )
-from cases import PASSES
-from loops import PLAIN, REFERENCE
-from results import Results, Row
+from benchmarks.report.results import Results, Row
 
 ROOT = results.ROOT
 START, END = "<!-- bench -->\n", "<!-- /bench -->"
@@ -318,7 +318,7 @@ def with_section(readme: str, runs: dict[str, Results]) -> str:
 
 def main(folder: Path = results.FOLDER, readme: Path = ROOT / "README.md") -> int:
     """Rewrites the machines' pages and plots and the README's section from the newest full results."""
-    import plots  # matplotlib is no need of the tables
+    from benchmarks.report import plots  # matplotlib is no need of the tables
 
     try:
         runs = {machine: results.read(path) for machine, path in results.newest(folder=folder).items()}

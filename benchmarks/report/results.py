@@ -16,16 +16,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 
-import memory
 import torch
-from contestants import COMPILED, GRAPH, Contestant
-from loops import PLAIN
-from measure import COPY, Run
 
 import vvae_fast
+from benchmarks.flow import memory
+from benchmarks.flow.contestants import COMPILED, GRAPH, Contestant
+from benchmarks.flow.loops import PLAIN
+from benchmarks.flow.measure import COPY, Run
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 HEADER = (  # what the report needs of it
     *("kind", "date", "seconds", "device", "machine", "threads", "isa", "torch", "commit", "dirty", "compiled"),
     *("matrix_product_flops_per_second", "peak_bytes_method", "versions"),

@@ -10,8 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import sass
-import sass_walk
+from benchmarks.sass import sass, sass_walk
 
 HERE = Path(__file__).resolve().parent
 TABLES = {"cuda": HERE / "sass_cuda.txt", "triton": HERE / "sass_triton.txt"}

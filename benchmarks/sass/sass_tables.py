@@ -2,7 +2,7 @@
 into sass_cuda.txt and sass_triton.txt; CONTRIBUTING.md says what the columns mean. The tests that compile the kernels
 compare what they have with these tables.
 
-    python benchmarks/sass_tables.py [cuda | triton]    # both by default; the CUDA kernels take nvcc eight minutes
+    python -m benchmarks.sass.sass_tables [cuda | triton]    # both by default; the CUDA kernels take nvcc eight minutes
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import sass_report
-from sass_report import ARCH, LOOPS, TABLES, TRITON_LOOPS, Row
+from benchmarks.sass import sass_report
+from benchmarks.sass.sass_report import ARCH, LOOPS, TABLES, TRITON_LOOPS, Row
 
 
 def rows_of_objects(folder: Path, tools: dict[str, Path], wanted: re.Pattern[str] | None = None) -> list[Row]:
@@ -33,7 +33,7 @@ def rows_of_objects(folder: Path, tools: dict[str, Path], wanted: re.Pattern[str
 
 
 def rows_of_launches(launches: list[dict], folder: Path, tools: dict[str, Path]) -> list[Row]:
-    """Of what tests/triton_backend/compile_kernels.py compiled into the folder; launches of the same code are read once."""
+    """Of what compile_kernels.py compiled into the folder; launches of the same code are read once."""
     of_code: dict[str, list[Row]] = {}
     rows, seen = [], {}
     for launch in launches:
@@ -61,7 +61,7 @@ def versions(table: str, tools: dict[str, Path]) -> dict[str, str]:
 
 
 def main(tables: list[str]) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # what compiles the kernels
+    sys.path += [str(room) for room in (Path(__file__).resolve().parents[2] / "tests").iterdir()]  # what compiles them
     import compiled
 
     tools = sass_report.disassembler()

@@ -12,7 +12,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from sass import Instruction, Kernel, Loop
+from benchmarks.sass.sass import Instruction, Kernel, Loop
 
 TURNS = (3, 6)  # what is measured: by then the turns are alike
 

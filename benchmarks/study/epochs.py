@@ -1,7 +1,7 @@
 """Seconds of a training epoch of each model of a study: with this package's flow, and with a loop in its place.
 
-    python benchmarks/epochs.py --config configs/digits.yaml
-    python benchmarks/epochs.py --config configs/mnist_mlp_cpu.yaml --root DIR
+    python -m benchmarks.study.epochs --config configs/digits.yaml
+    python -m benchmarks.study.epochs --config configs/mnist_mlp_cpu.yaml --root DIR
 
 A step draws the batch and its bits, runs forward and backward and the optimiser, as in training. The loops over the
 flow's steps are those of loops.py, the plain loop and the reference. Blocks of steps of all models alternate, one round
@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
-from study_results import EPOCHS, FOLDER, OURS
 from torch import Tensor
 
+from benchmarks.flow.loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
+from benchmarks.study.study_results import EPOCHS, FOLDER, OURS
 from vvae_fast.train import processes
 from vvae_fast.train.compare import Model
 from vvae_fast.train.data import Dataset, load_dataset, make_loaders

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import svg
 from matplotlib.figure import Figure
-from study_results import VANILLA_MODEL, Results
 
+from benchmarks.report import svg
+from benchmarks.study.study_results import VANILLA_MODEL, Results
 from vvae_fast.train.runconfig import AMORTIZED, SHARED
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}

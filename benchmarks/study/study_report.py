@@ -7,13 +7,13 @@ typed in.
 import sys
 from pathlib import Path
 
-import study_figures
 import yaml
-from loops import PLAIN, REFERENCE
-from report import table
-from study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, read_all
-from study_text import conclusions, findings, introduction, limitations
 
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report.report import table
+from benchmarks.study import study_figures
+from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, read_all
+from benchmarks.study.study_text import conclusions, findings, introduction, limitations
 from vvae_fast.train.compare import Model
 from vvae_fast.train.runconfig import AMORTIZED, SHARED
 

@@ -10,7 +10,7 @@ from vvae_fast.train.compare import RESULTS, Model
 from vvae_fast.train.runconfig import VANILLA
 from vvae_fast.train.study import Study, load_study
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
 CONFIGS = ROOT / "configs"
 EPOCHS = "epochs.json"

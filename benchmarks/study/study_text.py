@@ -1,8 +1,7 @@
 """The sentences of docs/results.md. Whatever number or direction they state is computed from the results."""
 
-from loops import PLAIN
-from study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
-
+from benchmarks.flow.loops import PLAIN
+from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
 from vvae_fast.train.compare import Model
 from vvae_fast.train.runconfig import AMORTIZED, SHARED
 
@@ -17,8 +16,8 @@ are {", ".join(names)} and {last}; [study.md](study.md) says how to run them. Fi
 Rezende & Mohamed, flows on four energies, is in [density.md](density.md).
 
 `make results` writes this page from the files in [results](results): of each study the `results.json` that
-`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/epochs.py`. None of these numbers is typed in; those of
-others are in `published.yaml`.
+`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/study/epochs.py`. None of these numbers is typed in;
+those of others are in `published.yaml`.
 
 - -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
   posterior. Their difference, the gap, says how tight the bound is. Less is better.

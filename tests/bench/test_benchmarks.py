@@ -13,17 +13,15 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
-import bench_training
-import report
-import results
-from cases import FAST, GPU_CASES, GPU_MEMORY_CASES, MEMORY_CASES, PLANAR_CASES, Case
-from contestants import Contestant, Prepared, Unavailable, cuda_direct, no_op, ours
-from loops import plain_loop
-from measure import COPY, Block, Refused, Run, Stage, make_inputs
-from memory import peak_bytes, saved_bytes
-from peers import peers
-from session import Bench
-
+from benchmarks.flow import bench_training
+from benchmarks.flow.cases import FAST, GPU_CASES, GPU_MEMORY_CASES, MEMORY_CASES, PLANAR_CASES, Case
+from benchmarks.flow.contestants import Contestant, Prepared, Unavailable, cuda_direct, no_op, ours
+from benchmarks.flow.loops import plain_loop
+from benchmarks.flow.measure import COPY, Block, Refused, Run, Stage, make_inputs
+from benchmarks.flow.memory import peak_bytes, saved_bytes
+from benchmarks.flow.peers import peers
+from benchmarks.flow.session import Bench
+from benchmarks.report import report, results
 from vvae_fast import PlanarFlow, ops
 
 ROOT = Path(__file__).parents[2]

@@ -9,19 +9,17 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
-import bench_training
-import epochs
-import loops
-import results
-import study_results
-from bench_training import GROUPS, check, flows, make_data, make_model
-from cases import GPU_CASES, MEMORY_CASES, PLANAR_CASES, Case
-from contestants import COMPILED, LOOPS, NO_LEAF, baselines, ours
-from measure import Refused, Stage, make_gradients, make_inputs
 from test_benchmarks import RUNS_HERE, contestant, timed_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vvae_fast
+from benchmarks.flow import bench_training, loops
+from benchmarks.flow.bench_training import GROUPS, check, flows, make_data, make_model
+from benchmarks.flow.cases import GPU_CASES, MEMORY_CASES, PLANAR_CASES, Case
+from benchmarks.flow.contestants import COMPILED, LOOPS, NO_LEAF, baselines, ours
+from benchmarks.flow.measure import Refused, Stage, make_gradients, make_inputs
+from benchmarks.report import results
+from benchmarks.study import epochs, study_results
 from vvae_fast.train.compare import Model
 from vvae_fast.train.data import load_dataset
 from vvae_fast.train.study import load_study

@@ -1,13 +1,14 @@
-"""benchmarks/pairs.py: this checkout against another one."""
+"""benchmarks/calls/pairs.py: this checkout against another one."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pairs
 import pytest
-from cases import Case
+
+from benchmarks.calls import pairs
+from benchmarks.flow.cases import Case
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(100, 2, 8)
@@ -50,7 +51,7 @@ def test_a_process_that_ended_is_named(monkeypatch, is_over):
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "benchmarks" / "pairs.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.calls.pairs", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

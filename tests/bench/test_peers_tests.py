@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peers_tests
 import pytest
-from peers_tests import PEERS, Peer, Reason, find, reason
+
+from benchmarks.other_packages import peers_tests
+from benchmarks.other_packages.peers_tests import PEERS, Peer, Reason, find, reason
 
 COMMAND = Path(peers_tests.__file__)
 
@@ -128,7 +129,7 @@ def test_a_reason_fits_package_test_and_message(monkeypatch):
 
 def test_the_reasons_are_those_of_the_documentation():
     """docs/interop.md lists each, without its marks of code."""
-    page = (COMMAND.parent.parent / "docs" / "interop.md").read_text().replace("`", "")
+    page = (COMMAND.parents[2] / "docs" / "interop.md").read_text().replace("`", "")
     assert not [entry.why for entry in peers_tests.EXPLAINED if entry.why not in page]
 
 

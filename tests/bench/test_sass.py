@@ -2,12 +2,10 @@
 
 import compiled
 import pytest
-import sass
-import sass_report
-import sass_tables
-import sass_walk
 from cuda_host import kernel_names
-from sass_report import Row, Signature
+
+from benchmarks.sass import sass, sass_report, sass_tables, sass_walk
+from benchmarks.sass.sass_report import Row, Signature
 
 
 def kernel(code: str, name: str = "kernel") -> sass.Kernel:

@@ -6,13 +6,11 @@ import shutil
 
 import matplotlib
 import pytest
-import study_report
-import study_results
-import study_text
-import svg
-from loops import PLAIN, REFERENCE
-from study_results import Spread, Unusable
 
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report import svg
+from benchmarks.study import study_report, study_results, study_text
+from benchmarks.study.study_results import Spread, Unusable
 from vvae_fast.train.compare import Model
 
 STUDIES = study_results.read_all()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import tune_backends
-from tune_backends import Shape
 
+from benchmarks.gpu import tune_backends
+from benchmarks.gpu.tune_backends import Shape
 from vvae_fast import _measured, _preference, shapes
 
 SHAPE = Shape("shared", 2, 8, 128)

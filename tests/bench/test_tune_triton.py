@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import tune_triton
-from tune_triton import Entry
-
+from benchmarks.gpu import tune_triton
+from benchmarks.gpu.tune_triton import Entry
 from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The accuracy rule of tests/support/problems.py itself, and a quick part of the sweep that benchmarks/accuracy.py makes."""
+"""The accuracy rule of problems.py itself, and a quick part of the sweep that accuracy.py of the benchmarks makes."""
 
 import importlib.util
 import math
@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from accuracy_table import breaches, table
 from problems import DRAWS, NAMES, assert_as_accurate, on_each_isa
-from sweep import FLOOR, Counts, Finding, Package, sweep
-from sweep_inputs import Input, inputs
 from torch import Tensor
 
 import vvae_fast
+from benchmarks.accuracy.accuracy_table import breaches, table
+from benchmarks.accuracy.sweep import FLOOR, Counts, Finding, Package, sweep
+from benchmarks.accuracy.sweep_inputs import Input, inputs
 from vvae_fast import reference
 
 WITH_TRITON = pytest.mark.skipif(

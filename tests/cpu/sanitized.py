@@ -127,6 +127,12 @@ MUTANTS = (
 
 # What runs under AddressSanitizer beside the stress: whatever calls the operators with odd shapes, strides and numbers.
 TESTS = ("test_properties.py", "test_planar_flow.py", "test_fused_inverse.py", "test_passes.py", "test_arguments.py")
+
+
+def tests() -> list[Path]:
+    return [path for name in TESTS for path in (ROOT / "tests").rglob(name)]
+
+
 NOT_HERE = "not accuracy and not amplifying and not million and not outputs_larger and not compile and not opcheck"
 
 
@@ -348,7 +354,7 @@ def check(sanitizer: str) -> bool:
             fine &= report(f"{sanitizer}: {isa}, {threads[0]} x {threads[1]} threads", result, result.code == 0)
     if sanitizer == "address":  # the tests themselves go through the instruction sets
         pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=sanitize", "-k", NOT_HERE]
-        result = run(folder, sanitizer, ops.isa(), [*pytest, *(f"tests/{name}" for name in TESTS)])
+        result = run(folder, sanitizer, ops.isa(), [*pytest, *map(str, tests())])
         fine &= report(f"{sanitizer}: {' '.join(TESTS)}", result, result.code == 0)
     return fine
 

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-import sass_report
-import sass_tables
 from compiled import DTYPES_OF, ENTRY, Compiled, compile_cuda, table_of
 from cuda_host import kernel_names
+
+from benchmarks.sass import sass_report, sass_tables
 
 
 @pytest.fixture(scope="module")

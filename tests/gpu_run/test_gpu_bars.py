@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
-import bars
-import bench_training
-import report
-import results
-from bench_training import GPU_GROUPS, flows
-from cases import GPU_CASES, GPU_MEMORY_CASES, Case
-from contestants import ours
-from measure import Refused, Run
 from test_benchmarks import stored_run
+
+from benchmarks.flow import bench_training
+from benchmarks.flow.bench_training import GPU_GROUPS, flows
+from benchmarks.flow.cases import GPU_CASES, GPU_MEMORY_CASES, Case
+from benchmarks.flow.contestants import ours
+from benchmarks.flow.measure import Refused, Run
+from benchmarks.gpu import bars
+from benchmarks.report import report, results
 
 # Seconds of each contestant by the clock and on the device, and of each step.
 CLOCK = {

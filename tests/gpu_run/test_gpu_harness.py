@@ -16,16 +16,13 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
 
-import bars
-import ceilings
-import gpu
-import gpu_clock
-import gpu_steps
-import results
-import session
-from cases import GPU_CASES, Case
-from measure import COPY, Block, Refused, Run, time_limit
 from test_gpu_bars import fabricated
+
+from benchmarks.flow import ceilings, gpu_clock, session
+from benchmarks.flow.cases import GPU_CASES, Case
+from benchmarks.flow.measure import COPY, Block, Refused, Run, time_limit
+from benchmarks.gpu import bars, gpu, gpu_steps
+from benchmarks.report import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +50,16 @@ def test_a_target_of_make_is_one_of_the_harness(target):
     name = f"gpu-{target}" if target else "gpu"
     command = ["make", "--no-print-directory", "--dry-run", name, "PYTHON=python", "RESULTS=some folder", "COMMIT=abc"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    wanted = ["python", "benchmarks/gpu.py", *filter(None, [target]), "--results", "some folder", "--commit", "abc"]
+    wanted = [
+        "python",
+        "-m",
+        "benchmarks.gpu.gpu",
+        *filter(None, [target]),
+        "--results",
+        "some folder",
+        "--commit",
+        "abc",
+    ]
     assert shlex.split(done.stdout) == wanted
 
 
@@ -114,10 +120,10 @@ def test_an_interrupt_comes_before_the_end_and_lets_a_command_say_what_it_has():
 def test_what_runs_ends_with_the_harness(tmp_path):
     """Told to end, as by `timeout`, it leaves nothing behind that goes on measuring."""
     worker = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = "import sys, gpu_steps; gpu_steps.end_with_what_runs(); "
+    code = "import sys; from benchmarks.gpu import gpu_steps; gpu_steps.end_with_what_runs(); "
     code += f"gpu_steps.Steps(open(sys.argv[1], 'w')).command([sys.executable, '-c', {worker!r}], 60)"
     command = [sys.executable, "-c", code, str(tmp_path / "gpu.log")]
-    with subprocess.Popen(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True) as harness:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as harness:
         number = int(harness.stdout.readline())
         harness.terminate()
         assert harness.wait() == 128 + signal.SIGTERM
@@ -221,7 +227,7 @@ def test_torch_compile_leaves_the_cases_behind_its_own_their_time(monkeypatch):
 
 
 def test_every_test_of_the_gpu_is_in_a_file_that_the_harness_runs():
-    marked = [path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()]
+    marked = [path.name for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     assert all(name.startswith(("test_gpu", "test_triton")) for name in marked)
 
 

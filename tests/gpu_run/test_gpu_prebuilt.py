@@ -3,10 +3,10 @@
 import json
 import subprocess
 
-import gpu_steps
-import prebuilt
 import pytest
 import torch
+
+from benchmarks.gpu import gpu_steps, prebuilt
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ import re
 import time
 from pathlib import Path
 
-import gpu
-import prebuilt
 import pytest
-import sanitize
 import torch
 
+from benchmarks.gpu import gpu, prebuilt, sanitize
 from vvae_fast import ops
 
 

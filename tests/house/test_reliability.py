@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-PAGE = (HERE.parents[1] / "docs" / "reliability.md").read_text()
+TESTS = Path(__file__).parents[1]
+PAGE = (TESTS.parent / "docs" / "reliability.md").read_text()
 ROWS = re.findall(r"^\| (?!fault \||---|command \||`make )(.+) \| (.+) \| (.+) \|$", PAGE, re.M)
 KINDS = ["Numbers", "Shapes and memory", "Threads", "Data", "Runs and files", "Modules", "Installing", "Drop-ins"]
 
@@ -23,7 +23,8 @@ def test_the_test_exists(fault, seen, test):
     named = re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", test)
     assert named, f"{test} is no name of a test as `test_file.py::test_name`"
     file, name = named.groups()
-    assert functions_of(HERE / file).count(name) == 1
+    (path,) = TESTS.rglob(file)
+    assert functions_of(path).count(name) == 1
 
 
 def test_every_line_of_a_table_was_read():

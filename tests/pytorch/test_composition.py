@@ -1,6 +1,6 @@
 """What PyTorch does to the modules, to the inverse and to every activation: transforms, compilation, precision, copies.
 
-tests/pytorch/test_autograd.py has the same of the functional flow with tanh, tests/cpu/test_fused_inverse.py of its inverse.
+test_autograd.py has the same of the functional flow with tanh, test_fused_inverse.py of its inverse.
 """
 
 import copy

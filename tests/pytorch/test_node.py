@@ -7,10 +7,8 @@ import re
 import sys
 import threading
 
-import call_cost
 import pytest
 import torch
-from cases import Case
 from problems import random_problem
 from test_backends import python
 from test_host_path import PARAMS, Z
@@ -18,6 +16,8 @@ from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad, gradgradcheck
 
 import vvae_fast
+from benchmarks.calls import call_cost
+from benchmarks.flow.cases import Case
 from vvae_fast import autograd, node, shapes
 from vvae_fast.functional import packed_planar_flow
 

@@ -1,5 +1,5 @@
 """Every kernel compiled for GPUs that are not here: the CUDA kernels by nvcc, the Triton kernels as their table chooses
-them. Used by test_cuda_compiles.py, test_compiled_kernels.py and benchmarks/sass_tables.py, which need no compiling of
+them. Used by test_cuda_compiles.py, test_compiled_kernels.py and sass_tables.py, which need no compiling of
 their own.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import sass_report
-import sass_tables
 import torch
 from cuda_host import CSRC, DTYPES, keep_dtypes, sources
+
+from benchmarks.sass import sass_report, sass_tables
 
 # What nvcc compiles for each in `make test`: a dtype takes a minute or more. In bfloat16 sm_80 has instructions of its
 # own; `make sass` compiles the others for it, too.
@@ -82,7 +82,7 @@ def compile_cuda(folder: Path, dtypes_of: dict[str, tuple[torch.dtype, ...]] = D
 def compile_triton(target: str, cases: list[tuple], folder: Path) -> list[dict]:
     """A line for each launch of each case, see compile_kernels.py; the folder gets NVIDIA's machine code."""
     folder.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "triton_backend" / "compile_kernels.py"
     command = [sys.executable, script, json.dumps(TRITON_TARGETS[target]), json.dumps(cases), folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=script.parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -76,7 +76,7 @@ USUAL = Scales()
 
 
 def problem(size: Size, seed: int, scales: Scales = USUAL, dtype: torch.dtype = torch.float64) -> Problem:
-    """As tests/support/problems.py draws them, at any scale and with D = 0 too: values that float32 holds, or infinities."""
+    """As problems.py draws them, at any scale and with D = 0 too: values that float32 holds, or infinities."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(scale: float, *shape: int) -> Tensor:

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import sass_report
-import sass_tables
 from compiled import TRITON_TARGETS, compile_triton, table_of
 from triton_cases import cases, of_report
+
+from benchmarks.sass import sass_report, sass_tables
 
 LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the targets has
 

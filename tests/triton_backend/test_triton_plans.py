@@ -228,7 +228,7 @@ def test_results_are_right_when_strides_change_between_calls(form):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the benchmark's tensors are on the CPU")
 def test_the_benchmark_measures_calls_without_and_with_a_launch():
-    import launch_cost
+    from benchmarks.calls import launch_cost
 
     for call in launch_cost.calls(4, 3, 2, 1).values():
         call()

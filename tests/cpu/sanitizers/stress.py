@@ -2,7 +2,7 @@
 
     python tests/cpu/sanitizers/stress.py --isa avx2 --python-threads 4 --openmp-threads 2
 
-Each answer has to be bit for bit what one thread alone gives. Meant for a build with a sanitizer, tests/cpu/sanitized.py,
+Each answer has to be bit for bit what one thread alone gives. Meant for a build with a sanitizer, sanitized.py,
 and fast enough without one to be a test of its own.
 """
 
