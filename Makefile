@@ -23,11 +23,11 @@ test: .venv/built
 test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 test-long: .venv/built
 	@echo "make test-long SEED=$(SEED) draws the same examples again"
-	$(BIN)/python -m pytest tests/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
+	$(BIN)/python -m pytest tests/cpu/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
-# The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/sanitized.py.
+# The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/cpu/sanitized.py.
 sanitize: .venv/built
-	$(BIN)/python tests/sanitized.py
+	$(BIN)/python tests/cpu/sanitized.py
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -36,7 +36,7 @@ lint: .venv/built
 
 # normflows', pythae's, Pyro's and PyTorch's own tests with this package's classes: PEERS=folders with their checkouts.
 peers-tests: .venv/built
-	$(BIN)/python benchmarks/peers_tests.py $(PEERS)
+	$(BIN)/python -m benchmarks.other_packages.peers_tests $(PEERS)
 
 # On an idle machine. DEVICE=cpu or cuda; by default a GPU where there is one.
 BENCH := $(BIN)/python -m pytest benchmarks -q -p no:cacheprovider -o python_files="bench_*.py" -o python_functions="bench_*" \
@@ -49,21 +49,21 @@ bench-quick: .venv/built
 	$(BENCH) --quick
 
 report: .venv/built
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report.report
 
 # docs/results.md and its figures, from docs/results/ and configs/.
 results: .venv/built
-	$(BIN)/python benchmarks/study_report.py
+	$(BIN)/python -m benchmarks.study.study_report
 
 # What the GPU kernels cost by their machine code, without a GPU; needs nvcc. TABLES=cuda or triton: one of the two.
 sass: .venv/built
-	$(BIN)/python benchmarks/sass_tables.py $(TABLES)
+	$(BIN)/python -m benchmarks.sass.sass_tables $(TABLES)
 
 gpu gpu-test gpu-bench gpu-sanitize gpu-tune:
-	@$(PYTHON) benchmarks/gpu.py $(patsubst gpu-%,%,$(filter-out gpu,$@)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
+	@$(PYTHON) -m benchmarks.gpu.gpu $(patsubst gpu-%,%,$(filter-out gpu,$@)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
 
 gpu-prebuilt:
-	@$(PYTHON) benchmarks/prebuilt.py $(if $(ARCHITECTURES),--architectures "$(ARCHITECTURES)")
+	@$(PYTHON) -m benchmarks.gpu.prebuilt $(if $(ARCHITECTURES),--architectures "$(ARCHITECTURES)")
 
 clean:
 	rm -rf build vvae_fast/*.so vvae_fast/_built.json vvae_fast.egg-info .venv/built

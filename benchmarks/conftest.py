@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import report
-import results
 import torch
-from contestants import NO_LEAF
-from session import Bench, Progress
+
+from benchmarks.flow.contestants import NO_LEAF
+from benchmarks.flow.session import Bench, Progress
+from benchmarks.report import report, results
 
 MODULES = ("bench_planar", "bench_training", "bench_memory")
 GPU_MODULES = (

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
         triton.knobs.runtime.interpret = True
         interpreter.sum_dots_in_order()
         interpreter.patch_once_a_launch()
-with contextlib.suppress(ImportError):  # tests/test_properties*.py skip and say so
+with contextlib.suppress(ImportError):  # tests/cpu/test_properties*.py skip and say so
     import property_profiles  # noqa: F401
 
 import cuda_host
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """Processes of pytest-xdist share the cores, and what tests/cuda_host.py builds."""
+    """Processes of pytest-xdist share the cores, and what tests/cuda/cuda_host.py builds."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
         os.environ.pop("PYTEST_XDIST_WORKER", None)  # a session of benchmarks in a child process would measure nothing

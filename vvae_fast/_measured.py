@@ -1,4 +1,4 @@
-"""The faster of the CUDA and the Triton backend by shape. Written by benchmarks/tune_backends.py."""
+"""The faster of the CUDA and the Triton backend by shape. Written by benchmarks/gpu/tune_backends.py."""
 
 # The GPU that forward and backward were timed on, by the clock. None: nothing was measured.
 MEASURED_ON = None

@@ -1,4 +1,4 @@
-"""Blocks, warps and stages by pass, parameters and padded D. Written by benchmarks/tune_triton.py."""
+"""Blocks, warps and stages by pass, parameters and padded D. Written by benchmarks/gpu/tune_triton.py."""
 
 # The GPU that the entries were timed on. None: they are reasoned from registers and bytes in flight, not measured.
 MEASURED_ON = None

@@ -1,0 +1,102 @@
+"""What a call costs beside the kernels, on the CPU: python -m benchmarks.calls.call_cost [rounds]
+
+Forward + backward in one thread, against the no-op, which is a Python autograd Function that computes nothing: by the
+Function in Python, and by the node in C++ where it is there. Then what the backward of a frozen flow, whose parameters
+need no gradient, takes of a trained one's. The contestants take turns, a block of calls each; printed are the medians
+over the rounds of a block's median call, in microseconds, and the median ratio of a round.
+"""
+
+import contextlib
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+import vvae_fast
+from benchmarks.flow.cases import Case
+from benchmarks.flow.contestants import no_op
+from benchmarks.flow.measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
+from vvae_fast import autograd, node, ops
+
+CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]
+FROZEN = Case(4096, 64, 32)
+BLOCK_SECONDS = 0.02
+WARM_UP = 3  # rounds
+
+
+@contextlib.contextmanager
+def by_function() -> Iterator[None]:
+    """Ordinary calls take the Function in Python."""
+    with_node = node.is_ordinary, autograd.ordinary_planar_flow
+    node.is_ordinary, autograd.ordinary_planar_flow = None, autograd.planar_flow
+    try:
+        yield
+    finally:
+        node.is_ordinary, autograd.ordinary_planar_flow = with_node
+
+
+def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of a call in each round, by name: of (call, the context that it is made in)."""
+    times = {name: [] for name in calls}
+    counts = {
+        name: calls_of_block(BLOCK_SECONDS, min(map(seconds_of, 2 * [call]))) for name, (call, _) in calls.items()
+    }
+    for _ in range(WARM_UP + rounds):
+        for name, (call, context) in calls.items():
+            with context():
+                times[name].append(1e6 * statistics.median(seconds_of(call) for _ in range(counts[name])))
+    return {name: of_rounds[WARM_UP:] for name, of_rounds in times.items()}
+
+
+def contestants(case: Case) -> dict[str, tuple[Callable, Callable]]:
+    leaves, grads = [t.requires_grad_() for t in make_inputs(case)], make_gradients(case)
+
+    def both_passes(flow: Callable) -> Callable:
+        return lambda: torch.autograd.grad(flow(*leaves), leaves, grads)
+
+    fast = both_passes(vvae_fast.planar_flow)
+    found = {"no-op": (both_passes(no_op), contextlib.nullcontext), "Function": (fast, by_function)}
+    return found if node.load_error else found | {"node": (fast, contextlib.nullcontext)}
+
+
+def frozen_and_trained(case: Case) -> dict[str, tuple[Callable, Callable]]:
+    grads = make_gradients(case)
+
+    def backward(trained: bool) -> Callable:
+        leaves = [t.requires_grad_(trained or i == 0) for i, t in enumerate(make_inputs(case))]
+        outputs, wanted = vvae_fast.planar_flow(*leaves), [t for t in leaves if t.requires_grad]
+        return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+    return {name: (backward(name == "trained"), contextlib.nullcontext) for name in ("trained", "frozen")}
+
+
+def title(case: Case) -> str:
+    return f"{case.rows} x {case.dim}, K = {case.num_steps}"
+
+
+def row(times: dict[str, list[float]]) -> str:
+    """Of the first, its microseconds; of the others, also the ratio to it."""
+    first, *others = times
+    text = f"{first} {statistics.median(times[first]):.1f} us"
+    for name in others:
+        ratio = statistics.median(t / base for t, base in zip(times[name], times[first], strict=True))
+        text += f", {name} {statistics.median(times[name]):.1f} us ({ratio:.2f}x)"
+    return text
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 41
+    torch.set_num_threads(1)
+    gc.disable()
+    settle_allocator()
+    print(f"torch {torch.__version__}, {ops.isa()}, one thread; node: {node.load_error or 'available'}")
+    for case in CASES:
+        print(f"forward + backward, {title(case)}: {row(measure(contestants(case), rounds))}", flush=True)
+    gc.collect()
+    print(f"backward, {title(FROZEN)}: {row(measure(frozen_and_trained(FROZEN), rounds))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What Python takes of a call of the Triton kernels, without a GPU.
+
+    python -m benchmarks.calls.launch_cost [--seconds 0.3]
+
+Two stand-ins, which take turns: in place of `launch` a call that does nothing, which leaves the operators and the
+launchers; and in place of the driver one that compiles for sm_90 and runs nothing (count_variants.py), which
+adds Triton's own way to a kernel. The tensors are on the CPU. Printed are medians, in microseconds.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+sys.path += [
+    str(room) for room in (Path(__file__).resolve().parents[2] / "tests").iterdir()
+]  # the driver that runs nothing
+
+os.environ.pop("TRITON_INTERPRET", None)  # nothing is interpreted here
+
+import torch
+from count_variants import fake_driver
+from triton.runtime import driver
+
+from vvae_fast import kernels
+from vvae_fast.kernels import compact_backward, compact_forward, compact_gradients, direct_backward, direct_forward
+from vvae_fast.shapes import Formulas
+
+LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
+CASES = {  # rows, D, K, parameter sets
+    "128 x 40, K = 80": (128, 40, 80, 1),
+    "128 x 40, K = 16, amortized": (128, 40, 16, 128),
+    "4,096 x 64, K = 32": (4096, 64, 32, 1),
+}
+BLOCK = 40  # calls in a row
+NUMBERS = Formulas().numbers()
+
+
+def calls(rows: int, dim: int, num_steps: int, num_sets: int) -> dict[str, Callable]:
+    """Forward and backward as the operators call them, by what they are printed as."""
+    sets = (num_sets,) if num_sets > 1 else ()
+    z, u, b = torch.zeros(rows, dim), torch.zeros(*sets, num_steps, dim), torch.zeros(*sets, num_steps)
+    forward, backward = kernels.implementation("planar_forward"), kernels.implementation("planar_backward")
+    z_K, log_det, a = forward(z, u, u, b, *NUMBERS, True)
+    return {
+        "forward": lambda: forward(z, u, u, b, *NUMBERS, True),
+        "backward": lambda: backward(z_K, log_det, z, u, u, b, a, *NUMBERS, True),
+        "backward, frozen": lambda: backward(z_K, log_det, z, u, u, b, a, *NUMBERS, False),
+    }
+
+
+def nothing(*args, **options) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def nothing_launched() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, "launch", nothing))
+        yield
+
+
+def microseconds(call: Callable) -> float:
+    start = time.thread_time()
+    for _ in range(BLOCK):
+        call()
+    return 1e6 * (time.thread_time() - start) / BLOCK
+
+
+def measure(call: Callable, seconds: float) -> tuple[float, float]:
+    """The medians without `launch`, and with it on the driver that runs nothing."""
+    call()  # compiled
+    times, end = ([], []), time.perf_counter() + seconds
+    while not times[0] or time.perf_counter() < end:
+        with nothing_launched():
+            times[0].append(microseconds(call))
+        times[1].append(microseconds(call))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Python's microseconds of a call of the Triton kernels.")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each line")
+    seconds = parser.parse_args(arguments).seconds
+    torch.set_num_threads(1)
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # from here on malloc keeps what is freed, as in measure.py
+    driver.set_active(fake_driver())
+    print(f"{'':48s} {'our own':>8s} {'+ Triton':>8s}")
+    for name, case in CASES.items():
+        for pass_, call in calls(*case).items():
+            ours, all_of_it = measure(call, seconds)
+            print(f"{name + ', ' + pass_:48s} {ours:8.1f} {all_of_it:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""`make gpu`: builds, tests and measures on this machine's GPU, a line a step; docs/gpu.md says what each means.
+
+    python -m benchmarks.gpu.gpu [test | bench | sanitize | tune ...] [--results FOLDER] [--commit TEXT]
+
+A target alone takes under 9 minutes; without a name all of them are run in turn. It takes Python's packages as they are
+and installs nothing. Whatever a target and its steps print is in gpu-<target>.log beside the results, as it comes. It
+exits with 0 where no step failed.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu import prebuilt
+from benchmarks.gpu.gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
+
+# Seconds at most; what has no number of its own gets what is left of its target's.
+BUILD, SMOKE, TESTS, FAULT, SANITIZED = 130, 60, 260, 40, 150
+LAST_BLOCK = 25  # kept for what the benchmarks have started when their time is up
+TABLE = 5  # kept for what is made of their results
+SETUPTOOLS = 77  # the oldest major version that reads pyproject.toml
+WORKERS = 14  # most of the tests' time is Triton's compiler's
+# The packages are not the pinned ones: what they warn of is shown, and fails nothing.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "default"]
+
+
+def environment() -> str:
+    """The versions; Missing where there is nothing to measure."""
+    try:
+        import torch
+    except ImportError as error:
+        raise Missing(f"PyTorch, for {sys.executable}: make gpu PYTHON=...") from error
+    if not torch.cuda.is_available():
+        raise Missing("PyTorch sees no GPU")
+    driver = "unknown"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = (subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split() or [driver])[0]
+    try:
+        import triton
+    except ImportError as error:
+        raise Missing("Triton") from error
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name()}, driver {driver}, {versions}"
+
+
+def nvcc() -> str:
+    """The version of CUDA's compiler, which builds the cuda backend."""
+    program = toolkit("nvcc")
+    if not program:
+        raise Missing("nvcc")
+    printed = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
+    return next(iter(re.findall(r"release \S+", printed)), printed.strip()).rstrip(",")
+
+
+def build(steps: Steps) -> str:
+    """The extensions that were built before, where they fit; else new ones, in place: the cuda backend's where there is
+    nvcc, for this GPU alone, which takes less time."""
+    misfit = prebuilt.misfit(architecture())
+    if misfit is None:
+        misfit = cuda_reasons(steps)
+        if not misfit:
+            return f"prebuilt, with the backend cuda for {architecture()}"
+        cuda_reasons.cache_clear()
+    return f"{built(steps)}; not the prebuilt ones: {misfit}"
+
+
+def built(steps: Steps) -> str:
+    needed("pybind11", "setuptools", "ninja")
+    version = importlib.metadata.version("setuptools")
+    if int(version.split(".")[0]) < SETUPTOOLS:
+        raise Missing(f"setuptools {SETUPTOOLS} or newer, which pyproject.toml is written for, got {version}")
+    if not toolkit("nvcc"):
+        steps.command([*prebuilt.BUILD], BUILD)
+        return "without the backend cuda: there is no nvcc"
+    steps.command([*prebuilt.BUILD], BUILD, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture())
+    if reasons := cuda_reasons(steps):
+        raise Failed(f"the backend cuda was built and cannot run: {reasons}")
+    prebuilt.write(architecture())
+    return f"with the backend cuda for {architecture()}"
+
+
+def architecture() -> str:
+    """Of the visible GPU, "9.0"."""
+    import torch
+
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+@functools.cache
+def cuda_reasons(steps: Steps) -> str:
+    """Why the cuda backend cannot run, empty where it can: of a fresh process, which loads what was built."""
+    ask = "import vvae_fast; print('cuda:', '; '.join(vvae_fast.info()['backends']['cuda']['reasons']))"
+    return steps.command([sys.executable, "-c", ask], 60)[-1].removeprefix("cuda:").strip()
+
+
+def needed(*modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise Missing(module)
+
+
+def smoke(steps: Steps) -> str:
+    """Each kernel of the cuda backend once: what cannot run at all is seen in seconds."""
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    return steps.command([sys.executable, "-m", "benchmarks.gpu.sanitize"], SMOKE)[-1]
+
+
+def tests(steps: Steps) -> str:
+    """All that has the marker gpu, in several processes where pytest-xdist is there."""
+    needed("pytest")
+    files = sorted(
+        str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/*/test_{name}*.py")
+    )
+    command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line a test: one that hangs is found
+    if importlib.util.find_spec("xdist"):
+        command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    summary = steps.command(command, TESTS, **threads)[-1].strip("= ")
+    if "passed" not in summary:
+        raise Failed(f"nothing was tested: {summary}")
+    return summary
+
+
+# What compute-sanitizer says where it did not look: a device, a driver or a container that does not let it.
+NOT_LOOKED = (
+    *("not supported", "Internal Sanitizer Error", "No attachable process", "before first instrumented API call"),
+    *("Failed to", "Unable to", "nsufficient p"),
+)
+
+
+def sanitizer(steps: Steps) -> str:
+    """compute-sanitizer on a small problem of each kernel of the cuda backend; before, on a read past the end, which it
+    has to find: a sanitizer that looks at nothing finds nothing."""
+    program = toolkit("compute-sanitizer")
+    if not program:
+        raise Missing("compute-sanitizer")
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    found, first, _ = sanitized(steps, program, "memcheck", FAULT, "--fault")
+    if not found:
+        raise Missing(f"compute-sanitizer: {program} finds no error where one is")
+    notes = []
+    for tool in ("memcheck", "racecheck"):
+        found, first, done = sanitized(steps, program, tool, SANITIZED)
+        if found:
+            raise Failed(f"{tool} finds {found}, the first: {first}")
+        notes.append(f"{tool} finds nothing in {done}")
+    return ", ".join(notes)
+
+
+def sanitized(steps: Steps, program: str, tool: str, limit: float, *options: str) -> tuple[int, str, str]:
+    """What a tool counted, the first thing that it found, and "N of M cases" that were run; Missing, with its message,
+    where it did not look."""
+    # API errors are those that PyTorch tries out and handles.
+    command = [program, "--tool", tool, "--kernel-name", "kns=vvae", "--report-api-errors", "no", "--print-limit", "10"]
+    command += [sys.executable, "-m", "benchmarks.gpu.sanitize", f"--seconds={0.6 * limit:.0f}", *options]
+    late = None
+    try:  # an allocation of its own for each tensor: its end is the end of what may be read
+        lines = steps.command(command, limit, kept=1000, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except Failed as failed:
+        lines = failed.lines
+        late = str(failed) if str(failed).startswith("not done") else None
+    said = [line.strip("= ") for line in lines if line.startswith("=========")]
+    said = [line for line in said if line and line != "COMPUTE-SANITIZER"]
+    for line in said:
+        if any(words in line for words in NOT_LOOKED):
+            raise Missing(f"compute-sanitizer: {line}")
+    counted = [int(count) for line in said for count in re.findall(r"SUMMARY: (\d+)", line)]
+    if not counted:
+        raise Missing(f"compute-sanitizer: {late or 'it printed no summary'}: {lines[-1] if lines else ''}")
+    done = re.findall(r"^sanitized (\d+ of \d+ cases)", "\n".join(lines), flags=re.MULTILINE)
+    if not done and not sum(counted):
+        raise Failed(f"{tool}: the cases ended early: {next((x for x in lines[::-1] if not x.startswith('===')), '')}")
+    return sum(counted), said[0], "".join(done)
+
+
+def backends(steps: Steps, folder: Path) -> str:
+    """Times the cuda backend against the Triton backend by shape, into a file beside the results."""
+    if reasons := cuda_reasons(steps):
+        raise Missing(f"the backend cuda: {reasons}")
+    file = folder / "_measured.py"
+    file.unlink(missing_ok=True)  # of an earlier run
+    limit = steps.left - GRACE
+    # A shape that Triton compiles for takes seconds, and so does the start.
+    command = [sys.executable, "-m", "benchmarks.gpu.tune_backends", f"--write={file}", f"--seconds={limit - 20:.0f}"]
+    steps.command(command, limit)
+    if not file.exists():
+        raise Failed("no shape was measured")
+    return f"{file}, to be committed as vvae_fast/_measured.py"
+
+
+def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
+    """The suite on the GPU; the results are written whatever became of single contestants."""
+    needed("pytest", "pytest_benchmark")
+    seconds = steps.left - LAST_BLOCK - GRACE - TABLE
+    if seconds <= 0:
+        raise Failed("no time is left for them")
+    command = [*PYTEST, "-W", "ignore:Benchmark fixture was not used", "benchmarks", "-q", "-p", "benchmark", "-rf"]
+    command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
+    started = time.time()
+    command += ["--benchmark-disable-gc", "--benchmark-quiet", "--device=cuda", f"--seconds={seconds:.0f}"]
+    command += [f"--results={folder}", *([f"--commit={commit}"] if commit else [])]
+    steps.command(command, seconds + LAST_BLOCK)
+    return f"{newest(folder, started)}"
+
+
+def newest(folder: Path, since: float) -> Path:
+    """The results that the benchmarks wrote last, not before `since`."""
+    written = [path for path in folder.glob("*/*torch-*.json") if path.stat().st_mtime >= since]
+    if not written:
+        raise Failed("there are no results")
+    return max(written, key=lambda path: path.stat().st_mtime)
+
+
+def memory(folder: Path, since: float) -> str:
+    """Part of the benchmarks' run: whether it has the bytes of this package in every case."""
+    from benchmarks.report import results
+
+    found = [row for row in results.read(newest(folder, since)).rows if row.pass_ == "memory" and row.role == "ours"]
+    found = [row for row in found if not row.status.startswith(("not run", "missing"))]
+    if not found or not all(row.saved_bytes and row.peak_bytes for row in found):
+        raise Failed("the run lacks the bytes of this package")
+    return ", ".join(f"{row.contestant} saves {row.saved_bytes / 1e6:.1f} MB at {row.case}" for row in found)
+
+
+def table(steps: Steps, folder: Path, since: float) -> None:
+    from benchmarks.gpu import bars
+    from benchmarks.report import results
+
+    steps.say(bars.table(results.read(newest(folder, since))))
+
+
+def measured(steps: Steps, folder: Path, commit: str | None) -> None:
+    """The benchmarks, and what is made of their results: of a part of them, where they were cut off."""
+    started = time.time()
+    steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
+    steps.step("memory", lambda: memory(folder, started))
+    steps.step("table", lambda: table(steps, folder, started))
+
+
+def run(target: str, steps: Steps, folder: Path, commit: str | None) -> int:
+    """A target's steps; without a GPU the first alone."""
+    steps.step("environment", environment)
+    if steps.outcomes["environment"] != "PASS":
+        return 1
+    steps.step("nvcc", nvcc)
+    steps.step("build", lambda: build(steps))
+    if target == "test":
+        steps.step("smoke", lambda: smoke(steps))
+        steps.step("tests", lambda: tests(steps))
+    elif target == "bench":
+        measured(steps, folder, commit)
+    elif target == "sanitize":
+        steps.step("sanitizer", lambda: sanitizer(steps))
+    else:
+        steps.step("backends", lambda: backends(steps, folder))
+    return steps.exit_status
+
+
+TARGETS = ("test", "bench", "sanitize", "tune")  # in the order in which their answers are wanted
+
+
+def run_all(targets: list[str], folder: Path, commit: str | None) -> int:
+    """Each with a clock and a log of its own, whatever became of those before; nothing more where there is no GPU."""
+    status = 0
+    for target in targets:
+        with (folder / f"gpu-{target}.log").open("w") as log:
+            steps = Steps(log)
+            status |= run(target, steps, folder, commit)
+        if list(steps.outcomes) == ["environment"]:
+            break
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(TARGETS)}; all of them by default")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of all machines'")
+    parser.add_argument("--commit", help="`git describe --always --dirty`, where git knows nothing of these files")
+    options = parser.parse_args(arguments)
+    if unknown := [target for target in options.targets if target not in TARGETS]:
+        parser.error(f"TARGET must be one of {', '.join(TARGETS)}, got {unknown[0]}")
+    folder = options.results.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    end_with_what_runs()
+    return run_all(options.targets or list(TARGETS), folder, options.commit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

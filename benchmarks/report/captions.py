@@ -1,0 +1,82 @@
+"""The sentences of the report that say what its tables hold."""
+
+from benchmarks.flow.contestants import GRAPH
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report.results import Results
+
+NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
+LEAST_FLOOR = 2e-6  # seconds, a function call: a ratio to less says nothing
+
+NO_GPU = "Not measured on a GPU."
+BACKEND_CAPTION = "Both: forward and backward, by the clock. Forward, backward: each alone, on the device."
+
+RATIOS = (
+    f"in parentheses: how many times as fast as the {PLAIN}, the median of the rounds' ratios. "
+    f"The {PLAIN} is the fastest that was found in twenty lines of PyTorch (benchmarks/flow/loops.py), the {REFERENCE} "
+    "this package's own, for any input."
+)
+NO_RATIOS = f"this run has no {PLAIN}, which the ratios are to."
+MARK = f" `~`: the slowest round took more than {NOISY} times the fastest."
+CPU_TIMES = (
+    "The floor is the time that the memory traffic or the arithmetic alone takes, docs/math.md (19), at the bandwidth "
+    "of the copy of z timed in the same rounds and the rate of that run's best matrix product. The no-op clones z and "
+    "does no other work: it is what autograd costs by itself. Times are medians of the rounds' medians; "
+)
+CPU_LEAST = f" The last column has no ratio where the floor is under {1e6 * LEAST_FLOOR:.0f} us, a function call."
+GPU_TIMES = (
+    "Times are by the clock, of calls in a row until the device has done the last: medians of the rounds' medians; "
+)
+GPU_FLOOR = (
+    " The floor is the time that the memory traffic or the arithmetic alone "
+    "takes, docs/math.md (19), at the bandwidth of a copy of 512 MiB timed in the same rounds and the larger rate of "
+    "that run's float32 matrix products: by fused multiply-adds, or a third of that in TF32. The last column divides "
+    "the time on the device alone (events around a call that was queued, its inputs in no cache) by the floor; it has "
+    f"no ratio where that is under {1e6 * LEAST_FLOOR:.0f} us. The no-op clones z and does no other work."
+)
+FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
+GPU_FLOOR_CAPTION = "Time on the device over the floor, in parentheses the time:"
+
+
+def on_gpu(run: Results) -> bool:
+    return run.header["device"] == "cuda"
+
+
+def time_caption(run: Results) -> str:
+    """What times, ratios and floor are."""
+    ratios = RATIOS if any(row.base == PLAIN for row in run.rows) else NO_RATIOS
+    first, last = (GPU_TIMES, GPU_FLOOR) if on_gpu(run) else (CPU_TIMES, CPU_LEAST)
+    return f"{first}{ratios}{MARK}{last}"
+
+
+def floor_caption(run: Results) -> str:
+    return GPU_FLOOR_CAPTION if on_gpu(run) else FLOOR_CAPTION
+
+
+def compile_times(run: Results) -> str:
+    """What torch.compile was given, and how long it took."""
+    seconds = [row.compile_seconds for row in run.rows if row.compile_seconds]
+    if not seconds:
+        return ""
+    took = f"took {min(seconds):.0f} to {max(seconds):.0f} s to compile a shape, not counted above"
+    return f"torch.compile is given the {run.header['compiled']}, and {took}."
+
+
+def step_caption(run: Results) -> str:
+    """The batch sizes are those that a run has."""
+    steps = [row for row in run.rows if row.pass_ == "step"]
+    others = "".join(f", and {rows} where the column says so" for rows in sorted({row.rows for row in steps} - {100}))
+    compiled = any(row.contestant.startswith("torch.compile") for row in steps)
+    in_graphs = any(row.contestant.endswith(GRAPH) for row in steps)
+    return (
+        f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: median of the rounds, "
+        "smallest to largest."
+        + " torch.compile: of the flow, the rest as in the others." * compiled
+        + " CUDA graph: of the whole step." * in_graphs
+    )
+
+
+def memory_caption(run: Results) -> str:
+    return (
+        "Saved: bytes that the forward saves for the backward, beside the inputs, which the caller holds anyway. "
+        f"Peak: of a forward and backward, above the inputs ({run.header['peak_bytes_method']})."
+    )

@@ -1,0 +1,50 @@
+"""The figure of a study: -ELBO and NLL, and the gap between them, against the flow's length."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.report import svg
+from benchmarks.study.study_results import VANILLA_MODEL, Results
+from vvae_fast.train.runconfig import AMORTIZED, SHARED
+
+COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
+VANILLA_COLOR = "#7f8c8d"
+STYLES = {"neg_elbo": ("-ELBO", "--", "s"), "nll": ("NLL", "-", "o"), "gap": ("gap", "-", "o")}
+
+
+def write(results: Results, path: Path) -> None:
+    """An SVG; the same results give the same bytes."""
+    svg.save(_draw(results), path, svg_fonttype="none")  # text as text
+
+
+def _draw(results: Results) -> Figure:
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, keys, title in ((left, ("neg_elbo", "nll"), "-ELBO and NLL"), (right, ("gap",), "gap = -ELBO - NLL")):
+        for key in keys:
+            _draw_score(axes, results, key, named=axes is right or key == "nll")
+        axes.set(xscale="log", xlabel="K, steps of the flow", ylabel="nats", title=title)
+        lengths = sorted({model.num_steps for model in results.runs if model != VANILLA_MODEL})
+        axes.set_xticks(lengths, [str(k) for k in lengths])
+        axes.minorticks_off()
+    left.plot([], [], color="black", linestyle="--", marker="s", label="-ELBO")
+    left.plot([], [], color="black", linestyle="-", marker="o", label="NLL")
+    left.legend(fontsize="small")
+    return figure
+
+
+def _draw_score(axes, results: Results, key: str, named: bool) -> None:
+    """A line for each kind of flow with the seeds' deviations, and the vanilla VAE's level."""
+    _, line, marker = STYLES[key]
+    mean, deviation = results.score(VANILLA_MODEL, key)
+    axes.axhline(mean, color=VANILLA_COLOR, linestyle=line, label="vanilla" if named else None)
+    axes.axhspan(mean - deviation, mean + deviation, color=VANILLA_COLOR, alpha=0.15, linewidth=0)
+    for kind, color in COLORS.items():
+        models = results.flows(kind)
+        if not models:
+            continue
+        means, deviations = zip(*(results.score(model, key) for model in models), strict=True)
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "capsize": 2}
+        label = kind if named else None
+        axes.errorbar([model.num_steps for model in models], means, yerr=deviations, label=label, **style)

@@ -1,0 +1,118 @@
+"""docs/results.md and its figures from the committed results of studies: `make results`.
+
+Everything here is a function of docs/results/ and configs/: the same files give the same bytes. Of our numbers none is
+typed in.
+"""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report.report import table
+from benchmarks.study import study_figures
+from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, read_all
+from benchmarks.study.study_text import conclusions, findings, introduction, limitations
+from vvae_fast.train.compare import Model
+from vvae_fast.train.runconfig import AMORTIZED, SHARED
+
+PAGE = ROOT / "docs" / "results.md"
+PUBLISHED = FOLDER / "published.yaml"
+COLUMNS = ["model", "K", "-ELBO", "NLL", "gap", "KL", "active units", "parameters", "s / epoch", PLAIN, REFERENCE]
+TITLES = {
+    "digits": "Digits",
+    "mnist_mlp_cpu": "MNIST, at a budget for two CPU cores",
+    "mnist_mlp_cpu_high_lr": "MNIST, the same at a higher learning rate",
+}
+
+
+def model_table(results: Results) -> str:
+    """A row a model: means and deviations over the seeds, and the seconds of an epoch with each loop."""
+    lines = []
+    for model in [VANILLA_MODEL, *results.flows(AMORTIZED), *results.flows(SHARED)]:
+        scores = [results.score(model, key).text() for key in ("neg_elbo", "nll", "gap", "kl")]
+        active = results.score(model, "active_units").text(1)
+        parameters = f"{results.runs[model][0]['num_parameters']:,}"
+        seconds = [_seconds(results, model, backend) for backend in (OURS, PLAIN, REFERENCE)]
+        lines.append([model.title, str(model.num_steps), *scores, active, parameters, *seconds])
+    return table(COLUMNS, lines)
+
+
+def timing(results: Results) -> str:
+    """Where the seconds come from."""
+    if results.epochs is None:
+        return "The seconds were not measured."
+    unmeasured = "" if results.has_seconds(PLAIN) else f" Those with the {PLAIN} were not measured."
+    machine = results.epochs["environment"]
+    where = machine["gpu"] or f"one thread of {machine['processor']}, its own time"
+    return f"Medians of {results.epochs['rounds']} alternating rounds in one process, {where}.{unmeasured}"
+
+
+def _seconds(results: Results, model: Model, backend: str) -> str:
+    seconds = results.seconds(model, backend)
+    if seconds is None or (model == VANILLA_MODEL and backend != OURS):
+        return "-"
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.4f}"
+
+
+def published_table(results: Results, published: list[dict]) -> str:
+    """Ours beside theirs, which were reached under other protocols."""
+    columns = ["model", "K", "ours: -ELBO", "ours: NLL", "theirs: -ELBO", "theirs: NLL", "theirs", "their protocol"]
+    lines = []
+    for row in published:
+        model = Model(row["model"], row["num_steps"])
+        ours = [results.score(model, key).text() if model in results.runs else "not run" for key in ("neg_elbo", "nll")]
+        theirs = [row.get(key, "-") for key in ("neg_elbo", "nll")]
+        lines.append([model.title, str(model.num_steps), *ours, *theirs, row["by"], row["protocol"]])
+    return table(columns, lines)
+
+
+def section(results: Results, published: list[dict]) -> str:
+    """A study: its protocol, table, figure, what was found, and what others have."""
+    name = results.study.name
+    seeds = ", ".join(map(str, results.study.seeds))
+    machine = results.environment
+    where = machine["gpu"] or f"{machine['processor']}, torch {machine['torch']}"
+    parts = [
+        f"## {TITLES.get(name, name)}",
+        f"Protocol, [configs/{name}.yaml](../configs/{name}.yaml): {results.study.protocol}. Seeds {seeds}. {where}.",
+        model_table(results),
+        "Test set, nats a data point, mean ± standard deviation over the seeds. s / epoch: of training with this "
+        f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "
+        "package's own loop. " + timing(results),
+        f"![-ELBO, NLL and gap against K](results/{name}.svg)",
+        findings(results),
+    ]
+    if published:
+        parts += [
+            "What others report for these models, under protocols of their own: not to be compared line by line.",
+            published_table(results, published),
+        ]
+    return "\n\n".join(parts)
+
+
+def page(studies: list[Results], published: dict[str, list[dict]]) -> str:
+    """The text of docs/results.md."""
+    sections = [section(results, published.get(results.study.name, [])) for results in studies]
+    parts = [introduction(studies), *sections, limitations(studies), conclusions(studies)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(folder: Path = FOLDER, path: Path = PAGE) -> int:
+    """Writes the page, and beside it the figures."""
+    try:
+        studies = read_all(folder)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 1
+    text = page(studies, yaml.safe_load((folder / PUBLISHED.name).read_text()))
+    path.write_text(text)
+    for results in studies:
+        study_figures.write(results, path.parent / "results" / f"{results.study.name}.svg")
+    print(f"written: {path.name} and {len(studies)} figures beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

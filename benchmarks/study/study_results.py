@@ -1,0 +1,99 @@
+"""The results of a study as its compare wrote them, and what the page needs to know of them."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vvae_fast.train.compare import RESULTS, Model
+from vvae_fast.train.runconfig import VANILLA
+from vvae_fast.train.study import Study, load_study
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "results"
+CONFIGS = ROOT / "configs"
+EPOCHS = "epochs.json"
+OURS = "vvae_fast"  # beside the loops, of EPOCHS
+CLEAR = 2.0  # a mean difference is clear from so many standard deviations of the seeds' differences on
+VANILLA_MODEL = Model(VANILLA, 0)
+
+
+class Unusable(Exception):
+    """Results that are not those of the study's file, or lack a run."""
+
+
+class Spread(NamedTuple):
+    """A mean over the seeds and the sample standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def text(self, digits: int = 2, sign: bool = False) -> str:
+        return f"{self.mean:{'+' * sign}.{digits}f} ± {self.deviation:.{digits}f}"
+
+    @property
+    def is_clear(self) -> bool:
+        return abs(self.mean) > CLEAR * self.deviation
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study and its runs: of each model those of all seeds, in the order of the study's file."""
+
+    study: Study
+    runs: dict[Model, list[dict]]
+    environment: dict
+    epochs: dict | None  # the content of EPOCHS
+
+    def score(self, model: Model, key: str) -> Spread:
+        return _spread([run[key] for run in self.runs[model]])
+
+    def difference(self, model: Model, key: str) -> Spread:
+        """The model's score less that of the vanilla VAE, seed by seed."""
+        pairs = zip(self.runs[model], self.runs[VANILLA_MODEL], strict=True)
+        return _spread([run[key] - vanilla[key] for run, vanilla in pairs])
+
+    def flows(self, kind: str) -> list[Model]:
+        """The models of a kind, from the shortest flow on."""
+        return sorted((model for model in self.runs if model.kind == kind), key=lambda model: model.num_steps)
+
+    def has_seconds(self, backend: str) -> bool:
+        """Whether any were measured with it."""
+        return any(row["backend"] == backend for row in (self.epochs or {"epochs": []})["epochs"])
+
+    def seconds(self, model: Model, backend: str) -> float | None:
+        """Of an epoch; None where it was not measured. The vanilla VAE has no flow, and is the same for all."""
+        backend = OURS if model.kind == VANILLA else backend
+        wanted = (model.kind, model.num_steps, backend)
+        rows = [] if self.epochs is None else self.epochs["epochs"]
+        return next((x["seconds"] for x in rows if (x["model"], x["num_steps"], x["backend"]) == wanted), None)
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.mean(values), statistics.stdev(values))
+
+
+def read(folder: Path, config: Path) -> Results:
+    """The results in a folder, of the study in a file. Raises Unusable where they are not its, or incomplete."""
+    study = load_study(config)
+    content = json.loads((folder / RESULTS).read_text())
+    for name, value in study.settings.items():
+        if content["config"][name] != value:
+            raise Unusable(f"{folder / RESULTS}: {name} is {content['config'][name]}, in {config} {value}")
+    found = {(run["model"], run["num_steps"], run["seed"]): run for run in content["runs"]}
+    missing = [(m.kind, m.num_steps, s) for m in study.models for s in study.seeds if (*_key(m), s) not in found]
+    if missing:
+        raise Unusable(f"{folder / RESULTS} lacks {len(missing)} runs of {config}, such as {missing[0]}")
+    runs = {model: [found[(*_key(model), seed)] for seed in study.seeds] for model in study.models}
+    epochs = folder / EPOCHS
+    return Results(study, runs, content["environment"], json.loads(epochs.read_text()) if epochs.exists() else None)
+
+
+def _key(model: Model) -> tuple[str, int]:
+    return model.kind, model.num_steps
+
+
+def read_all(folder: Path = FOLDER, configs: Path = CONFIGS) -> list[Results]:
+    """Of every study that has results, by name."""
+    return [read(path.parent, configs / f"{path.parent.name}.yaml") for path in sorted(folder.glob(f"*/{RESULTS}"))]

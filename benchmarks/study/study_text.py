@@ -1,0 +1,132 @@
+"""The sentences of docs/results.md. Whatever number or direction they state is computed from the results."""
+
+from benchmarks.flow.loops import PLAIN
+from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
+from vvae_fast.train.compare import Model
+from vvae_fast.train.runconfig import AMORTIZED, SHARED
+
+
+def introduction(studies: list[Results]) -> str:
+    *names, last = [f"`{results.study.name}`" for results in studies]
+    return f"""# Vanilla VAE against flow VAE: results
+
+The vanilla VAE has a diagonal Gaussian posterior. The others push it through K planar steps (Rezende & Mohamed 2015),
+whose parameters all data points share, or which the encoder gives for each data point (amortized). The studies here
+are {", ".join(names)} and {last}; [study.md](study.md) says how to run them. Figure 3 of
+Rezende & Mohamed, flows on four energies, is in [density.md](density.md).
+
+`make results` writes this page from the files in [results](results): of each study the `results.json` that
+`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/study/epochs.py`. None of these numbers is typed in;
+those of others are in `published.yaml`.
+
+- -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
+  posterior. Their difference, the gap, says how tight the bound is. Less is better.
+- KL: of the posterior from the prior, a part of -ELBO.
+- Active units: dimensions of z_K, which the decoder is given, whose posterior mean has a variance above 0.01 over the
+  test set (Burda et al. 2016). The mean is estimated twice, from halves of 50 samples: the covariance of the two is
+  that variance without the samples' own. A planar step moves z along no axis: behind a flow all dimensions of z_K may
+  be active where few directions are used.
+- A difference is called clear where its mean over the seeds is more than {CLEAR:g} standard deviations of the seeds'
+  differences."""
+
+
+def findings(results: Results) -> str:
+    """What helps, by how much, and what does not: against the vanilla VAE, seed by seed."""
+    parts = [_kind_sentence(results, kind) for kind in kinds(results)]
+    parts.append(_where_the_gain_is(results))
+    parts.append(_cost(results))
+    return "\n".join(f"- {part}" for part in parts if part)
+
+
+def kinds(results: Results) -> list[str]:
+    """The kinds of flows that a study has."""
+    return [kind for kind in (AMORTIZED, SHARED) if results.flows(kind)]
+
+
+def _kind_sentence(results: Results, kind: str) -> str:
+    models = results.flows(kind)
+    nlls = {model: results.difference(model, "nll") for model in models}
+    listed = "; ".join(f"K = {model.num_steps}: {nll.text(sign=True)}" for model, nll in nlls.items())
+    return (
+        f"**{kind.capitalize()} flows {verdict(list(nlls.values()))}.** NLL less the vanilla VAE's, in nats: {listed}."
+    )
+
+
+def verdict(differences: list[Spread]) -> str:
+    """In words, for differences to the vanilla VAE of flows of several lengths."""
+    helping = sum(x.is_clear and x.mean < 0 for x in differences)
+    harming = sum(x.is_clear and x.mean > 0 for x in differences)
+    count = len(differences)
+    if helping == count:
+        return "help at every length"
+    if helping == 0 and harming == 0:
+        return "make no clear difference at any length"
+    if harming == 0:
+        return f"help clearly at {helping} of {count} lengths, with no clear difference elsewhere"
+    if helping == 0:
+        return f"harm clearly at {harming} of {count} lengths, and help clearly at none"
+    return f"help clearly at {helping} of {count} lengths and harm clearly at {harming}"
+
+
+def best(results: Results, kind: str) -> Model:
+    """The model of a kind with the least mean NLL."""
+    return min(results.flows(kind), key=lambda model: results.score(model, "nll").mean)
+
+
+def _where_the_gain_is(results: Results) -> str:
+    model = best(results, AMORTIZED)
+    neg_elbo, nll, gap = (results.difference(model, key) for key in ("neg_elbo", "nll", "gap"))
+    return (
+        f"The best amortized flow, K = {model.num_steps}, changes -ELBO by {neg_elbo.text(sign=True)} nats: "
+        f"{nll.text(sign=True)} by a better model (NLL) and {gap.text(sign=True)} by the bound's gap, "
+        f"which is {results.score(VANILLA_MODEL, 'gap').text()} without a flow."
+    )
+
+
+def _cost(results: Results) -> str:
+    """How much longer an epoch of the longest flow of each kind takes than one of the vanilla VAE."""
+    vanilla = results.seconds(VANILLA_MODEL, OURS)
+    if vanilla is None:
+        return ""
+    parts = []
+    for kind in kinds(results):
+        model = results.flows(kind)[-1]
+        ours, loop = (results.seconds(model, backend) for backend in (OURS, PLAIN))
+        beside = f" ({loop / vanilla:.1f} times with the {PLAIN})" if loop else ""
+        parts.append(f"{kind} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
+    return f"An epoch takes, against one of the vanilla VAE: {'; '.join(parts)}."
+
+
+def limitations(studies: list[Results]) -> str:
+    """What these numbers cannot show."""
+    samples = "; ".join(f"{x.study.name}: {x.study.settings['num_samples']:,}" for x in studies)
+    seeds = "; ".join(f"{x.study.name}: {len(x.study.seeds)}" for x in studies)
+    epochs = "; ".join(f"{x.study.name}: {x.study.settings['epochs']:,}" for x in studies)
+    return f"""## Limitations
+
+- The budgets are small (epochs, {epochs}): models trained for longer may differ less, or otherwise.
+- Importance sampling overestimates the NLL, the more so the worse the posterior fits and the fewer the samples
+  ({samples}): a part of a difference in NLL may be one of the estimates.
+- The deviations are those of few seeds ({seeds}), of initialisation, order and noise. They do not hold the error of a
+  finite test set; all models meet the same one.
+- One learning rate serves all models of a study; it was not tuned for each of them.
+- An amortized flow's head adds parameters (see the tables); a vanilla VAE with as many was not trained.
+- The prior is a standard normal and the decoder factorises over pixels, in all of them.
+- Protocol 2 in full, [mnist_mlp](../configs/mnist_mlp.yaml), and the convolutional protocol of van den Berg et al.
+  (2018), [mnist_conv](../configs/mnist_conv.yaml), run the same way on a GPU: no results of theirs are here."""
+
+
+def conclusions(studies: list[Results]) -> str:
+    """The verdicts of all studies."""
+    lines = [f"- `{results.study.name}`: {_of_kinds(results)}." for results in studies]
+    return "\n".join(["## Conclusions", "", *lines])
+
+
+def _of_kinds(results: Results) -> str:
+    parts = []
+    for kind in kinds(results):
+        model = best(results, kind)
+        said = verdict([results.difference(flow, "nll") for flow in results.flows(kind)])
+        nll = results.difference(model, "nll").text(sign=True)
+        parts.append(f"{kind} planar flows {said}; their best, K = {model.num_steps}, changes the NLL by {nll} nats")
+    return ". ".join(part[0].upper() + part[1:] for part in parts)

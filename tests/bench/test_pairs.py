@@ -1,0 +1,70 @@
+"""benchmarks/calls/pairs.py: this checkout against another one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.calls import pairs
+from benchmarks.flow.cases import Case
+
+ROOT = Path(__file__).parents[2]
+CASE = Case(100, 2, 8)
+
+
+class Steady:
+    """A checkout whose calls take what is written down, one after the other."""
+
+    def __init__(self, log: list, name: str, times: dict[str, list[float]]) -> None:
+        self.log, self.name, self.times = log, name, {key: iter(of) for key, of in times.items()}
+
+    def seconds(self, case: Case, contestant: str) -> float:
+        self.log.append(self.name)
+        return next(self.times[contestant])
+
+
+def test_rounds_take_turns_and_the_ratio_is_the_median_of_theirs():
+    log = []
+    this = Steady(log, "this", {"ours": [2.0, 20.0, 6.0], "no-op": [1.0, 1.0, 1.0]})
+    other = Steady(log, "other", {"ours": [1.0, 10.0, 1.0], "no-op": [1.0, 2.0, 1.0]})
+    found = pairs.compare(CASE, [this, other], 3)
+    assert found["ours"] == (6.0, 1.0, 2.0)
+    assert found["no-op"] == (1.0, 1.0, 1.0)
+    first_of_each_pair = log[::2]
+    assert first_of_each_pair == ["this", "this", "other", "other", "this", "this"]
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_process_that_ended_is_named(monkeypatch, is_over):
+    """Before it is asked, and while it should answer."""
+    popen = subprocess.Popen
+    ends = [sys.executable, "-c", "" if is_over else "input()", "a checkout"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(ends, **options))
+    checkout = pairs.Checkout(ROOT)
+    with checkout.process as process:
+        if is_over:
+            process.wait()
+        with pytest.raises(SystemExit, match="the process of a checkout ended: what it said is above"):
+            checkout.seconds(CASE, "ours")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.calls.pairs", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_this_checkout_against_itself():
+    pytest.importorskip("pytest_benchmark", reason="the extra [bench] is not installed")
+    done = run(ROOT, "--rounds", 1, "--only", CASE)
+    assert done.returncode == 0, done.stderr
+    (row,) = done.stdout.splitlines()[1:]
+    assert re.fullmatch(r"shared-B100-D2-K8( +\d+\.\d){2}( +\d+\.\d\d){2}", row)
+
+
+def test_a_folder_without_the_package_is_named(tmp_path):
+    done = run(tmp_path, "--rounds", 1, "--only", CASE)
+    assert done.returncode == 1
+    assert f"{tmp_path} holds no vvae_fast: give the root of a checkout that is built in place" in done.stderr
+    assert "Traceback" not in done.stderr

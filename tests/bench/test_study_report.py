@@ -1,0 +1,118 @@
+"""docs/results.md and its figures are what the committed results give, byte for byte."""
+
+import json
+import re
+import shutil
+
+import matplotlib
+import pytest
+
+from benchmarks.flow.loops import PLAIN, REFERENCE
+from benchmarks.report import svg
+from benchmarks.study import study_report, study_results, study_text
+from benchmarks.study.study_results import Spread, Unusable
+from vvae_fast.train.compare import Model
+
+STUDIES = study_results.read_all()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The page, written anew from a copy of the results."""
+    folder = tmp_path / "results"
+    shutil.copytree(study_results.FOLDER, folder, ignore=shutil.ignore_patterns("*.svg"))
+    return folder
+
+
+def test_the_page_is_that_of_the_committed_results(copied, tmp_path):
+    assert study_report.main(copied, tmp_path / "results.md") == 0
+    assert (tmp_path / "results.md").read_bytes() == study_report.PAGE.read_bytes()
+    for results in STUDIES:
+        name = f"{results.study.name}.svg"
+        committed = (study_results.FOLDER / name).read_text()
+        (version,) = re.findall(r"Matplotlib v([\d.]+)", committed)
+        if matplotlib.__version__ != version:
+            pytest.skip(f"the page is the same; the figures are those of matplotlib {version}")
+        assert (copied / name).read_text() == committed
+
+
+def test_the_studies_hold_what_was_promised():
+    by_name = {results.study.name: results for results in STUDIES}
+    digits, mnist = by_name["digits"], by_name["mnist_mlp_cpu"]
+    lengths = {(model.kind, model.num_steps) for model in mnist.runs}
+    assert lengths >= {("vanilla", 0), ("amortized", 4), ("amortized", 16), ("shared", 16), ("shared", 80)}
+    for results in (digits, mnist):
+        assert len(results.study.seeds) >= 2
+        for model in results.runs:
+            assert results.seconds(model, study_results.OURS) > 0
+            assert results.seconds(model, REFERENCE) > 0
+    assert {model.num_steps for model in digits.runs} == {0, 2, 4, 8, 16, 32, 80}
+    assert mnist.difference(Model("amortized", 16), "nll").mean <= -1.0, "nats below the vanilla VAE"
+
+
+def test_every_number_of_the_text_comes_from_the_results(copied):
+    """Other results give other sentences: no number of theirs is left."""
+    path = copied / "digits" / "results.json"
+    content = json.loads(path.read_text())
+    for run in content["runs"]:
+        for key in ("neg_elbo", "nll", "gap", "kl"):
+            run[key] = 1000.0 + run["seed"] if run["model"] == "vanilla" else 1003.25 + run["seed"]
+    path.write_text(json.dumps(content))
+    (results,) = (found for found in study_results.read_all(copied) if found.study.name == "digits")
+    text = study_text.findings(results)
+    assert "harm clearly at 6 of 6 lengths, and help clearly at none" in text
+    assert set(re.findall(r"[+-]\d+\.\d\d ±", text)) == {"+3.25 ±"}
+
+
+def test_the_page_compares_an_epoch_with_the_plain_loop_where_it_was_timed(copied):
+    path = copied / "digits" / "epochs.json"
+    content = json.loads(path.read_text())
+    rows = [row for row in content["epochs"] if row["backend"] != PLAIN]
+    vanilla = rows[0]["seconds"]
+    timed = [{**row, "backend": PLAIN, "seconds": 7.5 * vanilla} for row in rows if row["backend"] == REFERENCE]
+    for added, words in (([], []), (timed, 2 * [f"(7.5 times with the {PLAIN})"])):
+        path.write_text(json.dumps({**content, "epochs": rows + added}))
+        (results,) = (found for found in study_results.read_all(copied) if found.study.name == "digits")
+        assert re.findall(r"\(.* times with the [a-z ]*\)", study_text.findings(results).replace(";", "\n")) == words
+        assert (f"with the {PLAIN} were not measured" in study_report.timing(results)) == (not added)
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([-2.0, -1.0], "help at every length"),
+        ([0.1, -0.1], "make no clear difference at any length"),
+        ([-2.0, -0.1], "help clearly at 1 of 2 lengths, with no clear difference elsewhere"),
+        ([2.0, 0.1], "harm clearly at 1 of 2 lengths, and help clearly at none"),
+        ([2.0, -2.0], "help clearly at 1 of 2 lengths and harm clearly at 1"),
+    ],
+)
+def test_verdicts(differences, words):
+    assert study_text.verdict([Spread(mean, 0.3) for mean in differences]) == words
+
+
+def test_results_of_another_configuration_or_incomplete_ones_are_refused(copied, capsys, tmp_path):
+    path = copied / "digits" / "results.json"
+    content = json.loads(path.read_text())
+    changed = {**content, "config": {**content["config"], "lr": 1.0}}
+    for bad, message in (
+        (changed, "lr is 1.0, in .*digits.yaml 0.003"),
+        ({**content, "runs": content["runs"][1:]}, "lacks 1 runs"),
+    ):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(Unusable, match=message):
+            study_results.read_all(copied)
+        assert study_report.main(copied, tmp_path / "results.md") == 1
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "results.md").exists()
+
+
+def test_figures_have_no_ids_that_depend_on_the_processor():
+    """matplotlib hashes coordinates in full precision, whose last bits differ from one processor to another."""
+    one, other = (f'<path id="m{h}"/> url(#p{h}) <path id="p{h}"/> 0.15' for h in ("0ea0fc5983", "fa78f665ab"))
+    assert svg.with_numbered_ids(one) == '<path id="id0"/> url(#id1) <path id="id1"/> 0.15'
+    assert svg.with_numbered_ids(one) == svg.with_numbered_ids(other)
+    for results in STUDIES:
+        assert not re.search(
+            r'id="[a-z][0-9a-f]{10}"', (study_results.FOLDER / f"{results.study.name}.svg").read_text()
+        )

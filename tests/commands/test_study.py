@@ -1,0 +1,211 @@
+"""Studies in YAML files, and what the commands make of them."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vvae_fast.train.cli import main
+from vvae_fast.train.compare import Model
+from vvae_fast.train.data import load_dataset
+from vvae_fast.train.files import RunError
+from vvae_fast.train.networks import build_vae
+from vvae_fast.train.runconfig import RunConfig, is_config
+from vvae_fast.train.study import load_study
+
+yaml = pytest.importorskip("yaml")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = {
+    **{"data": "", "splits": {"train": 80, "val": 10, "test": 10}, "network": "gated-mlp", "hidden": [6, 5]},
+    **{"latent_dim": 2, "optimizer": "adamax", "lr": 0.01, "schedule": "constant", "batch_size": 40, "epochs": 2},
+    **{"warmup_epochs": 1, "patience": 3, "num_samples": 7, "seeds": [4, 2, 4]},
+    "models": {"vanilla": [0], "shared": [3], "amortized": [1, 2]},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes SMALL with changes as a study's file, and its data; None leaves a setting out."""
+    np.save(tmp_path / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)))
+
+    def write_study(**changes) -> Path:
+        content = {**SMALL, "data": str(tmp_path / "bits.npy"), **changes}
+        path = tmp_path / "small.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+        )
+        return path
+
+    return write_study
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_protocols(path):
+    study = load_study(path)
+    assert study.protocol
+    assert study.splits is not None
+    assert study.settings.keys() >= {"data", "network", "latent_dim", "optimizer", "lr", "schedule", "batch_size"}
+    assert study.settings.keys() >= {"epochs", "warmup_epochs", "patience", "num_samples"}
+    lengths = {model.num_steps for model in study.models}
+    assert {Model("vanilla", 0), Model("amortized", 16)} <= set(study.models)
+    assert len(study.seeds) > 1
+    if path.stem == "mnist_mlp_cpu":
+        assert {Model("amortized", 4), Model("shared", 16), Model("shared", 80)} <= set(study.models)
+    elif path.stem != "mnist_mlp_cpu_high_lr":
+        assert lengths == {0, 2, 4, 8, 16, 32, 80}
+    if study.settings["data"] == "digits":
+        digits = load_dataset("digits")
+        study.check_splits(digits)
+        assert is_config(study.base(digits).to_json())
+
+
+def test_compare_runs_a_study(write, tmp_path, capsys):
+    out, command = tmp_path / "out", ["compare", "--config", str(write()), "--out"]
+    assert main([*command, str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    models = [("vanilla", 0), ("shared", 3), ("amortized", 1), ("amortized", 2)]
+    assert [(run["model"], run["num_steps"], run["seed"]) for run in content["runs"]] == [
+        (*model, seed) for model in models for seed in (4, 2)
+    ]
+    settings = {name: SMALL[name] for name in content["config"].keys() & SMALL.keys() if name != "data"}
+    assert len(settings) == 11
+    assert {name: content["config"][name] for name in settings} == settings
+    for run in content["runs"]:
+        assert run["gap"] == pytest.approx(run["neg_elbo"] - run["nll"])
+        assert run["active_units"] in (0, 1, 2)
+        config = RunConfig.from_json(json.loads((out / f"{folder_of(run)}/config.json").read_text()))
+        vae = build_vae(config, load_dataset(config_data(write)))
+        assert run["num_parameters"] == sum(parameter.numel() for parameter in vae.parameters())
+    environment = json.loads((out / "vanilla-seed4" / "environment.json").read_text())
+    assert environment["torch"]
+    assert environment["threads"] >= 1
+    # given again, nothing is repeated; and an option of the command line goes before the file
+    written = (out / "vanilla-seed4" / "result.json").stat().st_mtime_ns
+    assert main([*command, str(out)]) == 0
+    assert (out / "vanilla-seed4" / "result.json").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert main([*command, str(out), "--lr", "0.02"]) == 2
+    assert "lr is 0.01 there, 0.02 here" in capsys.readouterr().err
+
+
+def folder_of(run: dict) -> str:
+    model = run["model"] if run["model"] == "vanilla" else f"{run['model']}-K{run['num_steps']}"
+    return f"{model}-seed{run['seed']}"
+
+
+def config_data(write) -> str:
+    return yaml.safe_load(write().read_text())["data"]
+
+
+def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(write())]
+    assert main(["train", *config, "--model", "shared", "--steps", "2", "--seed", "5"]) == 0
+    run = tmp_path / "runs" / "train-small"
+    recorded = json.loads((run / "config.json").read_text())
+    assert (recorded["network"], recorded["num_steps"], recorded["seed"]) == ("gated-mlp", 2, 5)
+    result = json.loads((run / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "best.ckpt"), *config]) == 0
+    printed = capsys.readouterr().out
+    assert f"nll:            {result['nll']:.3f}" in printed
+    assert f"active_units:   {result['active_units']}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"splits": {"train": 81, "val": 10, "test": 9}}, r"splits are .*81.*, bits.npy has .*80.*; correct"),
+        ({"epochs": 0}, "epochs must be a positive int, got 0; correct the file"),
+        ({"epochs": None}, "epochs must be a positive int, got None; correct the file"),
+        ({"batch_size": "many"}, "batch_size must be a positive int, got 'many'"),
+        ({"lr": "0,001"}, "lr must be a positive number, got '0,001'; correct the file"),
+        ({"lr": "1e3x"}, "lr must be a positive number, got '1e3x'"),
+        ({"lr": True}, "lr must be a positive number, got True"),
+        ({"lr": "1e4"}, "lr must be a positive number up to 1000, got '1e4'"),
+        ({"lr": float("nan")}, "lr must be a positive number, got nan"),
+        ({"epochs": "1.5e0"}, "epochs must be a positive int, got '1.5e0'"),
+        ({"epochs": "1e300"}, "epochs must be at most 10000000, got '1e300'"),
+        ({"epochs": True}, "epochs must be a positive int, got True"),
+        ({"seeds": ["1e1", "1e99"]}, r"seeds must be a list of ints from 0 to 2\^32 - 1, each at most 4294967295"),
+        ({"splits": {"train": "8e1", "val": 10, "test": "many"}}, "splits must be rows of train, val, test, got"),
+        ({"data": 1e3}, "data must be a name or a path, got 1000.0"),
+        ({"array": 3}, "array must be the name of an archive's array, got 3"),
+        ({"likelihood": "poisson"}, "likelihood must be one of bernoulli, binomial, gaussian, got 'poisson'"),
+        ({"network": "transformer"}, "network must be one of mlp, gated-mlp, gated-conv, got 'transformer'"),
+        ({"network": "gated-conv"}, "gated-conv has its own widths; remove hidden"),
+        ({"network": "gated-conv", "hidden": None}, "wants grey images of 28 x 28"),
+        ({"hidden": []}, "hidden must be a list of positive ints"),
+        ({"seeds": None}, "seeds must be a list of ints"),
+        ({"models": {"vanilla": [3]}}, "models must be a list of flow lengths for each kind"),
+        ({"models": {"sylvester": [3]}}, "models must be a list of flow lengths for each kind"),
+        ({"models": {"shared": [0]}}, "models must be"),
+        ({"learning_rate": 0.1}, "unknown setting learning_rate; known are array, batch_size"),
+    ],
+)
+def test_files_that_cannot_be_run(write, tmp_path, capsys, changes, message):
+    out = tmp_path / "out"
+    assert main(["compare", "--config", str(write(**changes)), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not list(out.glob("*/result.json"))
+
+
+NUMBERS = {
+    **{
+        "lr": "1e-2",
+        "epochs": "2e0",
+        "batch_size": 40.0,
+        "latent_dim": "2",
+        "hidden": ["6", 5.0],
+        "num_samples": "0.7e1",
+    },
+    **{
+        "warmup_epochs": "1",
+        "patience": 3.0,
+        "seeds": ["4e0", 2],
+        "splits": {"train": "8e1", "val": 10.0, "test": "10"},
+    },
+    "models": {"vanilla": ["0"], "shared": [3.0], "amortized": ["1e0", 2]},
+}
+
+
+def test_numbers_are_read_as_people_write_them(write):
+    """1e-3 is a string to PyYAML."""
+    plain, written = load_study(write()), write(**NUMBERS)
+    assert "lr: 1e-2\n" in written.read_text()
+    read = load_study(written)
+    assert read == plain
+    assert {name: type(value) for name, value in read.settings.items()} == {
+        name: type(value) for name, value in plain.settings.items()
+    }
+
+
+def test_array_and_likelihood_are_settings_too(write, tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 2, (100, 16))
+    np.savez(tmp_path / "two.npz", bits=x, labels=np.arange(100)[:, None])
+    changes = {"data": str(tmp_path / "two.npz"), "array": "bits", "likelihood": "gaussian", "models": {"vanilla": [0]}}
+    out = tmp_path / "out"
+    assert main(["compare", "--config", str(write(**changes, seeds=[0])), "--out", str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    assert (content["config"]["array"], content["config"]["likelihood"]) == ("bits", "gaussian")
+    assert (content["dataset"]["arrays"], content["dataset"]["likelihood"]) == (["bits"], "gaussian")
+    assert "gaussian likelihood: asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["- 1\n", "a: [\n", "\x00", "1: 2\n"])
+def test_files_that_are_no_studies(tmp_path, content):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(RunError, match=r"a.yaml (cannot be read|holds no settings)"):
+        load_study(tmp_path / "a.yaml")
+    with pytest.raises(RunError, match=r"b.yaml cannot be read .*No such file"):
+        load_study(tmp_path / "b.yaml")
+
+
+def test_a_study_names_its_models_itself(write, capsys):
+    assert main(["compare", "--config", str(write()), "--steps", "3"]) == 2
+    assert "leave --steps and --shared out" in capsys.readouterr().err
