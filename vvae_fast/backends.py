@@ -5,11 +5,14 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from vvae_fast import _preference, config, kernels, node, ops
+from vvae_fast import _preference, _reference_backend, config, kernels, node, ops
 from vvae_fast._version import __version__
 from vvae_fast.shapes import Problem
 
@@ -18,12 +21,19 @@ LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
 environment_name = config.backend()  # where neither backend= nor use_backend names one
 
 
-class Backend(NamedTuple):
-    """`unavailable` says why it cannot run on this machine, `unsupported` why it cannot run a problem."""
+@dataclass(frozen=True, eq=False)  # one is equal to itself alone, and quickly hashed
+class Backend:
+    """Who computes a flow."""
 
     name: str
-    unavailable: Callable[[], list[str]]
-    unsupported: Callable[[Problem], list[str]]
+    operators: ops.Operators
+    unavailable: Callable[[], list[str]]  # why it cannot run on this machine
+    unsupported: Callable[[Problem], list[str]]  # why it cannot run a problem
+    # Whether it takes bfloat16 and float16 as they are, and converts on the way.
+    takes_halves: Callable[[Problem], bool] = lambda problem: False
+    automatic: Callable[[Problem], bool] = lambda problem: True  # whether "auto" may choose it
+    # Plain PyTorch on z [*batch, D]: autograd, torch.func and traces see through it, and it checks no arguments.
+    is_plain: bool = False
 
 
 def _cpp_unavailable() -> list[str]:
@@ -62,17 +72,25 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
-_BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("cpp", _cpp_unavailable, _cpp_unsupported),
-        Backend("triton", kernels.unavailable, kernels.unsupported),
-        Backend("cuda", _cuda_unavailable, _cuda_unsupported),
-        Backend("reference", lambda: [], lambda problem: []),
-    )
-}
-NAMES = tuple(_BACKENDS)  # the order in which "auto" asks, unless measurements put cuda before triton
-_CUDA_FIRST = ("cpp", "cuda", "triton", "reference")
+CPP = Backend("cpp", ops.OPERATORS["cpp"], _cpp_unavailable, _cpp_unsupported)
+TRITON = Backend(
+    "triton",
+    ops.OPERATORS["triton"],
+    kernels.unavailable,
+    kernels.unsupported,
+    takes_halves=lambda problem: not problem.inverse,
+    automatic=lambda problem: problem.device_type != "cpu",  # interpreted
+)
+CUDA = Backend(
+    "cuda",
+    ops.OPERATORS["cuda"],
+    _cuda_unavailable,
+    _cuda_unsupported,
+    takes_halves=lambda problem: problem.spec.is_usual() and not problem.inverse,
+)
+REFERENCE = Backend("reference", _reference_backend.OPERATORS, lambda: [], lambda problem: [], is_plain=True)
+_BACKENDS = {backend.name: backend for backend in (CPP, TRITON, CUDA, REFERENCE)}
+NAMES = tuple(_BACKENDS)  # the order in which "auto" asks, after what measurements prefer
 
 
 class _Override(threading.local):
@@ -109,13 +127,20 @@ def _overriding(name: str) -> Iterator[None]:
         _override.name = previous
 
 
-def computes_halves(name: str, problem: Problem) -> bool:
-    """Whether the backend takes bfloat16 and float16 as they are and converts on the way."""
-    return name == "triton" or (name == "cuda" and problem.formulas.is_usual())
+def needs_plain_torch() -> bool:
+    """Whether only plain torch operations serve: torch.func and forward-mode AD transform no others, and traces for
+    TorchScript and ONNX take no others along."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    )
 
 
-def select(problem: Problem, name: str | None) -> str:
-    """The backend that runs `problem`: `name`, else `use_backend`'s, else the environment's, else the fastest.
+def select(problem: Problem, name: str | None) -> Backend:
+    """The backend that runs `problem`: `name`, else `use_backend`'s, else the environment's, else the fastest; and the
+    reference in the place of any other where plain torch operations have to serve.
 
     Raises ValueError for an unknown name and RuntimeError, with the reasons, where the one asked for cannot run it.
     """
@@ -125,24 +150,25 @@ def select(problem: Problem, name: str | None) -> str:
     if name is None:
         name, source = environment_name, "the environment variable VVAE_FAST_BACKEND"
     if name == AUTO:
-        cuda_first = problem.device_type == "cuda" and _preference.preferred(problem) == "cuda"
-        for candidate in _CUDA_FIRST if cuda_first else NAMES:
-            backend = _BACKENDS[candidate]
-            interpreted = backend.name == "triton" and problem.device_type == "cpu"  # by name only
-            if not interpreted and not _reasons(backend, problem):
-                if backend.name == "reference" and problem.device_type == "cpu":
-                    _warn_of_the_reference()
-                return backend.name
-    check_name(name, source)
-    _require(_BACKENDS[name], _reasons(_BACKENDS[name], problem))
-    return name
+        chosen = _fastest(problem)
+    else:
+        check_name(name, source)
+        chosen = _BACKENDS[name]
+        _require(chosen, _reasons(chosen, problem))
+    return REFERENCE if needs_plain_torch() else chosen
 
 
-def is_cpp(name: str | None) -> bool:
-    """Whether `select` gives "cpp" for a problem on the CPU: the question of nearly every call, asked quickly."""
-    if name is None:
-        name = environment_name if _override.name is None else _override.name
-    return name in ("cpp", AUTO) and ops.load_error is None
+def select_ordinary(
+    z: Tensor, u: Tensor, name: str | None, inverse: bool = False, num_steps: int | None = None
+) -> Backend:
+    """`select` for an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
+    if z.is_cpu and not ops.load_error:
+        asked = name if name is not None else environment_name if _override.name is None else _override.name
+        if asked in (AUTO, CPP.name):  # nearly every call
+            return _BACKENDS[CPP.name]
+    (rows, dim), amortized = z.shape, num_steps is not None or u.ndim == 3
+    steps, sets = u.shape[-2] if num_steps is None else num_steps, rows if amortized else 1
+    return select(Problem(rows, dim, steps, sets, amortized, z.dtype, z.device.type, inverse), name)
 
 
 def info() -> dict[str, Any]:
@@ -162,9 +188,15 @@ def info() -> dict[str, Any]:
     }
 
 
-def _warn_of_the_reference() -> None:
-    if ops.load_error and not torch.compiler.is_compiling():
+def _fastest(problem: Problem) -> Backend:
+    """The first of the backends that can run the problem, after the one that was measured to be faster on GPUs."""
+    for name in (_preference.preferred(problem), *NAMES) if problem.device_type == "cuda" else NAMES:
+        backend = _BACKENDS[name]
+        if backend.automatic(problem) and not _reasons(backend, problem):
+            break
+    if backend is REFERENCE and problem.device_type == "cpu" and not torch.compiler.is_compiling():
         _warn_once()
+    return backend
 
 
 @functools.cache

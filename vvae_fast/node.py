@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vvae_fast import config, ops
-from vvae_fast.shapes import Numbers
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -34,13 +33,9 @@ is_ordinary, is_ordinary_packed = (
 )
 
 
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
-    """`autograd.planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
-    return _C_node.planar_flow(z, u, w, b, *numbers, ops.PREFIXES[backend])
-
-
-def packed_planar_flow(
-    z: Tensor, packed: Tensor, num_steps: int, numbers: Numbers, backend: str
-) -> tuple[Tensor, Tensor]:
-    """`autograd.packed_planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
-    return _C_node.packed_planar_flow(z, packed, num_steps, *numbers, ops.PREFIXES[backend])
+def run(call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+    """`autograd.run` of an ordinary call: z_K [R, D] and log_det [R]."""
+    prefix = ops.PREFIXES[call.backend.name]
+    if call.num_steps is None:
+        return _C_node.planar_flow(z, *params, *call.arguments, prefix)
+    return _C_node.packed_planar_flow(z, *params, call.num_steps, *call.arguments, prefix)

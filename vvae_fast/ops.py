@@ -1,10 +1,10 @@
 """The operator schemas, their fakes, and the extensions that implement those of the C++ and the CUDA backend.
 
-    planar_forward(z, u, w, b, *formulas, save) -> (z_K, log_det, a)
-    planar_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas, params=True) -> (dz, du, dw, db)
-    planar_backward_packed(grad_z, grad_log_det, z, packed, a, *formulas, params=True) -> (dz, dpacked)
-    planar_inverse(z, u, w, b, *formulas, save) -> (z_0, log_det, a)
-    planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *formulas, params=True) -> (dz, du, dw, db)
+    planar_forward(z, u, w, b, *spec, save) -> (z_K, log_det, a)
+    planar_backward(grad_z, grad_log_det, z, u, w, b, a, *spec, params=True) -> (dz, du, dw, db)
+    planar_backward_packed(grad_z, grad_log_det, z, packed, a, *spec, params=True) -> (dz, dpacked)
+    planar_inverse(z, u, w, b, *spec, save) -> (z_0, log_det, a)
+    planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *spec, params=True) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
 packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
@@ -12,8 +12,8 @@ The pre-activations a are [K, R] when `save`, else empty: with z they are all th
 have the dtype of computation. The inverse's a are the same pre-activations, and its z is what it was given, z_K.
 Without `params` nobody wants du, dw, db or dpacked: they are empty, [0], and the kernels leave out what they can of
 their work; dz has the same bits.
-*formulas are `shapes.Formulas.numbers()`, for the inverse without the last. The operators of the other backends are
-named triton_planar_forward, cuda_planar_forward and so on.
+*spec are `FlowSpec.arguments`. The operators of the other backends are named triton_planar_forward,
+cuda_planar_forward and so on.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from vvae_fast import config, shapes
+from vvae_fast.spec import FlowSpec
 
 try:
     import vvae_fast._C as _C
@@ -56,24 +57,24 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
 
 
 class Operators(NamedTuple):
-    """What a backend implements."""
+    """What a backend implements: PyTorch's operators, or functions that are called as they are."""
 
-    planar_forward: OpOverload
-    planar_backward: OpOverload
-    planar_backward_packed: OpOverload
-    planar_inverse: OpOverload
-    planar_inverse_backward: OpOverload
+    planar_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    planar_backward: Callable[..., tuple[Tensor, ...]]
+    planar_backward_packed: Callable[..., tuple[Tensor, Tensor]]
+    planar_inverse: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    planar_inverse_backward: Callable[..., tuple[Tensor, ...]]
 
 
-_INVERTIBLE = "int constraint, int activation, float slope"
-_FORMULAS = f"{_INVERTIBLE}, float log_det_eps"
+_INVERTIBLE = "int constraint, int activation, float slope"  # of an inverse: `FlowSpec.arguments`
+_SPEC = f"{_INVERTIBLE}, float log_det_eps"
 _PARAMS = "bool params=True"
 _SCHEMAS = {
-    "planar_forward": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_FORMULAS}, bool save) -> (Tensor, Tensor, Tensor)",
+    "planar_forward": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a,"
-    f" {_FORMULAS}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" {_SPEC}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
-    f" {_FORMULAS}, {_PARAMS}) -> (Tensor, Tensor)",
+    f" {_SPEC}, {_PARAMS}) -> (Tensor, Tensor)",
     "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
     "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b,"
     f" Tensor a, {_INVERTIBLE}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -86,8 +87,8 @@ def _check_fake(**tensors: Tensor) -> None:
     torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
 
 
-def _planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, *formulas_and_save) -> tuple[Tensor, Tensor, Tensor]:
-    *_, save = formulas_and_save
+def _planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, *spec_and_save) -> tuple[Tensor, Tensor, Tensor]:
+    *_, save = spec_and_save
     _check_fake(z=z, u=u, w=w, b=b)
     rows, dtype = z.shape[0], shapes.compute_dtype(z.dtype)
     a = z.new_empty((u.shape[-2], rows) if save else (0,), dtype=dtype)
@@ -102,22 +103,22 @@ def _planar_backward(
     w: Tensor,
     b: Tensor,
     a: Tensor,
-    *formulas_and_params,
+    *spec_and_params,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
-    return z.new_empty(z.shape), *(_gradient(t, formulas_and_params) for t in (u, w, b))
+    return z.new_empty(z.shape), *(_gradient(t, spec_and_params) for t in (u, w, b))
 
 
 def _planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *formulas_and_params
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *spec_and_params
 ) -> tuple[Tensor, Tensor]:
     _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
-    return z.new_empty(z.shape), _gradient(packed, formulas_and_params)
+    return z.new_empty(z.shape), _gradient(packed, spec_and_params)
 
 
-def _gradient(of: Tensor, formulas_and_params: tuple[object, ...]) -> Tensor:
+def _gradient(of: Tensor, spec_and_params: tuple[object, ...]) -> Tensor:
     """Of a parameter; `params` is the last argument, and left out where it is True."""
-    return of.new_empty((0,) if formulas_and_params[-1] is False else of.shape)
+    return of.new_empty((0,) if spec_and_params[-1] is False else of.shape)
 
 
 def _define(name: str, schema: str, fake: Callable) -> OpOverload:
@@ -138,10 +139,21 @@ OPERATORS = {backend: _define_flow(prefix) for backend, prefix in PREFIXES.items
 planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_inverse_backward = OPERATORS["cpp"]
 
 
-def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
-    u, w, b = packed.split_with_sizes([num_steps * dim, num_steps * dim, num_steps], -1)
-    return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
+def in_python(find_module: Callable[[], ModuleType]) -> Operators:
+    """Functions that are called as the operators are, by those of a module: with a FlowSpec for the spec's numbers. The
+    module is asked for at each call, so that the first one may import it."""
+
+    def function_of(operator: OpOverload) -> Callable[..., tuple[Tensor, ...]]:
+        name, names = operator._opname, [argument.name for argument in operator._schema.arguments]
+        first, end = names.index("constraint"), len(names) - 1  # the last is save or params
+
+        def function(*args) -> tuple[Tensor, ...]:
+            spec = FlowSpec.of_arguments(*args[first:end])
+            return getattr(find_module(), name)(*args[:first], spec, *args[end:])
+
+        return function
+
+    return Operators(*map(function_of, OPERATORS["cpp"]))
 
 
 def build_facts() -> dict[str, object]:
