@@ -29,12 +29,12 @@ WARM_UP = 3  # rounds
 @contextlib.contextmanager
 def by_function() -> Iterator[None]:
     """Ordinary calls take the Function in Python."""
-    with_node = node.is_ordinary, autograd.ordinary_planar_flow
-    node.is_ordinary, autograd.ordinary_planar_flow = None, autograd.planar_flow
+    with_node = node.is_ordinary, autograd.run_ordinary
+    node.is_ordinary, autograd.run_ordinary = None, autograd.run
     try:
         yield
     finally:
-        node.is_ordinary, autograd.ordinary_planar_flow = with_node
+        node.is_ordinary, autograd.run_ordinary = with_node
 
 
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast import ops
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 NUM_STEPS = 20  # two chunks, the second not full
 
@@ -30,12 +30,12 @@ class Case(NamedTuple):
     dim: int
     dtype: torch.dtype
     form: str = "automatic"
-    formulas: Formulas = Formulas()
+    formulas: FlowSpec = FlowSpec()
     inverse: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        what = [self.formulas.activation] if self.formulas != Formulas() else []
+        what = [self.formulas.activation] if self.formulas != FlowSpec() else []
         what += ["inverse"] if self.inverse else []
         size = f"{self.rows} rows, {self.sets or 'shared'} sets, D = {self.dim}"
         return ", ".join([size, dtype, self.form, *what])
@@ -53,12 +53,12 @@ CASES = [
     for form in forms
     if (dtype, form) != (torch.float64, "compact")  # which there is not
 ]
-ELU, SIGMOID = Formulas(activation="elu"), Formulas(activation="sigmoid")
+ELU, SIGMOID = FlowSpec(activation="elu"), FlowSpec(activation="sigmoid")
 CASES += [
     Case(*shape, dtype, "automatic", formulas, inverse)
     for dtype in (torch.float32, torch.float64)
     for shape in (SHARED[0], SHARED[1], AMORTIZED[0], AMORTIZED[1])
-    for formulas, inverse in ((ELU, False), (Formulas(), True), (SIGMOID, True))
+    for formulas, inverse in ((ELU, False), (FlowSpec(), True), (SIGMOID, True))
 ]
 
 
@@ -75,7 +75,7 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
     """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
-    operators, numbers = ops.OPERATORS[backend], case.formulas.numbers()
+    operators, numbers = ops.OPERATORS[backend], case.formulas.arguments()
     if case.inverse:
         z_0, _, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
         answers = operators.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
@@ -90,7 +90,7 @@ def read_past_the_end() -> None:
     """A forward whose z has lost its memory behind its first number."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
-    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *Formulas().numbers(), False)
+    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *FlowSpec().arguments(), False)
     torch.cuda.synchronize()
 
 

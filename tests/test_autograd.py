@@ -7,11 +7,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
 import vvae_fast
-from vvae_fast import autograd, ops
+from vvae_fast import backends, ops, shapes
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
-SOFTPLUS_TANH = Formulas().numbers()
+SOFTPLUS_TANH = FlowSpec().arguments()
 CASES = [((5,), ()), ((5,), (5,)), ((2, 3), (3,)), ((), ())]
 
 
@@ -62,8 +62,8 @@ def test_private_switches_exist():
     assert forward_ad._current_level == -1
     with forward_ad.dual_level():
         assert forward_ad._current_level == 0
-        assert autograd.needs_plain_torch()
-    assert not autograd.needs_plain_torch()
+        assert backends.needs_plain_torch()
+    assert not backends.needs_plain_torch()
 
 
 def test_vmap_over_rows_is_the_batch():
@@ -223,7 +223,7 @@ def test_packed_parameters(batch, backend):
         return [z_K, log_det, *first, *torch.autograd.grad([g.square().sum() for g in first], inputs)]
 
     got = derivatives(*packed_planar_flow(z, packed, 4, 3, backend=backend))
-    for x, y in zip(got, derivatives(*vvae_fast.planar_flow(z, *ops.unpack(packed, 4, 3))), strict=True):
+    for x, y in zip(got, derivatives(*vvae_fast.planar_flow(z, *shapes.unpack(packed, 4, 3))), strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -232,7 +232,7 @@ def test_packed_parameters_with_one_output_used(only):
     p = random_problem((6,), 4, 3, (6,), dtype=torch.float64)
     packed = pack(p.u, p.w, p.b).requires_grad_()
     got = packed_planar_flow(p.z, packed, 4, 3)[only == "log_det"]
-    wanted = vvae_fast.planar_flow(p.z, *ops.unpack(packed, 4, 3), backend="reference")[only == "log_det"]
+    wanted = vvae_fast.planar_flow(p.z, *shapes.unpack(packed, 4, 3), backend="reference")[only == "log_det"]
     for x, y in zip(*(torch.autograd.grad(out.sum(), packed) for out in (got, wanted)), strict=True):
         torch.testing.assert_close(x, y)
 

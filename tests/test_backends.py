@@ -1,5 +1,6 @@
 """Choice of backend: one asked for by name works or raises with the reasons; nothing falls back silently."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -12,13 +13,14 @@ import torch
 from problems import random_problem
 
 import vvae_fast
-from vvae_fast import _measured, _preference, backends, kernels, ops, shapes
+from vvae_fast import _measured, _preference, backends, ops, shapes
 from vvae_fast._version import __version__
+from vvae_fast.spec import FlowSpec
 
 
 def problem():
     p = random_problem((3,), 2, 2)
-    return shapes.check(*p.inputs, shapes.Formulas())
+    return shapes.check(*p.inputs, FlowSpec())
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -32,12 +34,12 @@ def without_extension(monkeypatch):
 
 
 def test_auto_takes_the_kernels():
-    assert backends.select(problem(), None) == "cpp"
-    assert backends.select(problem(), "auto") == "cpp"
+    assert backends.select(problem(), None).name == "cpp"
+    assert backends.select(problem(), "auto").name == "cpp"
 
 
 def test_auto_takes_the_reference_where_the_kernels_cannot_run():
-    assert backends.select(problem()._replace(device_type="meta"), None) == "reference"
+    assert backends.select(problem()._replace(device_type="meta"), None).name == "reference"
 
 
 @pytest.mark.usefixtures("without_extension")
@@ -48,7 +50,7 @@ def test_asked_for_by_name_but_not_there():
         pass
     backends._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="run on the slow reference: the extension"):
-        assert backends.select(problem(), None) == "reference"
+        assert backends.select(problem(), None).name == "reference"
     assert vvae_fast.info()["backends"]["cpp"] == {"available": False, "reasons": [ops.load_error]}
 
 
@@ -62,24 +64,24 @@ def test_unknown_names():
 
 def test_use_backend_nests_and_ends():
     with vvae_fast.use_backend("reference"):
-        assert backends.select(problem(), None) == "reference"
-        assert backends.select(problem(), "cpp") == "cpp"
+        assert backends.select(problem(), None).name == "reference"
+        assert backends.select(problem(), "cpp").name == "cpp"
         with vvae_fast.use_backend("cpp"):
-            assert backends.select(problem(), None) == "cpp"
-        assert backends.select(problem(), None) == "reference"
-    assert backends.select(problem(), None) == "cpp"
+            assert backends.select(problem(), None).name == "cpp"
+        assert backends.select(problem(), None).name == "reference"
+    assert backends.select(problem(), None).name == "cpp"
 
 
 def test_use_backend_ends_after_an_error():
     with pytest.raises(KeyError), vvae_fast.use_backend("reference"):
         raise KeyError
-    assert backends.select(problem(), None) == "cpp"
+    assert backends.select(problem(), None).name == "cpp"
 
 
 def test_use_backend_is_this_threads_own():
     seen = []
     with vvae_fast.use_backend("reference"):
-        other = threading.Thread(target=lambda: seen.append(backends.select(problem(), None)))
+        other = threading.Thread(target=lambda: seen.append(backends.select(problem(), None).name))
         other.start()
         other.join()
     assert seen == ["cpp"]
@@ -91,8 +93,8 @@ def test_environment_chooses(monkeypatch):
     assert "PlanarFlow" not in python(code, VVAE_FAST_BACKEND="reference").stdout
     assert "VVAE_FAST_BACKEND must be one of" in python(code, VVAE_FAST_BACKEND="gpu").stderr
     monkeypatch.setattr(backends, "environment_name", "reference")
-    assert backends.select(problem(), None) == "reference"
-    assert backends.select(problem(), "cpp") == "cpp"
+    assert backends.select(problem(), None).name == "reference"
+    assert backends.select(problem(), "cpp").name == "cpp"
     monkeypatch.setattr(backends, "environment_name", "gpu")
     with pytest.raises(ValueError, match=r"environment variable VVAE_FAST_BACKEND must be one of .* got 'gpu'"):
         backends.select(problem(), None)
@@ -165,9 +167,9 @@ def test_triton_is_refused_with_the_reason_where_it_cannot_run():
 def test_interpreted_kernels_are_chosen_by_name_only():
     code = (
         "import torch, vvae_fast\n"
-        "from vvae_fast import backends, shapes\n"
-        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), shapes.Formulas())\n"
-        "print(backends.select(p, None), backends.select(p, 'triton'))\n"
+        "from vvae_fast import backends, shapes, spec\n"
+        "p = shapes.check(torch.zeros(4, 2), *[torch.zeros(3, 2)] * 2, torch.zeros(3), spec.DEFAULT)\n"
+        "print(backends.select(p, None).name, backends.select(p, 'triton').name)\n"
     )
     pytest.importorskip("triton", reason="Triton is not installed")
     done = python(code, TRITON_INTERPRET="1")
@@ -178,9 +180,9 @@ def test_interpreted_kernels_are_chosen_by_name_only():
 def gpu_backends(monkeypatch):
     """Both backends for GPUs as if there were one, and a table that a test may fill: {name: why it is not there}."""
     reasons = {"triton": [], "cuda": []}
-    unsupported = {"triton": kernels.unsupported, "cuda": backends._cuda_unsupported}
     for name, why in reasons.items():
-        monkeypatch.setitem(backends._BACKENDS, name, backends.Backend(name, lambda why=why: why, unsupported[name]))
+        there = dataclasses.replace(backends._BACKENDS[name], unavailable=lambda why=why: why)
+        monkeypatch.setitem(backends._BACKENDS, name, there)
     monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 2048, torch.float64: 1024})
     monkeypatch.setattr(_measured, "FASTER", {})
     _preference.nearest.cache_clear()
@@ -272,33 +274,33 @@ def test_what_the_cuda_backend_does_not_do(gpu_backends):
     assert "runs on cuda tensors, got cpu" in refused(problem())
     assert "runs D up to 2048, got 2049" in refused(on_gpu(dim=2049))
     assert "runs D up to 1024, got 2048" in refused(on_gpu(dim=2048, compute_dtype=torch.float64))
-    assert backends.select(on_gpu(), "cuda") == backends.select(on_gpu(inverse=True), "cuda") == "cuda"
+    assert backends.select(on_gpu(), "cuda").name == backends.select(on_gpu(inverse=True), "cuda").name == "cuda"
     gpu_backends["cuda"].append("PyTorch sees no GPU here")
     assert refused(on_gpu()).endswith("PyTorch sees no GPU here")
 
 
 def test_auto_takes_what_was_measured_to_be_faster(gpu_backends, monkeypatch):
-    assert backends.select(on_gpu(), None) == "triton"
+    assert backends.select(on_gpu(), None).name == "triton"
     monkeypatch.setattr(_measured, "FASTER", {("shared", 2, 8): {128: "cuda", 65536: "triton"}})
-    assert backends.select(on_gpu(), None) == "cuda"
-    assert backends.select(on_gpu(rows=10**6), None) == "triton"
-    assert backends.select(on_gpu(amortized=True), None) == "triton"
-    assert backends.select(problem(), None) == "cpp"
-    assert backends.select(on_gpu(inverse=True), None) == "cuda"
-    assert backends.select(on_gpu(inverse=True, dim=2049), None) == "reference"
+    assert backends.select(on_gpu(), None).name == "cuda"
+    assert backends.select(on_gpu(rows=10**6), None).name == "triton"
+    assert backends.select(on_gpu(amortized=True), None).name == "triton"
+    assert backends.select(problem(), None).name == "cpp"
+    assert backends.select(on_gpu(inverse=True), None).name == "cuda"
+    assert backends.select(on_gpu(inverse=True, dim=2049), None).name == "reference"
 
 
 def test_auto_takes_the_other_where_the_faster_cannot_run(gpu_backends, monkeypatch):
     gpu_backends["triton"].append("Triton is not installed")
-    assert backends.select(on_gpu(), None) == "cuda"
+    assert backends.select(on_gpu(), None).name == "cuda"
     gpu_backends["triton"].clear()
     monkeypatch.setattr(_measured, "FASTER", {("shared", 1024, 8): {128: "cuda"}})
-    assert backends.select(on_gpu(dim=2048), None) == "cuda"
-    assert backends.select(on_gpu(dim=2049), None) == "triton"
+    assert backends.select(on_gpu(dim=2048), None).name == "cuda"
+    assert backends.select(on_gpu(dim=2049), None).name == "triton"
     gpu_backends["cuda"].append("not built")
-    assert backends.select(on_gpu(dim=2048), None) == "triton"
+    assert backends.select(on_gpu(dim=2048), None).name == "triton"
     gpu_backends["triton"].append("Triton is not installed")
-    assert backends.select(on_gpu(), None) == "reference"
+    assert backends.select(on_gpu(), None).name == "reference"
 
 
 @pytest.mark.usefixtures("gpu_backends")
@@ -323,7 +325,8 @@ def test_the_compiler_sees_through_the_choice(dynamic, monkeypatch):
     monkeypatch.setattr(_measured, "FASTER", {("shared", 64, 8): {1024: "cuda", 65536: "triton"}})
 
     def flow(z):
-        return z.sum() + int(backends.select(on_gpu(z.shape[0], z.shape[1], compute_dtype=z.dtype), None) == "cuda")
+        problem = on_gpu(z.shape[0], z.shape[1], compute_dtype=z.dtype)
+        return z.sum() + int(backends.select(problem, None).name == "cuda")
 
     compiled = torch.compile(flow, fullgraph=True, backend="eager", dynamic=dynamic)
     for rows, cuda in ((100, 1), (65536, 0), (300, 1)):

@@ -24,7 +24,7 @@ from memory import peak_bytes, saved_bytes
 from peers import peers
 from session import Bench
 
-from vvae_fast import PlanarFlow, ops
+from vvae_fast import PlanarFlow, backends, ops
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(6, 3, 2)
@@ -210,7 +210,7 @@ def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkey
     """The cuda backend's operators are the CPU's here."""
     asked = []
     monkeypatch.setattr(ops, "set_cuda_form", asked.append)
-    monkeypatch.setitem(ops.OPERATORS, "cuda", ops.OPERATORS["cpp"])
+    monkeypatch.setattr(backends, "CUDA", backends.CPP)
     stage = Stage(SMALL, torch.device("cpu"))
     prepared = stage.prepared(contestant(cuda_direct, role="form"))
     assert asked == 2 * ["direct", "automatic"]
@@ -218,7 +218,7 @@ def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkey
     assert asked[4:] == ["direct", "automatic"]
     torch.autograd.grad(outputs, prepared.leaves, stage.grads)
     assert asked[6:] == ["direct", "automatic"]
-    monkeypatch.setitem(ops.OPERATORS, "cuda", None)
+    monkeypatch.setattr(backends, "CUDA", None)
     assert refusal(SMALL, contestant(cuda_direct, role="form")).startswith("failed: ")
     assert asked[-1] == "automatic"
 

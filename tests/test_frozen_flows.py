@@ -1,5 +1,6 @@
 """A flow whose parameters nobody trains: its backward gives dz alone, with the bits that a trained one's has."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, ops
+from vvae_fast import autograd, backends, ops
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 # Batch, parameter sets, K and D: one set for all rows, a set a row, few and many rows a set; several chunks and spans.
 SHAPES = [
@@ -23,7 +24,7 @@ SHAPES = [
     ((5,), (), 0, 3),
     ((0,), (), 4, 3),
 ]
-FORMULAS = [Formulas(), Formulas("log_softplus", "sigmoid"), Formulas(activation="elu", log_det_eps=1e-3)]
+FORMULAS = [FlowSpec(), FlowSpec("log_softplus", "sigmoid"), FlowSpec(activation="elu", log_det_eps=1e-3)]
 
 
 def packed(u, w, b):
@@ -40,8 +41,7 @@ def gradients(flow, inputs, needed, grads):
 @pytest.fixture
 def asked(monkeypatch):
     """The `params` that the C++ operators are asked for by autograd's Functions; by the node: test_node.py."""
-    monkeypatch.setattr(autograd, "ordinary_planar_flow", autograd.planar_flow)
-    monkeypatch.setattr(autograd, "ordinary_packed_planar_flow", autograd.packed_planar_flow)
+    monkeypatch.setattr(autograd, "run_ordinary", autograd.run)
     asked = []
 
     def recording(operator):
@@ -52,8 +52,9 @@ def asked(monkeypatch):
         return call
 
     backward = [name for name in ops.Operators._fields if "backward" in name]
-    recorded = {name: recording(getattr(ops.OPERATORS["cpp"], name)) for name in backward}
-    monkeypatch.setitem(ops.OPERATORS, "cpp", ops.OPERATORS["cpp"]._replace(**recorded))
+    recorded = {name: recording(getattr(backends.CPP.operators, name)) for name in backward}
+    cpp = dataclasses.replace(backends.CPP, operators=backends.CPP.operators._replace(**recorded))
+    monkeypatch.setitem(backends._BACKENDS, "cpp", cpp)
     return asked
 
 
@@ -98,7 +99,7 @@ def rows_of(p: Problem) -> Problem:
 def test_the_operators_give_the_same_dz(batch, params, num_steps, dim, dtype):
     p = rows_of(random_problem(batch, num_steps, dim, params, dtype=dtype))
     for formulas in FORMULAS:
-        numbers = formulas.numbers()
+        numbers = formulas.arguments()
         a = ops.planar_forward(*p.inputs, *numbers, True)[2]
         saved = (p.grad_z, p.grad_log_det, p.z)
         check(ops.planar_backward, *saved, *p.inputs[1:], a, *numbers)
@@ -117,7 +118,7 @@ def check(operator, *args):
 
 def test_opcheck_without_parameters():
     p = random_problem((6,), 4, 3, (6,))
-    numbers = Formulas().numbers()
+    numbers = FlowSpec().arguments()
     a = ops.planar_forward(*p.inputs, *numbers, True)[2]
     saved = (p.grad_z, p.grad_log_det, p.z)
     torch.library.opcheck(ops.planar_backward, (*saved, *p.inputs[1:], a, *numbers, False))

@@ -31,6 +31,7 @@ from test_planar_flow import (
 import vvae_fast
 from vvae_fast import ops, shapes
 from vvae_fast.kernels import _heuristics
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS
 
 pytestmark = pytest.mark.gpu
 CUDA_FORMS = pytest.mark.parametrize("form", ["direct", "compact"])
@@ -71,12 +72,12 @@ def test_many_rows(on_gpu, batch, params):
 
 
 @pytest.mark.usefixtures("poisoned", "set_cuda_form")
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("batch", "params"), [((131,), ()), ((40, 3), (3,)), ((3, 5), (5,))])
 def test_every_formula_of_the_cuda_kernels(batch, params, activation):
     for dim in (3, 16, 60, 200, 500):
         p = random_problem(batch, 9, dim, params, scale=0.5, dtype=torch.float64)
-        for constraint, eps in itertools.product(shapes.CONSTRAINTS, (0.0, 0.1)):
+        for constraint, eps in itertools.product(CONSTRAINTS, (0.0, 0.1)):
             formulas = {"activation": activation, "slope": 0.3, "log_det_eps": eps}
             assert_close_to_oracle(p, constraint, 1e-10, "cuda", "cuda", **formulas)
         for constraint in ("softplus", "log_softplus"):

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "vvae_fast"
 ORDER = [
     "_version",
     "config",
+    "spec",
     "shapes",
     "activations",
     "reference",
@@ -33,6 +34,7 @@ ORDER = [
     "kernels",
     "_measured",
     "_preference",
+    "_reference_backend",
     "backends",
     "autograd",
     "functional",
@@ -142,7 +144,7 @@ def test_an_extension_has_one_loader(extension):
 
 def test_the_oracle_imports_torch_alone():
     assert imports(FILES["activations"]) == {"+torch", "+typing"}
-    assert imports(FILES["reference"]) == {"+torch", "+typing", "activations"}
+    assert imports(FILES["reference"]) == {"+torch", "+typing", "activations", "spec"}
 
 
 def test_one_reader_of_the_environment():

@@ -25,11 +25,11 @@ from vvae_fast import ops
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward, launch
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = ops.OPERATORS["triton"]
-FORMULAS = Formulas().numbers()
+FORMULAS = FlowSpec().arguments()
 
 
 ON_DEVICE = {"backend": "triton", "device": DEVICE}

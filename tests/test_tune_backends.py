@@ -10,6 +10,7 @@ import tune_backends
 from tune_backends import Shape
 
 from vvae_fast import _measured, _preference, shapes
+from vvae_fast.spec import FlowSpec
 
 SHAPE = Shape("shared", 2, 8, 128)
 CLASSES = {
@@ -75,7 +76,7 @@ def test_a_shape_is_timed_on_a_problem_of_its_class(parameters, monkeypatch):
     monkeypatch.setattr(_measured, "FASTER", CLASSES)
     shape = Shape(parameters, 8, 32, 1024)
     leaves, _ = tune_backends.problem_of(shape, "cpu")
-    _preference.preferred(shapes.check(*leaves, shapes.Formulas()))
+    _preference.preferred(shapes.check(*leaves, FlowSpec()))
     assert seen == [shape]
 
 

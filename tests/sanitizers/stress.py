@@ -15,7 +15,7 @@ import torch
 
 import vvae_fast
 from vvae_fast import ops
-from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 # rows, sets (None: shared), K, D. Each form and where it changes, a tile that is not full, D that fill no vector, rows
 # that several threads share in one pass (shared), side by side over sets, and one set after another.
@@ -40,10 +40,10 @@ def problem(size: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     return [(0.5 * torch.randn(shape, generator=g)).to(dtype) for shape in shapes]
 
 
-def call_all(p: list[torch.Tensor], formulas: Formulas) -> list[torch.Tensor]:
+def call_all(p: list[torch.Tensor], formulas: FlowSpec) -> list[torch.Tensor]:
     """What the five operators give for one problem, and for its parameters as views of a head's output."""
     z, u, w, b, grad_z, grad_log_det = p
-    numbers = formulas.numbers()
+    numbers = formulas.arguments()
     z_K, log_det, a = ops.planar_forward(z, u, w, b, *numbers, True)
     outputs = [z_K, log_det, a, *ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)]
     outputs.append(ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers, False)[0])  # dz alone
@@ -75,7 +75,7 @@ def cases(part: int, parts: int) -> list[tuple]:
     """Sizes, dtypes and formulas; each activation and constraint meets each form."""
     names = itertools.cycle(itertools.product(ACTIVATIONS, CONSTRAINTS))
     everything = [
-        (size, dtype, Formulas(constraint, activation))
+        (size, dtype, FlowSpec(constraint, activation))
         for size in SIZES
         for dtype in (torch.float32, torch.float64)
         for activation, constraint in itertools.islice(names, 2)
@@ -125,7 +125,7 @@ def stress(options: argparse.Namespace) -> list[str]:
 def switch(options: argparse.Namespace) -> list[str]:
     """Threads that call while one changes the instruction set: each call takes one or the other as a whole."""
     levels = ops.isa_levels()
-    p, formulas = problem(SIZES[4], torch.float64), Formulas()
+    p, formulas = problem(SIZES[4], torch.float64), FlowSpec()
     wanted = []
     for level in levels:
         ops.set_isa(level)
@@ -136,7 +136,7 @@ def switch(options: argparse.Namespace) -> list[str]:
             if number == 0:
                 ops.set_isa(levels[i % len(levels)])
             else:
-                z_K, log_det, _ = ops.planar_forward(*p[:4], *formulas.numbers(), True)
+                z_K, log_det, _ = ops.planar_forward(*p[:4], *formulas.arguments(), True)
                 if not any(same([z_K, log_det], answer[:2]) for answer in wanted):
                     raise ValueError("an answer of no instruction set")
 
