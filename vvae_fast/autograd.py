@@ -4,6 +4,7 @@ A `Call` was checked, and so were the tensors: by `shapes.check`, or for an ordi
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,7 @@ from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE, Backend
 from vvae_fast.spec import FlowSpec
 
-# Asked by every call.
-_is_compiling = torch.compiler.is_compiling
-_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -25,21 +24,41 @@ class Call(NamedTuple):
     tensor packed [*params, K (2 D + 1)]."""
 
     backend: Backend
-    arguments: tuple[int | float, ...]  # of its operators, `FlowSpec.arguments`
-    inverse: bool = False
-    num_steps: int | None = None  # K where the parameters are packed
+    forward: Callable[..., tuple[Tensor, ...]]  # its operators
+    backward: Callable[..., tuple[Tensor, ...]]
+    differentiable_backward: Callable[..., tuple[Tensor, ...]]  # the reference's
+    arguments: tuple[int | float, ...]  # of the operators, `FlowSpec.arguments`
+    num_steps: int | None  # K where the parameters are packed
 
     @classmethod
-    def of(cls, backend: Backend, spec: FlowSpec, inverse: bool, num_steps: int | None) -> "Call":
+    def of(cls, backend: Backend, spec: FlowSpec, inverse: bool = False, num_steps: int | None = None) -> "Call":
         """The call of a spec that was checked."""
-        return cls(backend, spec.arguments(inverse), inverse, num_steps)
+        names = ("planar_inverse", "planar_inverse_backward") if inverse else ("planar_forward", "planar_backward")
+        forward, backward = names if num_steps is None else ("planar_forward", "planar_backward_packed")
+        return cls(
+            backend,
+            getattr(backend.operators, forward),
+            getattr(backend.operators, backward),
+            getattr(REFERENCE.operators, backward),
+            spec.arguments(inverse),
+            num_steps,
+        )
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
-def ordinary_call(backend: Backend, inverse: bool, num_steps: int | None, *spec) -> Call:
+def ordinary_call(
+    backend: Backend,
+    constraint: str,
+    activation: str,
+    slope: float,
+    log_det_eps: float,
+    inverse: bool = False,
+    num_steps: int | None = None,
+) -> Call:
     """The call of a spec that nobody has checked: it is, once for all equal arguments. Raises a TypeError, too,
     for what cannot be a key."""
-    return Call.of(backend, FlowSpec(*spec).checked(inverse), inverse, num_steps)
+    spec = FlowSpec(constraint, activation, slope, log_det_eps).checked(inverse)
+    return Call.of(backend, spec, inverse, num_steps)
 
 
 class PlanarFlowFunction(torch.autograd.Function):
@@ -55,15 +74,29 @@ class PlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, _, *wanted = ctx.needs_input_grad
+        _, _, *needed = ctx.needs_input_grad
+        nothing = [None] * len(needed)
         if grad_z is None and grad_log_det is None:
-            return None, None, *(None for _ in wanted)
-        z, *params, a = ctx.saved_tensors
+            return None, None, *nothing
+        call, (z, *params, a) = ctx.call, ctx.saved_tensors
         if grad_z is None:
             grad_z = torch.zeros_like(z)
         elif grad_log_det is None:
             grad_log_det = z.new_zeros(z.shape[:-1], dtype=shapes.compute_dtype(z.dtype))
-        return None, *_backward(ctx.call, grad_z, grad_log_det, z, params, a, any(wanted))
+        with_params, differentiable = any(needed), torch.is_grad_enabled()  # create_graph=True: and once more
+        backward = call.differentiable_backward if differentiable else call.backward
+        if differentiable or z.dim() == params[0].dim() == 2:
+            dz, *gradients = backward(grad_z, grad_log_det, z, *params, a, *call.arguments, with_params)
+            return None, dz, *(gradients if with_params else nothing)
+        rows = grad_z.reshape(-1, z.shape[-1]), grad_log_det.reshape(-1), z.reshape(-1, z.shape[-1])
+        dz, *gradients = backward(*rows, *_flat_params(params), a, *call.arguments, with_params)
+        if with_params:
+            gradients = [gradient.view(t.shape) for gradient, t in zip(gradients, params, strict=True)]
+        return None, dz.view(z.shape), *(gradients if with_params else nothing)
+
+
+# PlanarFlowFunction.apply without its detour through torch.func, of which `needs_plain_torch` has found none at work.
+_apply = super(torch.autograd.Function, PlanarFlowFunction).apply
 
 
 def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +104,8 @@ def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and not call.backend.is_plain:
         for t in (z, *params):
             if t.requires_grad:
-                return _apply(PlanarFlowFunction, call, z, *params)
+                # torch.compile sees through nothing else.
+                return (PlanarFlowFunction.apply if _is_compiling() else _apply)(call, z, *params)
     return _forward(call, z, params, save=False)[:2]
 
 
@@ -80,23 +114,13 @@ run_ordinary = run if node.load_error else node.run  # an ordinary call, and no 
 
 def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
     """`shapes.are_ordinary`, where neither plain torch operations have to serve nor torch.compile looks on."""
-    if _is_compiling() or forward_ad._current_level >= 0:
-        return False
-    if node.is_ordinary is not None:
-        return node.is_ordinary(z, u, w, b)
-    return not _transforms_are_active() and _tracing_state() is None and shapes.are_ordinary(z, u, w, b)
+    return not (_is_compiling() or forward_ad._current_level >= 0) and node.is_ordinary(z, u, w, b)
 
 
 def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
     """`shapes.is_ordinary_packed`, on the same terms."""
-    if _is_compiling() or forward_ad._current_level >= 0:
-        return False
-    if node.is_ordinary_packed is not None:
-        return node.is_ordinary_packed(z, packed, num_steps, dim)
-    return (
-        not _transforms_are_active()
-        and _tracing_state() is None
-        and shapes.is_ordinary_packed(z, packed, num_steps, dim)
+    return not (_is_compiling() or forward_ad._current_level >= 0) and node.is_ordinary_packed(
+        z, packed, num_steps, dim
     )
 
 
@@ -107,50 +131,13 @@ def reference_backward(
     return REFERENCE.operators.planar_backward(grad_z, grad_log_det, z, u, w, b, None, *numbers, True)
 
 
-def _apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, Tensor]:
-    """function.apply without its detour through torch.func, of which `needs_plain_torch` has found none at work."""
-    if torch.compiler.is_compiling():  # sees through nothing else
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
-
-
 def _forward(call: Call, z: Tensor, params: tuple[Tensor, ...], save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if call.num_steps is not None:
         params = shapes.unpack(*params, call.num_steps, z.shape[-1])
-    operators = call.backend.operators
-    forward = operators.planar_inverse if call.inverse else operators.planar_forward
     if z.dim() == 2 or call.backend.is_plain:
-        return forward(z, *params, *call.arguments, save)
-    z_out, log_det, a = forward(z.reshape(-1, z.shape[-1]), *_flat_params(params), *call.arguments, save)
+        return call.forward(z, *params, *call.arguments, save)
+    z_out, log_det, a = call.forward(z.reshape(-1, z.shape[-1]), *_flat_params(params), *call.arguments, save)
     return _unsafe_view(z_out, z.shape), _unsafe_view(log_det, z.shape[:-1]), a
-
-
-def _backward(
-    call: Call,
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    params: list[Tensor],
-    a: Tensor,
-    wanted: bool,
-) -> tuple[Tensor | None, ...]:
-    """dz, and if they are `wanted` the gradients of the parameters."""
-    # create_graph=True: the gradients must be differentiable themselves.
-    backend = REFERENCE if torch.is_grad_enabled() else call.backend
-    operators = backend.operators
-    if call.num_steps is not None:
-        backward = operators.planar_backward_packed
-    else:
-        backward = operators.planar_inverse_backward if call.inverse else operators.planar_backward
-    if backend.is_plain or z.dim() == params[0].dim() == 2:
-        dz, *dparams = backward(grad_z, grad_log_det, z, *params, a, *call.arguments, wanted)
-    else:
-        rows = grad_z.reshape(-1, z.shape[-1]), grad_log_det.reshape(-1), z.reshape(-1, z.shape[-1])
-        dz, *dparams = backward(*rows, *_flat_params(params), a, *call.arguments, wanted)
-        dz = dz.view(z.shape)
-        if wanted:
-            dparams = [gradient.view(t.shape) for gradient, t in zip(dparams, params, strict=True)]
-    return dz, *(dparams if wanted else [None] * len(params))
 
 
 def _flat_params(params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

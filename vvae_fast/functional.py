@@ -50,7 +50,7 @@ def planar_flow(
         try:
             chosen = backends.select_ordinary(z, u, backend)
             if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, False, None, constraint, activation, slope, log_det_eps)
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps)
                 return autograd.run_ordinary(call, z, u, w, b)
         except _REFUSALS:
             _explain(z, (u, w, b), FlowSpec(constraint, activation, slope, log_det_eps), backend)
@@ -77,7 +77,7 @@ def packed_planar_flow(
         try:
             chosen = backends.select_ordinary(z, packed, backend, num_steps=num_steps)
             if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, False, num_steps, constraint, activation, slope, log_det_eps)
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps, False, num_steps)
                 return autograd.run_ordinary(call, z, packed)
         except _REFUSALS:
             params = shapes.unpack(packed, num_steps, dim)
@@ -110,7 +110,7 @@ def planar_flow_inverse(
         try:
             chosen = backends.select_ordinary(z, u, backend, inverse=True)
             if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, True, None, constraint, activation, slope, 0.0)
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, 0.0, True)
                 return autograd.run(call, z, u, w, b)
         except _REFUSALS:
             _explain(z, (u, w, b), FlowSpec(constraint, activation, slope), backend, inverse=True)

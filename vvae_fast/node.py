@@ -6,12 +6,13 @@ libtorch's C++ interface changes from release to release, so the extension serve
 other; where it does not serve, `autograd` does.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vvae_fast import config, ops
+from vvae_fast import config, ops, shapes
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -28,8 +29,23 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _C_node, load_error = _load()
+
+
+def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
+    """The check of a call that neither torch.func, nor torch.jit.trace, nor torch.export looks at."""
+
+    def check(*args) -> bool:
+        if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+            return False
+        return not torch.compiler.is_compiling() and are_ordinary(*args)
+
+    return check
+
+
 is_ordinary, is_ordinary_packed = (
-    (_C_node.is_ordinary, _C_node.is_ordinary_packed) if _C_node is not None else (None, None)
+    (_C_node.is_ordinary, _C_node.is_ordinary_packed)
+    if _C_node is not None
+    else (unobserved(shapes.are_ordinary), unobserved(shapes.is_ordinary_packed))
 )
 
 
