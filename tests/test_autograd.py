@@ -56,7 +56,7 @@ def test_gradient_of_expanded_ones():
 
 
 def test_private_switches_exist():
-    """autograd.py asks these two; a PyTorch that drops them must fail here and not in a user's hands."""
+    """Every call asks these two; a PyTorch that drops them must fail here and not in a user's hands."""
     assert torch._C._are_functorch_transforms_active() is False
     assert vmap(lambda x: x + torch._C._are_functorch_transforms_active())(torch.zeros(1)).item() == 1
     assert forward_ad._current_level == -1
