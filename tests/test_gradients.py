@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, _reference_backend, planar_flow, planar_flow_inverse, shapes
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import ACTIVATIONS
 

@@ -21,7 +21,7 @@ from vvae_fast.shapes import (
     unpack,
     untraced,
 )
-from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
+from vvae_fast.spec import DEFAULT, DEFAULT_SLOPE, FlowSpec
 
 # The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
 _IDENTITY_ALPHA = {
@@ -77,7 +77,7 @@ class _Planar(nn.Module):
 
     def _repr(self, **sizes: int) -> str:
         """The sizes, and of the options what differs from the defaults."""
-        defaults = {**Formulas()._asdict(), "backend": None}
+        defaults = {**DEFAULT.options(), "backend": None}
         changed = {name: x for name, x in self._options().items() if x != defaults[name]}
         return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
 
