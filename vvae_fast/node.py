@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vvae_fast import config, ops, shapes
+from vvae_fast import config, shapes
+from vvae_fast.backends import operators
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -51,7 +52,7 @@ is_ordinary, is_ordinary_packed = (
 
 def run(call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     """`autograd.run` of an ordinary call: z_K [R, D] and log_det [R]."""
-    prefix = ops.PREFIXES[call.backend.name]
+    prefix = operators.PREFIXES[call.backend.name]
     if call.num_steps is None:
         return _C_node.planar_flow(z, *params, *call.arguments, prefix)
     return _C_node.packed_planar_flow(z, *params, call.num_steps, *call.arguments, prefix)

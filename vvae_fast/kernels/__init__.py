@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from vvae_fast import config, ops
+from vvae_fast import config
+from vvae_fast.backends import operators
 from vvae_fast.kernels import _heuristics, launch
 from vvae_fast.shapes import Problem
 
@@ -56,5 +57,5 @@ def _planar() -> ModuleType:
     return planar
 
 
-for _operator, _function in zip(ops.OPERATORS["triton"], ops.in_python(_planar), strict=True):
+for _operator, _function in zip(operators.OPERATORS["triton"], operators.in_python(_planar), strict=True):
     torch.library.impl(_operator.name(), ("cuda", "cpu") if interpreted else "cuda", _function)

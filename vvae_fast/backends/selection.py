@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vvae_fast import _preference, _reference_backend, config, kernels, node, ops
+from vvae_fast import config, kernels, node
 from vvae_fast._version import __version__
+from vvae_fast.backends import gpu_choice, operators
+from vvae_fast.backends import reference as reference_backend
 from vvae_fast.shapes import Problem
 
 AUTO = "auto"
@@ -26,7 +28,7 @@ class Backend:
     """Who computes a flow."""
 
     name: str
-    operators: ops.Operators
+    operators: operators.Operators
     unavailable: Callable[[], list[str]]  # why it cannot run on this machine
     unsupported: Callable[[Problem], list[str]]  # why it cannot run a problem
     # Whether it takes bfloat16 and float16 as they are, and converts on the way.
@@ -37,7 +39,7 @@ class Backend:
 
 
 def _cpp_unavailable() -> list[str]:
-    return [ops.load_error] if ops.load_error else []
+    return [operators.load_error] if operators.load_error else []
 
 
 def _cpp_unsupported(problem: Problem) -> list[str]:
@@ -45,8 +47,8 @@ def _cpp_unsupported(problem: Problem) -> list[str]:
 
 
 def _cuda_unavailable() -> list[str]:
-    if ops.cuda_load_error:
-        return [ops.cuda_load_error]
+    if operators.cuda_load_error:
+        return [operators.cuda_load_error]
     if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return ["PyTorch sees no GPU here"]
     # torch.compile cannot trace the question
@@ -66,16 +68,16 @@ def _cuda_unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.device_type != "cuda":
         reasons.append(f"the cuda backend runs on cuda tensors, got {problem.device_type}")
-    most = ops.cuda_most_dim[problem.compute_dtype]
+    most = operators.cuda_most_dim[problem.compute_dtype]
     if problem.dim > most:
         reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
     return reasons
 
 
-CPP = Backend("cpp", ops.OPERATORS["cpp"], _cpp_unavailable, _cpp_unsupported)
+CPP = Backend("cpp", operators.OPERATORS["cpp"], _cpp_unavailable, _cpp_unsupported)
 TRITON = Backend(
     "triton",
-    ops.OPERATORS["triton"],
+    operators.OPERATORS["triton"],
     kernels.unavailable,
     kernels.unsupported,
     takes_halves=lambda problem: not problem.inverse,
@@ -83,12 +85,12 @@ TRITON = Backend(
 )
 CUDA = Backend(
     "cuda",
-    ops.OPERATORS["cuda"],
+    operators.OPERATORS["cuda"],
     _cuda_unavailable,
     _cuda_unsupported,
     takes_halves=lambda problem: problem.spec.is_usual() and not problem.inverse,
 )
-REFERENCE = Backend("reference", _reference_backend.OPERATORS, lambda: [], lambda problem: [], is_plain=True)
+REFERENCE = Backend("reference", reference_backend.OPERATORS, lambda: [], lambda problem: [], is_plain=True)
 _BACKENDS = {backend.name: backend for backend in (CPP, TRITON, CUDA, REFERENCE)}
 NAMES = tuple(_BACKENDS)  # the order in which "auto" asks, after what measurements prefer
 
@@ -162,7 +164,7 @@ def select_ordinary(
     z: Tensor, u: Tensor, name: str | None, inverse: bool = False, num_steps: int | None = None
 ) -> Backend:
     """`select` for an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
-    if z.is_cpu and not ops.load_error:
+    if z.is_cpu and not operators.load_error:
         asked = name if name is not None else environment_name if _override.name is None else _override.name
         if asked in (AUTO, CPP.name):  # nearly every call
             return _BACKENDS[CPP.name]
@@ -181,16 +183,16 @@ def info() -> dict[str, Any]:
         "triton_version": kernels.version(),
         "backends": backends,
         "node": {"available": node.load_error is None, "reasons": [node.load_error] if node.load_error else []},
-        "build": ops.build_facts(),
-        "build_cuda": ops.cuda_build_facts(),
-        "isa": ops.isa(),
-        "isa_levels": list(ops.isa_levels()),
+        "build": operators.build_facts(),
+        "build_cuda": operators.cuda_build_facts(),
+        "isa": operators.isa(),
+        "isa_levels": list(operators.isa_levels()),
     }
 
 
 def _fastest(problem: Problem) -> Backend:
     """The first of the backends that can run the problem, after the one that was measured to be faster on GPUs."""
-    for name in (_preference.preferred(problem), *NAMES) if problem.device_type == "cuda" else NAMES:
+    for name in (gpu_choice.preferred(problem), *NAMES) if problem.device_type == "cuda" else NAMES:
         backend = _BACKENDS[name]
         if backend.automatic(problem) and not _reasons(backend, problem):
             break
@@ -201,7 +203,7 @@ def _fastest(problem: Problem) -> Backend:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"planar flows run on the slow reference: {ops.load_error}", RuntimeWarning, stacklevel=5)
+    warnings.warn(f"planar flows run on the slow reference: {operators.load_error}", RuntimeWarning, stacklevel=5)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:

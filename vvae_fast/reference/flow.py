@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vvae_fast.activations import activate, log_abs_determinant, solve, step_adjoint
+from vvae_fast.reference.activations import activate, log_abs_determinant, solve, step_adjoint
 from vvae_fast.spec import DEFAULT, FlowSpec
 
 LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38)

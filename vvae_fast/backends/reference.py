@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vvae_fast import ops, reference, shapes
+from vvae_fast import reference, shapes
+from vvae_fast.backends import operators
 from vvae_fast.spec import FlowSpec
 
 
@@ -94,4 +95,4 @@ def planar_inverse_backward(
     return torch.autograd.grad(weighted, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
 
 
-OPERATORS = ops.in_python(lambda: sys.modules[__name__])
+OPERATORS = operators.in_python(lambda: sys.modules[__name__])
