@@ -4,8 +4,7 @@ A `Call` was checked, and so were the tensors: by `shapes.check`, or for an ordi
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.autograd import forward_ad
 
 from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE, Backend
+from vvae_fast.backends.operators import PREFIXES, Operator
 from vvae_fast.spec import FlowSpec
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
@@ -24,9 +24,9 @@ class Call(NamedTuple):
     tensor packed [*params, K (2 D + 1)]."""
 
     backend: Backend
-    forward: Callable[..., tuple[Tensor, ...]]  # its operators
-    backward: Callable[..., tuple[Tensor, ...]]
-    differentiable_backward: Callable[..., tuple[Tensor, ...]]  # the reference's
+    forward: Operator  # the backend's
+    backward: Operator
+    differentiable_backward: Operator  # the reference's
     arguments: tuple[int | float, ...]  # of the operators, `FlowSpec.arguments`
     num_steps: int | None  # K where the parameters are packed
 
@@ -65,7 +65,7 @@ class PlanarFlowFunction(torch.autograd.Function):
     """The forward and the backward operator of a call, saving its tensors and the pre-activations a [K, rows] only."""
 
     @staticmethod
-    def forward(ctx, call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         z_out, log_det, a = _forward(call, z, params, save=True)
         ctx.save_for_backward(z, *params, a)
         ctx.call = call
@@ -73,7 +73,7 @@ class PlanarFlowFunction(torch.autograd.Function):
         return z_out, log_det
 
     @staticmethod
-    def backward(ctx, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, *needed = ctx.needs_input_grad
         nothing = [None] * len(needed)
         if grad_z is None and grad_log_det is None:
@@ -81,11 +81,11 @@ class PlanarFlowFunction(torch.autograd.Function):
         call, (z, *params, a) = ctx.call, ctx.saved_tensors
         if grad_z is None:
             grad_z = torch.zeros_like(z)
-        elif grad_log_det is None:
+        if grad_log_det is None:
             grad_log_det = z.new_zeros(z.shape[:-1], dtype=shapes.compute_dtype(z.dtype))
         with_params, differentiable = any(needed), torch.is_grad_enabled()  # create_graph=True: and once more
         backward = call.differentiable_backward if differentiable else call.backward
-        if differentiable or z.dim() == params[0].dim() == 2:
+        if differentiable or (z.dim() == 2 and params[0].dim() > 1):
             dz, *gradients = backward(grad_z, grad_log_det, z, *params, a, *call.arguments, with_params)
             return None, dz, *(gradients if with_params else nothing)
         rows = grad_z.reshape(-1, z.shape[-1]), grad_log_det.reshape(-1), z.reshape(-1, z.shape[-1])
@@ -106,10 +106,19 @@ def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
             if t.requires_grad:
                 # torch.compile sees through nothing else.
                 return (PlanarFlowFunction.apply if _is_compiling() else _apply)(call, z, *params)
-    return _forward(call, z, params, save=False)[:2]
+    z_out, log_det, _ = _forward(call, z, params, save=False)
+    return z_out, log_det
 
 
-run_ordinary = run if node.load_error else node.run  # an ordinary call, and no inverse
+def run_by_node(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+    """`run` of an ordinary call, and no inverse: z_K [R, D] and log_det [R]."""
+    prefix = PREFIXES[call.backend.name]
+    if call.num_steps is None:
+        return node.extension.planar_flow(z, *params, *call.arguments, prefix)
+    return node.extension.packed_planar_flow(z, *params, call.num_steps, *call.arguments, prefix)
+
+
+run_ordinary = run if node.load_error else run_by_node
 
 
 def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
@@ -133,7 +142,7 @@ def reference_backward(
 
 def _forward(call: Call, z: Tensor, params: tuple[Tensor, ...], save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if call.num_steps is not None:
-        params = shapes.unpack(*params, call.num_steps, z.shape[-1])
+        params = shapes.unpack(params[0], call.num_steps, z.shape[-1])
     if z.dim() == 2 or call.backend.is_plain:
         return call.forward(z, *params, *call.arguments, save)
     z_out, log_det, a = call.forward(z.reshape(-1, z.shape[-1]), *_flat_params(params), *call.arguments, save)
@@ -144,7 +153,7 @@ def _flat_params(params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """[K, D], [K, D], [K] as they are, or [P, K, D], [P, K, D], [P, K], or packed [P, K (2 D + 1)]: views wherever the
     strides allow one."""
     if len(params) == 1:
-        return (torch.atleast_2d(*params).flatten(0, -2),)
+        return (torch.atleast_2d(params[0]).flatten(0, -2),)
     u, w, b = params
     if u.dim() <= 3:
         return params

@@ -7,16 +7,14 @@ other; where it does not serve, `autograd` does.
 """
 
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from vvae_fast import config, shapes
-from vvae_fast.backends import operators
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The extension, or why it does not serve."""
     if not config.wants_node():
         return None, "the environment variable VVAE_FAST_NODE is 0"
@@ -29,13 +27,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _C_node, None
 
 
-_C_node, load_error = _load()
+extension, load_error = _load()
 
 
 def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
     """The check of a call that neither torch.func, nor torch.jit.trace, nor torch.export looks at."""
 
-    def check(*args) -> bool:
+    def check(*args: Any) -> bool:
         if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
             return False
         return not torch.compiler.is_compiling() and are_ordinary(*args)
@@ -44,15 +42,7 @@ def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
 
 
 is_ordinary, is_ordinary_packed = (
-    (_C_node.is_ordinary, _C_node.is_ordinary_packed)
-    if _C_node is not None
+    (extension.is_ordinary, extension.is_ordinary_packed)
+    if extension is not None
     else (unobserved(shapes.are_ordinary), unobserved(shapes.is_ordinary_packed))
 )
-
-
-def run(call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-    """`autograd.run` of an ordinary call: z_K [R, D] and log_det [R]."""
-    prefix = operators.PREFIXES[call.backend.name]
-    if call.num_steps is None:
-        return _C_node.planar_flow(z, *params, *call.arguments, prefix)
-    return _C_node.packed_planar_flow(z, *params, call.num_steps, *call.arguments, prefix)

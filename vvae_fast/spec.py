@@ -38,10 +38,6 @@ class FlowSpec(NamedTuple):
         """The keyword arguments that `planar_flow` and its inverse share."""
         return {"activation": self.activation, "slope": self.slope, "constraint": self.constraint}
 
-    def is_usual(self) -> bool:
-        """Whether it is what nearly every flow has, and the CUDA kernels take in the half precisions."""
-        return self.activation == "tanh" and self.constraint != "log_softplus" and self.log_det_eps == 0
-
     def checked(self, inverse: bool = False) -> "FlowSpec":
         """The spec with Python's own floats, which operators take no other than.
 

@@ -1,11 +1,10 @@
 """Who computes a flow, and how one is chosen."""
 
+from vvae_fast.backends.base import Backend
+from vvae_fast.backends.cpp import CPP
+from vvae_fast.backends.cuda import CUDA
+from vvae_fast.backends.reference import REFERENCE
 from vvae_fast.backends.selection import (
-    CPP,
-    CUDA,
-    REFERENCE,
-    TRITON,
-    Backend,
     check_name,
     info,
     needs_plain_torch,
@@ -13,6 +12,7 @@ from vvae_fast.backends.selection import (
     select_ordinary,
     use_backend,
 )
+from vvae_fast.backends.triton import TRITON
 
 __all__ = [
     "CPP",

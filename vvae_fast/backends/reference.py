@@ -14,26 +14,23 @@ from torch import Tensor
 
 from vvae_fast import reference, shapes
 from vvae_fast.backends import operators
+from vvae_fast.backends.base import Backend
 from vvae_fast.spec import FlowSpec
 
 
-def planar_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool
-) -> tuple[Tensor, Tensor, None]:
+def planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool) -> tuple[Tensor | None, ...]:
     """z_K [*batch, D] and log_det [*batch]; nothing is saved."""
     return _differentiable(reference.planar_forward, z, u, w, b, spec)
 
 
-def planar_inverse(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool
-) -> tuple[Tensor, Tensor, None]:
+def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool) -> tuple[Tensor | None, ...]:
     """z_0 [*batch, D] and log_det [*batch]; nothing is saved."""
     return _differentiable(reference.planar_inverse, z, u, w, b, spec)
 
 
 def _differentiable(
-    flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec
-) -> tuple[Tensor, Tensor, None]:
+    flow: Callable[..., tuple[Tensor, ...]], z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec
+) -> tuple[Tensor | None, ...]:
     if torch._C._get_tracing_state() is not None:
         with warnings.catch_warnings():  # the trace holds these K steps, and is warned of as if they were data
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -57,8 +54,9 @@ def planar_backward(
     params: bool = True,
 ) -> tuple[Tensor, ...]:
     """dz [*batch, D], du, dw and db as u, w and b, computed in the dtype of log_det."""
-    inputs = (t.to(grad_log_det.dtype) for t in (grad_z, grad_log_det, z, u, w, b))
-    return tuple(t.to(z.dtype) for t in reference.planar_backward(*inputs, spec))
+    dtype, z_dtype = grad_log_det.dtype, z.dtype
+    grad_z, z, u, w, b = (t.to(dtype) for t in (grad_z, z, u, w, b))
+    return tuple(t.to(z_dtype) for t in reference.planar_backward(grad_z, grad_log_det, z, u, w, b, spec))
 
 
 def planar_backward_packed(
@@ -90,9 +88,16 @@ def planar_inverse_backward(
     """The derivatives of the reference's inverse."""
     # Aliases: where one argument was computed from another, its gradient must not run on into that one.
     inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, u, w, b)]
-    z_0, log_det = reference.planar_inverse(*inputs, spec)
+    z, u, w, b = inputs
+    z_0, log_det = reference.planar_inverse(z, u, w, b, spec)
     weighted = (z_0 * grad_z).sum() + (log_det * grad_log_det).sum()
     return torch.autograd.grad(weighted, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
 
 
-OPERATORS = operators.in_python(lambda: sys.modules[__name__])
+REFERENCE = Backend(
+    "reference",
+    operators.in_python(lambda: sys.modules[__name__]),
+    unavailable=lambda: [],
+    unsupported=lambda problem: [],
+    is_plain=True,
+)

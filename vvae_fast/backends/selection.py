@@ -1,11 +1,10 @@
-"""The backends, what each of them cannot do, and how one is chosen. A backend asked for by name works or raises."""
+"""How a backend is chosen. One that is asked for by name works or raises."""
 
 import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,83 +13,18 @@ from torch.autograd import forward_ad
 
 from vvae_fast import config, kernels, node
 from vvae_fast._version import __version__
-from vvae_fast.backends import gpu_choice, operators
-from vvae_fast.backends import reference as reference_backend
+from vvae_fast.backends import cpp, cuda, gpu_choice
+from vvae_fast.backends.base import Backend
+from vvae_fast.backends.cpp import CPP
+from vvae_fast.backends.cuda import CUDA
+from vvae_fast.backends.reference import REFERENCE
+from vvae_fast.backends.triton import TRITON
 from vvae_fast.shapes import Problem
 
 AUTO = "auto"
-LEAST_CAPABILITY = (8, 0)  # of GPUs that the CUDA kernels are made for
 environment_name = config.backend()  # where neither backend= nor use_backend names one
 
 
-@dataclass(frozen=True, eq=False)  # one is equal to itself alone, and quickly hashed
-class Backend:
-    """Who computes a flow."""
-
-    name: str
-    operators: operators.Operators
-    unavailable: Callable[[], list[str]]  # why it cannot run on this machine
-    unsupported: Callable[[Problem], list[str]]  # why it cannot run a problem
-    # Whether it takes bfloat16 and float16 as they are, and converts on the way.
-    takes_halves: Callable[[Problem], bool] = lambda problem: False
-    automatic: Callable[[Problem], bool] = lambda problem: True  # whether "auto" may choose it
-    # Plain PyTorch on z [*batch, D]: autograd, torch.func and traces see through it, and it checks no arguments.
-    is_plain: bool = False
-
-
-def _cpp_unavailable() -> list[str]:
-    return [operators.load_error] if operators.load_error else []
-
-
-def _cpp_unsupported(problem: Problem) -> list[str]:
-    return [] if problem.device_type == "cpu" else [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
-
-
-def _cuda_unavailable() -> list[str]:
-    if operators.cuda_load_error:
-        return [operators.cuda_load_error]
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
-        return ["PyTorch sees no GPU here"]
-    # torch.compile cannot trace the question
-    if torch.compiler.is_compiling() or _newest_capability() >= LEAST_CAPABILITY:
-        return []
-    wanted, got = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, _newest_capability()))
-    return [f"the CUDA kernels need a GPU of compute capability {wanted}, got {got}"]
-
-
-@functools.cache
-def _newest_capability() -> tuple[int, int]:
-    """Of the GPUs that PyTorch sees."""
-    return max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-
-
-def _cuda_unsupported(problem: Problem) -> list[str]:
-    reasons = []
-    if problem.device_type != "cuda":
-        reasons.append(f"the cuda backend runs on cuda tensors, got {problem.device_type}")
-    most = operators.cuda_most_dim[problem.compute_dtype]
-    if problem.dim > most:
-        reasons.append(f"the cuda backend runs D up to {most}, got {problem.dim}")
-    return reasons
-
-
-CPP = Backend("cpp", operators.OPERATORS["cpp"], _cpp_unavailable, _cpp_unsupported)
-TRITON = Backend(
-    "triton",
-    operators.OPERATORS["triton"],
-    kernels.unavailable,
-    kernels.unsupported,
-    takes_halves=lambda problem: not problem.inverse,
-    automatic=lambda problem: problem.device_type != "cpu",  # interpreted
-)
-CUDA = Backend(
-    "cuda",
-    operators.OPERATORS["cuda"],
-    _cuda_unavailable,
-    _cuda_unsupported,
-    takes_halves=lambda problem: problem.spec.is_usual() and not problem.inverse,
-)
-REFERENCE = Backend("reference", reference_backend.OPERATORS, lambda: [], lambda problem: [], is_plain=True)
 _BACKENDS = {backend.name: backend for backend in (CPP, TRITON, CUDA, REFERENCE)}
 NAMES = tuple(_BACKENDS)  # the order in which "auto" asks, after what measurements prefer
 
@@ -164,7 +98,7 @@ def select_ordinary(
     z: Tensor, u: Tensor, name: str | None, inverse: bool = False, num_steps: int | None = None
 ) -> Backend:
     """`select` for an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
-    if z.is_cpu and not operators.load_error:
+    if z.is_cpu and not cpp.load_error:
         asked = name if name is not None else environment_name if _override.name is None else _override.name
         if asked in (AUTO, CPP.name):  # nearly every call
             return _BACKENDS[CPP.name]
@@ -183,10 +117,10 @@ def info() -> dict[str, Any]:
         "triton_version": kernels.version(),
         "backends": backends,
         "node": {"available": node.load_error is None, "reasons": [node.load_error] if node.load_error else []},
-        "build": operators.build_facts(),
-        "build_cuda": operators.cuda_build_facts(),
-        "isa": operators.isa(),
-        "isa_levels": list(operators.isa_levels()),
+        "build": cpp.build_facts(),
+        "build_cuda": cuda.build_facts(),
+        "isa": cpp.isa(),
+        "isa_levels": list(cpp.isa_levels()),
     }
 
 
@@ -194,7 +128,7 @@ def _fastest(problem: Problem) -> Backend:
     """The first of the backends that can run the problem, after the one that was measured to be faster on GPUs."""
     for name in (gpu_choice.preferred(problem), *NAMES) if problem.device_type == "cuda" else NAMES:
         backend = _BACKENDS[name]
-        if backend.automatic(problem) and not _reasons(backend, problem):
+        if backend.is_automatic(problem) and not _reasons(backend, problem):
             break
     if backend is REFERENCE and problem.device_type == "cpu" and not torch.compiler.is_compiling():
         _warn_once()
@@ -203,7 +137,7 @@ def _fastest(problem: Problem) -> Backend:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"planar flows run on the slow reference: {operators.load_error}", RuntimeWarning, stacklevel=5)
+    warnings.warn(f"planar flows run on the slow reference: {cpp.load_error}", RuntimeWarning, stacklevel=5)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:

@@ -115,22 +115,22 @@ def planar_backward(
         z = z + p.u_hat[..., k, :] * act.h[..., None]
 
     g = grad_z  # [*batch, D]  dL/dz_k
-    v, dw, db, gamma = [], [], [], []
+    of_v, of_dw, of_db, of_gamma = [], [], [], []  # of the steps, the last one first
     for k in reversed(range(u.shape[-2])):
         act = activated[k]
         c, s, unit = p.c[..., k], p.s[..., k], p.unit[..., k]
         e = (g * p.u_hat[..., k, :]).sum(-1)  # [*batch]
         delta, gamma_k = step_adjoint(e, grad_log_det, act, c, s, unit, spec.log_det_eps)  # [*batch]
         params = w[..., k, :].shape
-        v.append((g * act.h[..., None]).sum_to_size(params))
-        dw.append((z_before[k] * delta[..., None]).sum_to_size(params))
-        db.append(delta.sum_to_size(params[:-1]))
-        gamma.append(gamma_k.sum_to_size(params[:-1]))
+        of_v.append((g * act.h[..., None]).sum_to_size(params))
+        of_dw.append((z_before[k] * delta[..., None]).sum_to_size(params))
+        of_db.append(delta.sum_to_size(params[:-1]))
+        of_gamma.append(gamma_k.sum_to_size(params[:-1]))
         g = g + delta[..., None] * w[..., k, :]
-    if not v:
+    if not of_v:
         return g, torch.zeros_like(u), torch.zeros_like(w), torch.zeros_like(b)
-    v, dw = (torch.stack(x[::-1], -2) for x in (v, dw))  # [*params, K, D]
-    db, gamma = (torch.stack(x[::-1], -1) for x in (db, gamma))  # [*params, K]
+    v, dw = (torch.stack(x[::-1], -2) for x in (of_v, of_dw))  # [*params, K, D]
+    db, gamma = (torch.stack(x[::-1], -1) for x in (of_db, of_gamma))  # [*params, K]
     du, dw_constraint = constrain_backward(v, gamma, u, w, p, spec.constraint)
     return g, du, dw + dw_constraint, db
 
