@@ -18,7 +18,8 @@ from contestants import no_op
 from measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
 
 import vvae_fast
-from vvae_fast import autograd, node, ops, shapes
+from vvae_fast import autograd, node, shapes
+from vvae_fast.backends import cpp
 
 CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]
 FROZEN = Case(4096, 64, 32)
@@ -91,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.disable()
     settle_allocator()
-    print(f"torch {torch.__version__}, {ops.isa()}, one thread; node: {node.load_error or 'available'}")
+    print(f"torch {torch.__version__}, {cpp.isa()}, one thread; node: {node.load_error or 'available'}")
     for case in CASES:
         print(f"forward + backward, {title(case)}: {row(measure(contestants(case), rounds))}", flush=True)
     gc.collect()

@@ -13,8 +13,9 @@ from loops import PLAIN, REFERENCE, plain_loop, reference_loop
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import backends, shapes
 from vvae_fast.autograd import Call, PlanarFlowFunction
+from vvae_fast.backends import cuda
 from vvae_fast.spec import FlowSpec
 
 LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
@@ -78,11 +79,11 @@ def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.emp
 @contextlib.contextmanager
 def cuda_form(name: str) -> Iterator[None]:
     """The cuda backend's kernels take this form, whatever the shape."""
-    ops.set_cuda_form(name)
+    cuda.set_form(name)
     try:
         yield
     finally:
-        ops.set_cuda_form("automatic")
+        cuda.set_form("automatic")
 
 
 class _CudaDirect(PlanarFlowFunction):

@@ -24,7 +24,7 @@ import torch
 from count_variants import fake_driver
 from triton.runtime import driver
 
-from vvae_fast import ops
+from vvae_fast.backends import operators
 from vvae_fast.kernels import (
     compact_backward,
     compact_forward,
@@ -49,7 +49,7 @@ def calls(rows: int, dim: int, num_steps: int, num_sets: int) -> dict[str, Calla
     """Forward and backward as the operators call them, by what they are printed as."""
     sets = (num_sets,) if num_sets > 1 else ()
     z, u, b = torch.zeros(rows, dim), torch.zeros(*sets, num_steps, dim), torch.zeros(*sets, num_steps)
-    forward, backward, *_ = ops.in_python(lambda: planar)
+    forward, backward, *_ = operators.in_python(lambda: planar)
     z_K, log_det, a = forward(z, u, u, b, *NUMBERS, True)
     return {
         "forward": lambda: forward(z, u, u, b, *NUMBERS, True),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 import torch
 from torch import Tensor
 
-from vvae_fast import ops
+from vvae_fast.backends import cuda, operators
 from vvae_fast.spec import FlowSpec
 
 NUM_STEPS = 20  # two chunks, the second not full
@@ -75,13 +75,13 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
     """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
-    operators, numbers = ops.OPERATORS[backend], case.formulas.arguments()
+    computed_by, numbers = operators.OPERATORS[backend], case.formulas.arguments()
     if case.inverse:
-        z_0, _, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
-        answers = operators.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
+        z_0, _, a = computed_by.planar_inverse(z, u, w, b, *numbers[:3], True)
+        answers = computed_by.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
     else:
-        a = operators.planar_forward(z, u, w, b, *numbers, True)[2]
-        answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
+        a = computed_by.planar_forward(z, u, w, b, *numbers, True)[2]
+        answers = computed_by.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
     if not all(t.isfinite().all() for t in [t.cpu() for t in answers]):
         raise ArithmeticError(f"{case}: gradients are not finite")
 
@@ -90,7 +90,7 @@ def read_past_the_end() -> None:
     """A forward whose z has lost its memory behind its first number."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
-    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *FlowSpec().arguments(), False)
+    operators.OPERATORS["cuda"].planar_forward(z, u, w, b, *FlowSpec().arguments(), False)
     torch.cuda.synchronize()
 
 
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() >= ends:
             break
         print(case, flush=True)
-        ops.set_cuda_form(case.form)
+        cuda.set_form(case.form)
         run(case)
         done += 1
     print(f"sanitized {done} of {len(CASES)} cases", flush=True)

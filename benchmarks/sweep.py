@@ -15,7 +15,7 @@ from sweep_inputs import Input
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.kernels import _heuristics
 from vvae_fast.spec import FlowSpec
@@ -113,9 +113,9 @@ class Package:
             with mock.patch.object(_heuristics, "is_compact", return_value=True):
                 yield
         else:
-            ops.set_cuda_form("compact")
+            cuda.set_form("compact")
             yield
-            ops.set_cuda_form("automatic")
+            cuda.set_form("automatic")
 
 
 class CudaOnHost:

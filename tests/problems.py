@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import ops, reference
+from vvae_fast import reference
+from vvae_fast.backends import cpp
 from vvae_fast.spec import FlowSpec
 
 T = TypeVar("T")
@@ -93,11 +94,11 @@ def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list
 
 def on_each_isa(answer: Callable[[], T]) -> dict[str, T]:
     """The answer on each instruction set that this machine has."""
-    previous, answers = ops.isa(), {}
-    for level in ops.isa_levels():
-        ops.set_isa(level)
+    previous, answers = cpp.isa(), {}
+    for level in cpp.isa_levels():
+        cpp.set_isa(level)
         answers[level] = answer()
-    ops.set_isa(previous)
+    cpp.set_isa(previous)
     return answers
 
 

@@ -13,8 +13,9 @@ import torch
 from problems import random_problem
 
 import vvae_fast
-from vvae_fast import _measured, _preference, backends, ops, shapes
+from vvae_fast import backends, shapes
 from vvae_fast._version import __version__
+from vvae_fast.backends import _measured, cpp, cuda, gpu_choice, selection
 from vvae_fast.spec import FlowSpec
 
 
@@ -30,7 +31,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    monkeypatch.setattr(ops, "load_error", "the extension vvae_fast._C did not load (no such file)")
+    monkeypatch.setattr(cpp, "load_error", "the extension vvae_fast._C did not load (no such file)")
 
 
 def test_auto_takes_the_kernels():
@@ -48,10 +49,10 @@ def test_asked_for_by_name_but_not_there():
         backends.select(problem(), "cpp")
     with pytest.raises(RuntimeError, match="'cpp' was asked for"), vvae_fast.use_backend("cpp"):
         pass
-    backends._warn_once.cache_clear()
+    selection._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="run on the slow reference: the extension"):
         assert backends.select(problem(), None).name == "reference"
-    assert vvae_fast.info()["backends"]["cpp"] == {"available": False, "reasons": [ops.load_error]}
+    assert vvae_fast.info()["backends"]["cpp"] == {"available": False, "reasons": [cpp.load_error]}
 
 
 def test_unknown_names():
@@ -92,10 +93,10 @@ def test_environment_chooses(monkeypatch):
     assert "PlanarFlow" in python(code).stdout
     assert "PlanarFlow" not in python(code, VVAE_FAST_BACKEND="reference").stdout
     assert "VVAE_FAST_BACKEND must be one of" in python(code, VVAE_FAST_BACKEND="gpu").stderr
-    monkeypatch.setattr(backends, "environment_name", "reference")
+    monkeypatch.setattr(selection, "environment_name", "reference")
     assert backends.select(problem(), None).name == "reference"
     assert backends.select(problem(), "cpp").name == "cpp"
-    monkeypatch.setattr(backends, "environment_name", "gpu")
+    monkeypatch.setattr(selection, "environment_name", "gpu")
     with pytest.raises(ValueError, match=r"environment variable VVAE_FAST_BACKEND must be one of .* got 'gpu'"):
         backends.select(problem(), None)
 
@@ -120,7 +121,7 @@ def test_info():
 
 
 def test_instruction_set_from_the_environment():
-    level = ops.isa_levels()[-1]
+    level = cpp.isa_levels()[-1]
     done = python("import vvae_fast; print(vvae_fast.info()['isa'])", VVAE_FAST_ISA=level)
     assert done.stdout.strip() == level
     done = python("import vvae_fast; print(vvae_fast.info()['backends']['cpp'])", VVAE_FAST_ISA="mmx")
@@ -181,13 +182,13 @@ def gpu_backends(monkeypatch):
     """Both backends for GPUs as if there were one, and a table that a test may fill: {name: why it is not there}."""
     reasons = {"triton": [], "cuda": []}
     for name, why in reasons.items():
-        there = dataclasses.replace(backends._BACKENDS[name], unavailable=lambda why=why: why)
-        monkeypatch.setitem(backends._BACKENDS, name, there)
-    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 2048, torch.float64: 1024})
+        there = dataclasses.replace(selection._BACKENDS[name], unavailable=lambda why=why: why)
+        monkeypatch.setitem(selection._BACKENDS, name, there)
+    monkeypatch.setattr(cuda, "most_dim", {torch.float32: 2048, torch.float64: 1024})
     monkeypatch.setattr(_measured, "FASTER", {})
-    _preference.nearest.cache_clear()
+    gpu_choice.nearest.cache_clear()
     yield reasons
-    _preference.nearest.cache_clear()
+    gpu_choice.nearest.cache_clear()
 
 
 def on_gpu(rows: int = 100, dim: int = 2, num_steps: int = 8, **changes) -> shapes.Problem:
@@ -201,23 +202,23 @@ def test_cuda_is_refused_with_the_reason_where_it_cannot_run():
         "vvae_fast.PlanarFlow(2, 3, backend='cuda')(torch.zeros(4, 2))\n"
     )
     done = python(code, CUDA_VISIBLE_DEVICES="")
-    reason = ops.cuda_load_error or "PyTorch sees no GPU here"
+    reason = cuda.load_error or "PyTorch sees no GPU here"
     assert f"'reasons': [{reason!r}]" in done.stdout
     assert f"RuntimeError: the backend 'cuda' was asked for and cannot run: {reason}" in done.stderr
 
 
 def test_old_gpus_are_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(ops, "cuda_load_error", None)
+    monkeypatch.setattr(cuda, "load_error", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpus = [(7, 5)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
-    backends._newest_capability.cache_clear()
-    assert backends._cuda_unavailable() == ["the CUDA kernels need a GPU of compute capability 8.0, got 7.5"]
-    backends._newest_capability.cache_clear()
+    cuda._newest_capability.cache_clear()
+    assert cuda._unavailable() == ["the CUDA kernels need a GPU of compute capability 8.0, got 7.5"]
+    cuda._newest_capability.cache_clear()
     gpus.append((8, 6))
-    assert backends._cuda_unavailable() == []
-    backends._newest_capability.cache_clear()
+    assert cuda._unavailable() == []
+    cuda._newest_capability.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["raise OSError('libcudart is gone')", "# an older one, without most_dim"])
@@ -230,11 +231,11 @@ def test_cuda_kernels_that_do_not_load_are_a_reason_and_no_error(monkeypatch, tm
     path = tmp_path / "module.py"
     path.write_text(module)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(ops, "build_facts", lambda: {"cuda_build": "built"})
+    monkeypatch.setattr(cpp, "build_facts", lambda: {"cuda_build": "built"})
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     monkeypatch.delitem(sys.modules, "vvae_fast._C_cuda", raising=False)
     monkeypatch.delattr(vvae_fast, "_C_cuda", raising=False)
-    loaded, reason = ops._load_cuda()
+    loaded, reason = cuda._load()
     sys.modules.pop("vvae_fast._C_cuda", None)
     assert loaded is None
     assert reason.startswith("the extension vvae_fast._C_cuda did not load (")
@@ -243,10 +244,10 @@ def test_cuda_kernels_that_do_not_load_are_a_reason_and_no_error(monkeypatch, tm
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")
 def test_a_pytorch_without_cuda_never_loads_the_cuda_kernels():
-    assert ops.cuda_load_error == f"PyTorch {torch.__version__} is not built for CUDA"
-    assert ops.cuda_build_facts() == {}
+    assert cuda.load_error == f"PyTorch {torch.__version__} is not built for CUDA"
+    assert cuda.build_facts() == {}
     with pytest.raises(RuntimeError, match="is not built for CUDA"):
-        ops.set_cuda_form("direct")
+        cuda.set_form("direct")
 
 
 @pytest.mark.parametrize(
@@ -258,9 +259,9 @@ def test_a_pytorch_without_cuda_never_loads_the_cuda_kernels():
 )
 def test_why_the_cuda_kernels_are_not_there(fact, reason, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(ops, "build_facts", lambda: {"cuda_build": fact})
+    monkeypatch.setattr(cpp, "build_facts", lambda: {"cuda_build": fact})
     monkeypatch.setitem(sys.modules, "vvae_fast._C_cuda", None)
-    module, error = ops._load_cuda()
+    module, error = cuda._load()
     assert module is None
     assert re.search(reason, error)
 
@@ -311,12 +312,12 @@ def test_the_nearest_measured_class_of_the_same_parameters_counts(monkeypatch):
         ("amortized", 2, 8): {128: "cuda"},
     }
     monkeypatch.setattr(_measured, "FASTER", table)
-    assert _preference.preferred(on_gpu(1024, 64, 32)) == "cuda"
-    assert _preference.preferred(on_gpu(1025, 40, 9)) == "cuda"  # 8,192 rows are as far from both: the first counts
-    assert _preference.preferred(on_gpu(8193, 64, 32)) == "triton"
-    assert _preference.preferred(on_gpu(128, 512, 128)) == "cuda"
-    assert _preference.preferred(on_gpu(0, 1, 0)) == "triton"
-    assert _preference.preferred(on_gpu(10**7, 10**5, 10**4, amortized=True)) == "cuda"
+    assert gpu_choice.preferred(on_gpu(1024, 64, 32)) == "cuda"
+    assert gpu_choice.preferred(on_gpu(1025, 40, 9)) == "cuda"  # 8,192 rows are as far from both: the first counts
+    assert gpu_choice.preferred(on_gpu(8193, 64, 32)) == "triton"
+    assert gpu_choice.preferred(on_gpu(128, 512, 128)) == "cuda"
+    assert gpu_choice.preferred(on_gpu(0, 1, 0)) == "triton"
+    assert gpu_choice.preferred(on_gpu(10**7, 10**5, 10**4, amortized=True)) == "cuda"
 
 
 @pytest.mark.usefixtures("gpu_backends")
@@ -329,15 +330,15 @@ def test_the_compiler_sees_through_the_choice(dynamic, monkeypatch):
         return z.sum() + int(backends.select(problem, None).name == "cuda")
 
     compiled = torch.compile(flow, fullgraph=True, backend="eager", dynamic=dynamic)
-    for rows, cuda in ((100, 1), (65536, 0), (300, 1)):
-        assert compiled(torch.zeros(rows, 60)).item() == flow(torch.zeros(rows, 60)).item() == cuda
+    for rows, takes_cuda in ((100, 1), (65536, 0), (300, 1)):
+        assert compiled(torch.zeros(rows, 60)).item() == flow(torch.zeros(rows, 60)).item() == takes_cuda
 
 
 def test_the_committed_table_is_of_classes_that_are_looked_up():
     for (parameters, dim, num_steps), by_rows in _measured.FASTER.items():
         assert parameters in ("shared", "amortized")
-        assert dim in _preference.DIMS
-        assert num_steps in _preference.STEPS
-        assert set(by_rows) <= set(_preference.ROWS)
+        assert dim in gpu_choice.DIMS
+        assert num_steps in gpu_choice.STEPS
+        assert set(by_rows) <= set(gpu_choice.ROWS)
         assert set(by_rows.values()) <= {"cuda", "triton"}
     assert bool(_measured.FASTER) == (_measured.MEASURED_ON is not None)

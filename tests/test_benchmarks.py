@@ -24,7 +24,8 @@ from memory import peak_bytes, saved_bytes
 from peers import peers
 from session import Bench
 
-from vvae_fast import PlanarFlow, backends, ops
+from vvae_fast import PlanarFlow, backends
+from vvae_fast.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(6, 3, 2)
@@ -209,7 +210,7 @@ def test_a_backend_for_another_device_says_so():
 def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkeypatch):
     """The cuda backend's operators are the CPU's here."""
     asked = []
-    monkeypatch.setattr(ops, "set_cuda_form", asked.append)
+    monkeypatch.setattr(cuda, "set_form", asked.append)
     monkeypatch.setattr(backends, "CUDA", backends.CPP)
     stage = Stage(SMALL, torch.device("cpu"))
     prepared = stage.prepared(contestant(cuda_direct, role="form"))

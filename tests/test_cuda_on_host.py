@@ -19,7 +19,8 @@ from problems import (
 from test_fused_inverse import edge_points
 from test_planar_flow import EDGES, edge_problem, strided_views
 
-from vvae_fast import activations, reference
+from vvae_fast import reference
+from vvae_fast.reference import activations
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

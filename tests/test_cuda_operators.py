@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from vvae_fast import ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends.cuda import load_error
+from vvae_fast.backends.operators import OPERATORS, Operators
 from vvae_fast.spec import FlowSpec
 
 HERE = Path(__file__).parent
@@ -59,15 +61,14 @@ def test_the_module_compiles_without_cuda_headers(tmp_path):
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """The operators as a GPU's tensors would reach them."""
-    if ops.cuda_load_error is None:
+    if load_error is None:
         pytest.skip("the CUDA kernels are there and have these operators")
     library = tmp_path_factory.mktemp("operators") / "operators.so"
     sources = (CUDA / "operators.cpp", HERE / "cuda_stand_in.cpp")
     compile_("-std=c++20", "-shared", "-fPIC", *sources, "-o", library, *LIBRARIES, SYMBOLIC)
     torch.ops.load_library(library)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    cuda = ops.OPERATORS["cuda"]
-    return ops.Operators(*(lambda *a, op=op: op.redispatch(keys, *a) for op in cuda))
+    return Operators(*(lambda *a, op=op: op.redispatch(keys, *a) for op in OPERATORS["cuda"]))
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:

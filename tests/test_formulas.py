@@ -8,7 +8,8 @@ import torch
 from problems import random_problem
 
 import vvae_fast
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, ops, reference, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, reference, shapes
+from vvae_fast.backends import cuda, selection
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
@@ -64,12 +65,12 @@ def test_slope_is_leaky_relus():
 
 @pytest.mark.parametrize("changes", [{"activation": "elu"}, {"constraint": "log_softplus"}, {"log_det_eps": 1e-4}])
 def test_every_backend_runs_every_formula(changes, monkeypatch):
-    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 1024})  # of the extension, where there is one
+    monkeypatch.setattr(cuda, "most_dim", {torch.float32: 1024})  # of the extension, where there is one
     p = random_problem((5,), 4, 3)
     packed = torch.cat([t.flatten() for t in p.inputs[1:]]).requires_grad_()
     problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", spec=FlowSpec(**changes))
     for inverse, name in itertools.product((False, True), ("triton", "cuda")):
-        assert backends._BACKENDS[name].unsupported(problem._replace(inverse=inverse)) == []
+        assert selection._BACKENDS[name].unsupported(problem._replace(inverse=inverse)) == []
     assert backends.select(problem._replace(device_type="cpu"), "auto").name == "cpp"
     wanted = vvae_fast.planar_flow(*p.inputs, backend="reference", **changes)
     torch.testing.assert_close(vvae_fast.planar_flow(*p.inputs, **changes), wanted)

@@ -8,7 +8,8 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, backends, ops
+from vvae_fast import autograd, backends
+from vvae_fast.backends import operators, selection
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
 
@@ -51,10 +52,10 @@ def asked(monkeypatch):
 
         return call
 
-    backward = [name for name in ops.Operators._fields if "backward" in name]
+    backward = [name for name in operators.Operators._fields if "backward" in name]
     recorded = {name: recording(getattr(backends.CPP.operators, name)) for name in backward}
     cpp = dataclasses.replace(backends.CPP, operators=backends.CPP.operators._replace(**recorded))
-    monkeypatch.setitem(backends._BACKENDS, "cpp", cpp)
+    monkeypatch.setitem(selection._BACKENDS, "cpp", cpp)
     return asked
 
 
@@ -100,13 +101,13 @@ def test_the_operators_give_the_same_dz(batch, params, num_steps, dim, dtype):
     p = rows_of(random_problem(batch, num_steps, dim, params, dtype=dtype))
     for formulas in FORMULAS:
         numbers = formulas.arguments()
-        a = ops.planar_forward(*p.inputs, *numbers, True)[2]
+        a = operators.planar_forward(*p.inputs, *numbers, True)[2]
         saved = (p.grad_z, p.grad_log_det, p.z)
-        check(ops.planar_backward, *saved, *p.inputs[1:], a, *numbers)
+        check(operators.planar_backward, *saved, *p.inputs[1:], a, *numbers)
         if params:
-            check(ops.planar_backward_packed, *saved, packed(*p.inputs[1:]), a, *numbers)
-        a = ops.planar_inverse(*p.inputs, *numbers[:3], True)[2]
-        check(ops.planar_inverse_backward, *saved, *p.inputs[1:], a, *numbers[:3])
+            check(operators.planar_backward_packed, *saved, packed(*p.inputs[1:]), a, *numbers)
+        a = operators.planar_inverse(*p.inputs, *numbers[:3], True)[2]
+        check(operators.planar_inverse_backward, *saved, *p.inputs[1:], a, *numbers[:3])
 
 
 def check(operator, *args):
@@ -119,11 +120,11 @@ def check(operator, *args):
 def test_opcheck_without_parameters():
     p = random_problem((6,), 4, 3, (6,))
     numbers = FlowSpec().arguments()
-    a = ops.planar_forward(*p.inputs, *numbers, True)[2]
+    a = operators.planar_forward(*p.inputs, *numbers, True)[2]
     saved = (p.grad_z, p.grad_log_det, p.z)
-    torch.library.opcheck(ops.planar_backward, (*saved, *p.inputs[1:], a, *numbers, False))
-    torch.library.opcheck(ops.planar_inverse_backward, (*saved, *p.inputs[1:], a, *numbers[:3], False))
-    torch.library.opcheck(ops.planar_backward_packed, (*saved, packed(*p.inputs[1:]), a, *numbers, False))
+    torch.library.opcheck(operators.planar_backward, (*saved, *p.inputs[1:], a, *numbers, False))
+    torch.library.opcheck(operators.planar_inverse_backward, (*saved, *p.inputs[1:], a, *numbers[:3], False))
+    torch.library.opcheck(operators.planar_backward_packed, (*saved, packed(*p.inputs[1:]), a, *numbers, False))
 
 
 def test_a_frozen_flow_under_the_compiler_and_twice():

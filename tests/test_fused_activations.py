@@ -7,7 +7,8 @@ import torch
 from problems import assert_accuracy_rule, assert_close_to_oracle, oracle, random_problem, relative_errors, run
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import backends, shapes
+from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
@@ -103,8 +104,8 @@ def test_gradcheck(activation, eps):
 def test_raw_operators_refuse_a_number_without_a_name():
     p = random_problem((6,), 4, 3)
     with pytest.raises(RuntimeError, match=r"constraint must be in \[0, 2\], got 3"):
-        ops.planar_forward(*p.inputs, 3, 0, 0.2, 0.0, False)
+        operators.planar_forward(*p.inputs, 3, 0, 0.2, 0.0, False)
     with pytest.raises(RuntimeError, match=r"activation must be in \[0, 4\], got -1"):
-        ops.planar_inverse(*p.inputs, 0, -1, 0.2, False)
+        operators.planar_inverse(*p.inputs, 0, -1, 0.2, False)
     with pytest.raises(ValueError, match=r"activation must be in \[0, 4\], got 5"):
         FlowSpec.of_arguments(0, 5, 0.2)

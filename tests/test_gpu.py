@@ -11,7 +11,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import vvae_fast
-from vvae_fast import _measured, _preference, backends, shapes
+from vvae_fast import backends, shapes
+from vvae_fast.backends import _measured, gpu_choice
 from vvae_fast.spec import FlowSpec
 
 pytestmark = pytest.mark.gpu
@@ -48,10 +49,10 @@ def prefer(monkeypatch):
 
     def everywhere(backend: str) -> None:
         monkeypatch.setattr(_measured, "FASTER", {(kind, 8, 8): {1024: backend} for kind in ("shared", "amortized")})
-        _preference.nearest.cache_clear()
+        gpu_choice.nearest.cache_clear()
 
     yield everywhere
-    _preference.nearest.cache_clear()
+    gpu_choice.nearest.cache_clear()
 
 
 @PARAMS

@@ -29,7 +29,8 @@ from test_planar_flow import (
 )
 
 import vvae_fast
-from vvae_fast import ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import cuda
 from vvae_fast.kernels import _heuristics
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS
 
@@ -56,7 +57,7 @@ def test_float64_is_the_oracle(on_gpu, batch, params, constraint):
 @pytest.mark.parametrize(("num_steps", "dim"), [(256, 300), (300, 17), (20, 513)])
 def test_large_steps_and_dims(on_gpu, num_steps, dim, params):
     if on_gpu["backend"] == "cuda":
-        dim = min(dim, ops.cuda_most_dim[torch.float64])
+        dim = min(dim, cuda.most_dim[torch.float64])
     p = random_problem((21,), num_steps, dim, params, scale=0.5, dtype=torch.float64)
     assert_close_to_oracle(p, "softplus", 1e-9, **on_gpu)
 

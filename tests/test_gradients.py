@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, _reference_backend, planar_flow, planar_flow_inverse, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse, shapes
+from vvae_fast.backends import reference as reference_backend
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import ACTIVATIONS
 
@@ -65,7 +66,7 @@ def test_no_steps(kind, backend, rows):
 @kinds
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_no_steps_run_on_the_backend_that_was_asked_for(kind, backend, monkeypatch):
-    monkeypatch.setattr(_reference_backend, "_differentiable", None)
+    monkeypatch.setattr(reference_backend, "_differentiable", None)
     run(kind, problem(kind, 0, 5), backend=backend)
 
 

@@ -9,7 +9,8 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, ops, shapes
+from vvae_fast import autograd, shapes
+from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
 
@@ -200,7 +201,9 @@ def test_without_columns_b_has_its_gradient_still(params, inverse):
     p = Problem(*(torch.randn(s) for s in ((2, 0), (*params, 3, 0), (*params, 3, 0), (*params, 3), (2, 0), (2,))))
     numbers = FlowSpec().arguments(inverse)
     forward, backward = (
-        (ops.planar_inverse, ops.planar_inverse_backward) if inverse else (ops.planar_forward, ops.planar_backward)
+        (operators.planar_inverse, operators.planar_inverse_backward)
+        if inverse
+        else (operators.planar_forward, operators.planar_backward)
     )
     a = forward(*p.inputs, *numbers, True)[2]
     for junk in (float("nan"), 7.0):

@@ -9,7 +9,8 @@ from problems import random_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 import vvae_fast
-from vvae_fast import activations, reference
+from vvae_fast import reference
+from vvae_fast.reference import activations
 from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 SLOPE = 0.3

@@ -18,7 +18,7 @@ from problems import (
 )
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast.backends import operators
 from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 BATCHES = [
@@ -343,8 +343,8 @@ def test_saved_for_backward_is_z_and_a_number_a_step(params, sets):
 def test_nothing_is_saved_without_grad():
     p = random_problem((10,), 4, 3)
     assert vvae_fast.planar_flow(*p.inputs, backend="cpp")[0].grad_fn is None
-    assert ops.planar_forward(*p.inputs, *FlowSpec().arguments(), False)[2].numel() == 0
-    assert ops.planar_forward(*p.inputs, *FlowSpec().arguments(), True)[2].shape == (4, 10)
+    assert operators.planar_forward(*p.inputs, *FlowSpec().arguments(), False)[2].numel() == 0
+    assert operators.planar_forward(*p.inputs, *FlowSpec().arguments(), True)[2].shape == (4, 10)
 
 
 def test_inputs_are_left_alone():

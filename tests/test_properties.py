@@ -19,7 +19,8 @@ from problems import Problem, on_each_isa
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import functional, ops, shapes
+from vvae_fast import functional, shapes
+from vvae_fast.backends import operators
 from vvae_fast.spec import FlowSpec
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -32,10 +33,10 @@ def call(p: Problem, formulas: FlowSpec, inverse: bool) -> tuple[Tensor, ...]:
     """z_K, log_det, a, dz, du, dw, db of the operators themselves, for a flat problem."""
     numbers = formulas.arguments()
     if not inverse:
-        z_K, log_det, a = ops.planar_forward(*p.inputs, *numbers, True)
-        return z_K, log_det, a, *ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)
-    z_0, log_det, a = ops.planar_inverse(*p.inputs, *numbers[:3], True)
-    grads = ops.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers[:3])
+        z_K, log_det, a = operators.planar_forward(*p.inputs, *numbers, True)
+        return z_K, log_det, a, *operators.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)
+    z_0, log_det, a = operators.planar_inverse(*p.inputs, *numbers[:3], True)
+    grads = operators.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers[:3])
     return z_0, log_det, a, *grads
 
 

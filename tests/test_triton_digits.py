@@ -8,7 +8,9 @@ from problems import oracle, random_problem, relative_errors, run
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import activations, ops, reference
+from vvae_fast import reference
+from vvae_fast.backends import operators
+from vvae_fast.reference import activations
 from vvae_fast.spec import FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -16,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vvae_fast.kernels import _heuristics, direct_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = ops.OPERATORS["triton"]
+TRITON = operators.OPERATORS["triton"]
 
 # NumPy's, which interprets: what is selected against may divide by 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")

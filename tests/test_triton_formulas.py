@@ -15,7 +15,8 @@ from problems import (
 )
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import operators, selection
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -143,8 +144,8 @@ def test_gradients_of_every_order(activation):
 def test_nothing_is_refused_but_another_device(activation, constraint):
     formulas = FlowSpec(constraint, activation, SLOPE, 1e-4)
     problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", spec=formulas)
-    assert backends._BACKENDS["triton"].unsupported(problem) == []
-    assert backends._BACKENDS["triton"].unsupported(problem._replace(device_type="xpu")) == [
+    assert selection._BACKENDS["triton"].unsupported(problem) == []
+    assert selection._BACKENDS["triton"].unsupported(problem._replace(device_type="xpu")) == [
         "the triton backend runs on cuda tensors, got xpu"
     ]
 
@@ -157,7 +158,7 @@ def test_only_leaky_relus_slope_is_compiled_for():
 
 def test_the_raw_operators_refuse_a_number_without_a_name():
     p = random_problem((4,), 2, 2).to(DEVICE)
-    triton = ops.OPERATORS["triton"]
+    triton = operators.OPERATORS["triton"]
     refused = [(3, 0, r"constraint must be in \[0, 2\], got 3"), (0, -1, r"activation must be in \[0, 4\], got -1")]
     for constraint, activation, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,9 @@ from test_fused_inverse import run as run_inverse
 from test_planar_flow import EDGES, strided_views
 
 import vvae_fast
-from vvae_fast import activations, backends, ops, reference, shapes
+from vvae_fast import reference, shapes
+from vvae_fast.backends import operators, selection
+from vvae_fast.reference import activations
 from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -16,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from vvae_fast.kernels import _heuristics, direct_backward, launch, planar
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = ops.OPERATORS["triton"]
+TRITON = operators.OPERATORS["triton"]
 INVERTIBLE = FlowSpec().arguments(inverse=True)
 
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -217,7 +219,7 @@ def test_the_raw_operators_refuse_what_does_not_fit():
 
 def test_what_has_too_many_columns_is_refused_with_the_reason():
     problem = shapes.Problem(5, 2049, 4, 1, False, torch.float32, "cuda", inverse=True)
-    unsupported = backends._BACKENDS["triton"].unsupported
+    unsupported = selection._BACKENDS["triton"].unsupported
     assert unsupported(problem) == ["the triton backend inverts D up to 2048, got 2049"]
     assert unsupported(problem._replace(dim=2048)) == []
     assert unsupported(problem._replace(dim=1025, compute_dtype=torch.float64)) == [
