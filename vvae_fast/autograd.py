@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vvae_fast import node, shapes
-from vvae_fast.backends import REFERENCE, Backend
+from vvae_fast.backends import REFERENCE
+from vvae_fast.backends.base import Backend
 from vvae_fast.backends.operators import PREFIXES, Operator
 from vvae_fast.spec import FlowSpec
 

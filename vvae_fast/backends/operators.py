@@ -39,77 +39,58 @@ class Operators(NamedTuple):
     planar_inverse_backward: Operator
 
 
+_ROWS = "Tensor z, Tensor u, Tensor w, Tensor b"
+_GRADS = "Tensor grad_z, Tensor grad_log_det"
 _INVERTIBLE = "int constraint, int activation, float slope"  # of an inverse: `FlowSpec.arguments`
 _SPEC = f"{_INVERTIBLE}, float log_det_eps"
 _PARAMS = "bool params=True"
 _SCHEMAS = {
-    "planar_forward": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)",
-    "planar_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b, Tensor a,"
-    f" {_SPEC}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "planar_backward_packed": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor packed, Tensor a,"
-    f" {_SPEC}, {_PARAMS}) -> (Tensor, Tensor)",
-    "planar_inverse": f"(Tensor z, Tensor u, Tensor w, Tensor b, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
-    "planar_inverse_backward": "(Tensor grad_z, Tensor grad_log_det, Tensor z, Tensor u, Tensor w, Tensor b,"
-    f" Tensor a, {_INVERTIBLE}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "planar_forward": f"({_ROWS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)",
+    "planar_backward": f"({_GRADS}, {_ROWS}, Tensor a, {_SPEC}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "planar_backward_packed": f"({_GRADS}, Tensor z, Tensor packed, Tensor a, {_SPEC}, {_PARAMS}) -> (Tensor, Tensor)",
+    "planar_inverse": f"({_ROWS}, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
+    "planar_inverse_backward": f"({_GRADS}, {_ROWS}, Tensor a, {_INVERTIBLE}, {_PARAMS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
-def _check_fake(**tensors: Tensor) -> None:
-    """The kernels check shapes; tensors of two devices never reach them and would end in a fake."""
-    devices = {name: str(t.device) for name, t in tensors.items()}
-    torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
-
-
-def _planar_forward(z: Tensor, u: Tensor, w: Tensor, b: Tensor, *spec_and_save: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, save = spec_and_save
-    _check_fake(z=z, u=u, w=w, b=b)
+def _fake_outputs(z: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Of a forward, whose last argument is `save`."""
     rows, dtype = z.shape[0], shapes.compute_dtype(z.dtype)
-    a = z.new_empty((u.shape[-2], rows) if save else (0,), dtype=dtype)
+    a = z.new_empty((u.shape[-2], rows) if others[-1] else (0,), dtype=dtype)
     return z.new_empty(z.shape), z.new_empty((rows,), dtype=dtype), a
 
 
-def _planar_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    *spec_and_params: Any,
-) -> tuple[Tensor, ...]:
-    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, u=u, w=w, b=b, a=a)
-    return z.new_empty(z.shape), *(_gradient(t, spec_and_params) for t in (u, w, b))
+def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Of a backward, whose last argument is `params`, and left out where it is True."""
+    *params, _ = (t for t in others if isinstance(t, Tensor))  # the last one is a
+    return z.new_empty(z.shape), *(t.new_empty((0,) if others[-1] is False else t.shape) for t in params)
 
 
-def _planar_backward_packed(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, packed: Tensor, a: Tensor, *spec_and_params: Any
-) -> tuple[Tensor, Tensor]:
-    _check_fake(grad_z=grad_z, grad_log_det=grad_log_det, z=z, packed=packed, a=a)
-    return z.new_empty(z.shape), _gradient(packed, spec_and_params)
-
-
-def _gradient(of: Tensor, spec_and_params: tuple[object, ...]) -> Tensor:
-    """Of a parameter; `params` is the last argument, and left out where it is True."""
-    return of.new_empty((0,) if spec_and_params[-1] is False else of.shape)
-
-
-def _define(name: str, schema: str, fake: Operator) -> Operator:
+def _define(name: str, schema: str) -> Operator:
     torch.library.define(f"vvae_fast::{name}", schema)
-    torch.library.register_fake(f"vvae_fast::{name}", fake)
-    return getattr(torch.ops.vvae_fast, name).default
+    operator = getattr(torch.ops.vvae_fast, name).default
+    names, fake = _argument_names(operator), _fake_gradients if "backward" in name else _fake_outputs
+
+    def check_and_fake(*args: Any) -> tuple[Tensor, ...]:
+        """The kernels check shapes; tensors of two devices never reach them and would end in a fake."""
+        devices = {n: str(t.device) for n, t in zip(names, args, strict=False) if isinstance(t, Tensor)}
+        torch._check(len(set(devices.values())) == 1, lambda: f"all tensors must be on one device, got {devices}")
+        return fake(*args)
+
+    torch.library.register_fake(f"vvae_fast::{name}", check_and_fake)
+    return operator
 
 
-def _define_flow(prefix: str) -> Operators:
-    """The operators whose names start with `prefix`."""
-    fakes: list[Operator] = [_planar_forward, _planar_backward, _planar_backward_packed]
-    fakes += fakes[:2]  # the inverse's
-    named = zip(_SCHEMAS.items(), fakes, strict=True)
-    return Operators(*(_define(prefix + name, schema, fake) for (name, schema), fake in named))
+def _argument_names(operator: Operator) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
 
 
 PREFIXES = {"cpp": "", "triton": "triton_", "cuda": "cuda_"}  # of the operators' names, by backend
-OPERATORS = {backend: _define_flow(prefix) for backend, prefix in PREFIXES.items()}
+OPERATORS = {
+    backend: Operators(*(_define(prefix + name, schema) for name, schema in _SCHEMAS.items()))
+    for backend, prefix in PREFIXES.items()
+}
 planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_inverse_backward = OPERATORS["cpp"]
 
 
@@ -118,7 +99,7 @@ def in_python(find_module: Callable[[], ModuleType]) -> Operators:
     module is asked for at each call, so that the first one may import it."""
 
     def function_of(name: str) -> Operator:
-        names = [argument.name for argument in getattr(OPERATORS["cpp"], name)._schema.arguments]
+        names = _argument_names(getattr(OPERATORS["cpp"], name))
         first, end = names.index("constraint"), len(names) - 1  # the last is save or params
 
         def function(*args: Any) -> tuple[Tensor, ...]:
