@@ -102,7 +102,7 @@ class _CudaDirect(PlanarFlowFunction):
 
 def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """What the cuda backend's compact form is compared with: the recursion step by step."""
-    return _CudaDirect.apply(Call.of(backends.CUDA, FlowSpec()), z, u, w, b)
+    return _CudaDirect.apply(Call.of(cuda.CUDA, FlowSpec()), z, u, w, b)
 
 
 def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:

@@ -24,8 +24,8 @@ from memory import peak_bytes, saved_bytes
 from peers import peers
 from session import Bench
 
-from vvae_fast import PlanarFlow, backends
-from vvae_fast.backends import cuda
+from vvae_fast import PlanarFlow
+from vvae_fast.backends import cpp, cuda
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(6, 3, 2)
@@ -211,7 +211,7 @@ def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkey
     """The cuda backend's operators are the CPU's here."""
     asked = []
     monkeypatch.setattr(cuda, "set_form", asked.append)
-    monkeypatch.setattr(backends, "CUDA", backends.CPP)
+    monkeypatch.setattr(cuda, "CUDA", cpp.CPP)
     stage = Stage(SMALL, torch.device("cpu"))
     prepared = stage.prepared(contestant(cuda_direct, role="form"))
     assert asked == 2 * ["direct", "automatic"]
@@ -219,7 +219,7 @@ def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkey
     assert asked[4:] == ["direct", "automatic"]
     torch.autograd.grad(outputs, prepared.leaves, stage.grads)
     assert asked[6:] == ["direct", "automatic"]
-    monkeypatch.setattr(backends, "CUDA", None)
+    monkeypatch.setattr(cuda, "CUDA", None)
     assert refusal(SMALL, contestant(cuda_direct, role="form")).startswith("failed: ")
     assert asked[-1] == "automatic"
 

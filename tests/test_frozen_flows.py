@@ -8,8 +8,8 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, backends
-from vvae_fast.backends import operators, selection
+from vvae_fast import autograd
+from vvae_fast.backends import cpp, operators, selection
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
 
@@ -53,9 +53,9 @@ def asked(monkeypatch):
         return call
 
     backward = [name for name in operators.Operators._fields if "backward" in name]
-    recorded = {name: recording(getattr(backends.CPP.operators, name)) for name in backward}
-    cpp = dataclasses.replace(backends.CPP, operators=backends.CPP.operators._replace(**recorded))
-    monkeypatch.setitem(selection._BACKENDS, "cpp", cpp)
+    recorded = {name: recording(getattr(cpp.CPP.operators, name)) for name in backward}
+    recorder = dataclasses.replace(cpp.CPP, operators=cpp.CPP.operators._replace(**recorded))
+    monkeypatch.setitem(selection._BACKENDS, "cpp", recorder)
     return asked
 
 

@@ -18,7 +18,8 @@ from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad, gradgradcheck
 
 import vvae_fast
-from vvae_fast import autograd, backends, node, shapes
+from vvae_fast import autograd, node, shapes
+from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
 
@@ -221,7 +222,7 @@ def test_exceptions_of_hooks_and_of_pytorch_pass_as_they_are():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(LookupError, match="of a hook"):
         shared(x)
     with pytest.raises(NotImplementedError, match="Could not run 'vvae_fast::cuda_planar_forward'"):
-        autograd.run_by_node(autograd.Call.of(backends.CUDA, FlowSpec()), *x)
+        autograd.run_by_node(autograd.Call.of(cuda.CUDA, FlowSpec()), *x)
 
 
 def test_outputs_may_be_changed_in_place():
