@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):  # tests/cpu/test_properties*.py skip and
 import cuda_host
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast.backends import cpp, cuda
 from vvae_fast.kernels import launch
 
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
@@ -73,13 +73,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=ops.isa_levels())
+@pytest.fixture(params=cpp.isa_levels())
 def isa(request):
     """Each instruction set that this machine has, in turn."""
-    previous = ops.isa()
-    ops.set_isa(request.param)
+    previous = cpp.isa()
+    cpp.set_isa(request.param)
     yield request.param
-    ops.set_isa(previous)
+    cpp.set_isa(previous)
 
 
 def _skip_without(backend: str) -> None:
@@ -99,8 +99,8 @@ def gpu_backend(request):
 def set_cuda_form():
     """Makes the cuda backend take "direct" or "compact", for one test."""
     _skip_without("cuda")
-    yield ops.set_cuda_form
-    ops.set_cuda_form("automatic")
+    yield cuda.set_form
+    cuda.set_form("automatic")
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])

@@ -11,8 +11,9 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from vvae_fast import shapes
-from vvae_fast.autograd import needs_plain_torch
+from vvae_fast.backends import needs_plain_torch
 from vvae_fast.functional import planar_flow, planar_flow_inverse
+from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
 
 class _Call(NamedTuple):
@@ -88,7 +89,7 @@ class CachedPlanar(Transform):
 
     def _why_not_bijective(self) -> ValueError | None:
         try:
-            shapes.check_invertible(shapes.Formulas(**self.options))
+            FlowSpec(**self.options).check_invertible()
         except ValueError as error:
             return error
         return None
@@ -217,11 +218,11 @@ class PlanarTransform(CachedPlanar):
         b: Tensor,
         *,
         activation: str = "tanh",
-        slope: float = 0.2,
+        slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
         cache_size: int = 0,
     ) -> None:
-        super().__init__(flow_options(activation, slope, constraint), cache_size)
+        super().__init__(FlowSpec(constraint, activation, slope).options(), cache_size)
         self.u, self.w, self.b = u, w, b
         check_params(u, w, b, self.options)
 
@@ -243,11 +244,6 @@ class PlanarTransform(CachedPlanar):
         return f"PlanarTransform(u={tuple(self.u.shape)}, {named})"
 
 
-def flow_options(activation: str, slope: float = 0.2, constraint: str = "softplus") -> dict[str, Any]:
-    """`planar_flow`'s arguments by name."""
-    return {"activation": activation, "slope": slope, "constraint": constraint}
-
-
 def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, Any]) -> None:
     """Raises `planar_flow`'s errors where parameters or names do not fit one another, before there is a sample."""
     if not isinstance(u, Tensor):
@@ -257,7 +253,7 @@ def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, Any]) -> No
     if u.shape[-1] < 1:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D] with D >= 1, got {tuple(u.shape)}")
     dtype = u.dtype if u.dtype in shapes.DTYPES else torch.float32  # u's own is refused by u's name
-    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1]), dtype=dtype), u, w, b, shapes.Formulas(**options))
+    shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1]), dtype=dtype), u, w, b, FlowSpec(**options))
 
 
 def _check_dim(name: str, shape: torch.Size, u: Tensor) -> None:

@@ -1,13 +1,11 @@
 """The functional interface: `planar_flow` and `planar_flow_inverse`."""
 
-import warnings
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from vvae_fast import autograd, backends, ops, reference, shapes
-from vvae_fast.shapes import Formulas
+from vvae_fast import autograd, backends, shapes
+from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
+
+_REFUSALS = RuntimeError, TypeError, ValueError
 
 
 def planar_flow(
@@ -17,7 +15,7 @@ def planar_flow(
     b: Tensor,
     *,
     activation: str = "tanh",
-    slope: float = 0.2,
+    slope: float = DEFAULT_SLOPE,
     constraint: str = "softplus",
     log_det_eps: float = 0.0,
     backend: str | None = None,
@@ -50,24 +48,14 @@ def planar_flow(
     """
     if autograd.is_ordinary(z, u, w, b):
         try:
-            chosen = _choose_unchecked(z, u, backend)
-            if chosen != "reference":
-                numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
-                return autograd.ordinary_planar_flow(z, u, w, b, numbers, chosen)
-        except (RuntimeError, TypeError, ValueError):
-            _explain(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps), backend)
+            chosen = backends.select_ordinary(z, u, backend)
+            if not chosen.is_plain:
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps)
+                return autograd.run_ordinary(call, z, u, w, b)
+        except _REFUSALS:
+            _explain(z, (u, w, b), FlowSpec(constraint, activation, slope, log_det_eps), backend)
             raise
-    problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope, log_det_eps))
-    numbers = problem.formulas.numbers()
-    chosen = _choose(problem, backend)
-    if chosen == "reference":
-        return _run_reference(problem, z, u, w, b)
-    if z.dtype == u.dtype == w.dtype == b.dtype and (
-        z.dtype == problem.compute_dtype or backends.computes_halves(chosen, problem)
-    ):
-        return autograd.planar_flow(z, u, w, b, numbers, chosen)
-    z_K, log_det = autograd.planar_flow(*_to_compute_dtype(problem, z, u, w, b), numbers, chosen)
-    return z_K.to(z.dtype), log_det
+    return _flow(z, (u, w, b), FlowSpec(constraint, activation, slope, log_det_eps), backend)
 
 
 def packed_planar_flow(
@@ -77,7 +65,7 @@ def packed_planar_flow(
     dim: int,
     *,
     activation: str = "tanh",
-    slope: float = 0.2,
+    slope: float = DEFAULT_SLOPE,
     constraint: str = "softplus",
     log_det_eps: float = 0.0,
     backend: str | None = None,
@@ -87,24 +75,16 @@ def packed_planar_flow(
     """
     if autograd.is_ordinary_packed(z, packed, num_steps, dim):
         try:
-            chosen = _choose_unchecked(z, packed, backend, num_steps)
-            if chosen != "reference":
-                numbers = shapes.numbers_of(constraint, activation, slope, log_det_eps)
-                return autograd.ordinary_packed_planar_flow(z, packed, num_steps, numbers, chosen)
-        except (RuntimeError, TypeError, ValueError):
-            params = ops.unpack(packed.detach(), num_steps, dim)
-            _explain(z, *params, Formulas(constraint, activation, slope, log_det_eps), backend)
+            chosen = backends.select_ordinary(z, packed, backend, num_steps=num_steps)
+            if not chosen.is_plain:
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps, False, num_steps)
+                return autograd.run_ordinary(call, z, packed)
+        except _REFUSALS:
+            params = shapes.unpack(packed, num_steps, dim)
+            _explain(z, params, FlowSpec(constraint, activation, slope, log_det_eps), backend)
             raise
-    params = ops.unpack(packed.detach(), num_steps, dim)
-    problem = shapes.check(z, *params, Formulas(constraint, activation, slope, log_det_eps))
-    numbers = problem.formulas.numbers()
-    chosen = _choose(problem, backend)
-    if chosen == "reference":
-        return _run_reference(problem, z, *ops.unpack(packed, num_steps, dim))
-    if z.dtype != packed.dtype or not backends.computes_halves(chosen, problem):
-        z_K, log_det = autograd.packed_planar_flow(*_to_compute_dtype(problem, z, packed), num_steps, numbers, chosen)
-        return z_K.to(z.dtype), log_det
-    return autograd.packed_planar_flow(z, packed, num_steps, numbers, chosen)
+    params = shapes.unpack(packed.detach(), num_steps, dim)
+    return _flow(z, params, FlowSpec(constraint, activation, slope, log_det_eps), backend, packed=packed)
 
 
 def planar_flow_inverse(
@@ -114,7 +94,7 @@ def planar_flow_inverse(
     b: Tensor,
     *,
     activation: str = "tanh",
-    slope: float = 0.2,
+    slope: float = DEFAULT_SLOPE,
     constraint: str = "softplus",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -128,74 +108,41 @@ def planar_flow_inverse(
     """
     if autograd.is_ordinary(z, u, w, b):
         try:
-            chosen = _choose_unchecked(z, u, backend, inverse=True)
-            if chosen != "reference":
-                numbers = shapes.numbers_of(constraint, activation, slope, 0.0, True)
-                return autograd.planar_flow_inverse(z, u, w, b, numbers, chosen)
-        except (RuntimeError, TypeError, ValueError):
-            _explain(z, u, w, b, Formulas(constraint, activation, slope), backend, inverse=True)
+            chosen = backends.select_ordinary(z, u, backend, inverse=True)
+            if not chosen.is_plain:
+                call = autograd.ordinary_call(chosen, constraint, activation, slope, 0.0, True)
+                return autograd.run(call, z, u, w, b)
+        except _REFUSALS:
+            _explain(z, (u, w, b), FlowSpec(constraint, activation, slope), backend, inverse=True)
             raise
-    problem = shapes.check(z, u, w, b, Formulas(constraint, activation, slope))
-    formulas = problem.formulas
-    shapes.check_invertible(formulas)
-    chosen = _choose(problem._replace(inverse=True), backend)
-    inputs = _to_compute_dtype(problem, z, u, w, b)
-    if chosen == "reference":
-        z_0, log_det = _call_reference(reference.planar_inverse, *inputs, *formulas[:3])
-    else:
-        z_0, log_det = autograd.planar_flow_inverse(*inputs, formulas.numbers(), chosen)
-    return z_0.to(z.dtype), log_det
+    return _flow(z, (u, w, b), FlowSpec(constraint, activation, slope), backend, inverse=True)
 
 
-def _run_reference(problem: shapes.Problem, z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    inputs = _to_compute_dtype(problem, z, u, w, b)
-    z_K, log_det = _call_reference(reference.planar_forward, *inputs, *problem.formulas)
-    return z_K.to(z.dtype), log_det
-
-
-def _call_reference(flow: Callable, z: Tensor, u: Tensor, w: Tensor, b: Tensor, *formulas) -> tuple[Tensor, Tensor]:
-    """Both outputs as functions of every input, as a kernel's are: a derivative that is zero everywhere, as those of no
-    steps or of the log-determinant of linear ones, is a gradient of zeros and not None."""
-    if torch._C._get_tracing_state() is not None:
-        with warnings.catch_warnings():  # the trace holds these K steps, and is warned of as if they were data
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return flow(z, u, w, b, *formulas)[:2]
-    z_K, log_det = flow(z, u, w, b, *formulas)[:2]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, u, w, b)):
-        return (z.clone() if z_K is z else z_K), log_det  # no steps give no new tensor by themselves
-    zero = sum(t[..., :0].sum() for t in (z, u, w, b))
-    return z_K - zero, log_det - zero  # and not plus: -0.0 stays
-
-
-def _to_compute_dtype(problem: shapes.Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(problem.compute_dtype) for t in tensors)
-
-
-def _choose_unchecked(
-    z: Tensor, u: Tensor, backend: str | None, num_steps: int | None = None, inverse: bool = False
-) -> str:
-    """The backend of an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
-    if z.is_cpu and backends.is_cpp(backend):
-        return "cpp"
-    (rows, dim), amortized = z.shape, num_steps is not None or u.ndim == 3
-    steps, sets = u.shape[-2] if num_steps is None else num_steps, rows if amortized else 1
-    return backends.select(shapes.Problem(rows, dim, steps, sets, amortized, z.dtype, z.device.type, inverse), backend)
+def _flow(
+    z: Tensor,
+    params: tuple[Tensor, Tensor, Tensor],
+    spec: FlowSpec,
+    backend: str | None,
+    inverse: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A call whose arguments are checked: of u, w and b, or of the tensor in which they are packed."""
+    problem = shapes.check(z, *params, spec, inverse)
+    chosen = backends.select(problem, backend)
+    call = autograd.Call.of(chosen, problem.spec, inverse, None if packed is None else problem.num_steps)
+    inputs = (z, *params) if packed is None else (z, packed)
+    alike = all(t.dtype == z.dtype for t in params)
+    if alike and (z.dtype == problem.compute_dtype or chosen.takes_halves(problem)):
+        return autograd.run(call, *inputs)
+    z_out, log_det = autograd.run(call, *(t.to(problem.compute_dtype) for t in inputs))
+    return z_out.to(z.dtype), log_det
 
 
 def _explain(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, backend: str | None, inverse: bool = False
+    z: Tensor, params: tuple[Tensor, Tensor, Tensor], spec: FlowSpec, backend: str | None, inverse: bool = False
 ) -> None:
     """Raises what is wrong with a call that was refused, in the words of the checks, which may find nothing."""
     try:
-        problem = shapes.check(z, u, w, b, formulas)
-        if inverse:
-            shapes.check_invertible(problem.formulas)
-        backends.select(problem._replace(inverse=inverse), backend)
-    except (RuntimeError, TypeError, ValueError) as reason:
+        backends.select(shapes.check(z, *params, spec, inverse), backend)
+    except _REFUSALS as reason:
         raise reason from None
-
-
-def _choose(problem: shapes.Problem, backend: str | None) -> str:
-    """The backend that runs the problem: the reference where only plain PyTorch is seen through."""
-    chosen = backends.select(problem, backend)
-    return "reference" if autograd.needs_plain_torch() else chosen

@@ -6,16 +6,15 @@ libtorch's C++ interface changes from release to release, so the extension serve
 other; where it does not serve, `autograd` does.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from vvae_fast import config, ops
-from vvae_fast.shapes import Numbers
+from vvae_fast import config, shapes
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The extension, or why it does not serve."""
     if not config.wants_node():
         return None, "the environment variable VVAE_FAST_NODE is 0"
@@ -28,19 +27,22 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _C_node, None
 
 
-_C_node, load_error = _load()
+extension, load_error = _load()
+
+
+def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
+    """The check of a call that neither torch.func, nor torch.jit.trace, nor torch.export looks at."""
+
+    def check(*args: Any) -> bool:
+        if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+            return False
+        return not torch.compiler.is_compiling() and are_ordinary(*args)
+
+    return check
+
+
 is_ordinary, is_ordinary_packed = (
-    (_C_node.is_ordinary, _C_node.is_ordinary_packed) if _C_node is not None else (None, None)
+    (extension.is_ordinary, extension.is_ordinary_packed)
+    if extension is not None
+    else (unobserved(shapes.are_ordinary), unobserved(shapes.is_ordinary_packed))
 )
-
-
-def planar_flow(z: Tensor, u: Tensor, w: Tensor, b: Tensor, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
-    """`autograd.planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
-    return _C_node.planar_flow(z, u, w, b, *numbers, ops.PREFIXES[backend])
-
-
-def packed_planar_flow(
-    z: Tensor, packed: Tensor, num_steps: int, numbers: Numbers, backend: str
-) -> tuple[Tensor, Tensor]:
-    """`autograd.packed_planar_flow` of an ordinary call: z_K [R, D] and log_det [R]."""
-    return _C_node.packed_planar_flow(z, packed, num_steps, *numbers, ops.PREFIXES[backend])

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -10,41 +9,13 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-CONSTRAINTS = ("softplus", "none", "log_softplus")  # in the order of csrc/planar/spec.h, as the activations are
-ACTIVATIONS = ("tanh", "leaky_relu", "elu", "sigmoid", "linear")
-MOST = torch.finfo(torch.float32).max  # of the numbers of a formula: beyond, they are infinite in float32
+from vvae_fast.spec import DEFAULT, FlowSpec
+
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
-Numbers = tuple[int, int, float, float]  # Formulas as operators take them
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _set_tracing_state = torch._C._set_tracing_state  # type: ignore[attr-defined]  # not in PyTorch's stubs
-
-
-class Formulas(NamedTuple):
-    """What a step computes: the constraint of u, the activation h, its slope below 0 where it is leaky_relu, and the
-    eps inside the logarithm of the determinant."""
-
-    constraint: str = "softplus"
-    activation: str = "tanh"
-    slope: float = 0.2
-    log_det_eps: float = 0.0
-
-    def numbers(self) -> Numbers:
-        """The same as operators take them."""
-        return CONSTRAINTS.index(self.constraint), ACTIVATIONS.index(self.activation), self.slope, self.log_det_eps
-
-    def is_usual(self) -> bool:
-        """Whether it is what nearly every flow has, and the CUDA kernels take in the half precisions."""
-        return self.activation == "tanh" and self.constraint != "log_softplus" and self.log_det_eps == 0
-
-    @classmethod
-    def of_numbers(cls, constraint: int, activation: int, slope: float, log_det_eps: float = 0.0) -> "Formulas":
-        """Raises ValueError for a number without a name."""
-        for name, number, names in (("constraint", constraint, CONSTRAINTS), ("activation", activation, ACTIVATIONS)):
-            if not 0 <= number < len(names):
-                raise ValueError(f"{name} must be in [0, {len(names) - 1}], got {number}: {names}")
-        return cls(CONSTRAINTS[constraint], ACTIVATIONS[activation], slope, log_det_eps)
 
 
 class Problem(NamedTuple):
@@ -58,7 +29,7 @@ class Problem(NamedTuple):
     compute_dtype: torch.dtype
     device_type: str
     inverse: bool = False
-    formulas: Formulas = Formulas()
+    spec: FlowSpec = DEFAULT
 
 
 def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -110,10 +81,10 @@ def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> b
 
 
 @untraced
-def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Problem:
+def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: bool = False) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
 
-    The problem has the formulas as `check_formulas` gives them.
+    The problem has the spec as `FlowSpec.checked` gives it.
 
     Raises TypeError for what is not a floating tensor or a number or mixes dtypes, ValueError for shapes, devices,
     names and numbers out of range.
@@ -122,7 +93,7 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Pro
     if not alike:
         _check_kinds(z, u, w, b)
     _check_shapes(z, u, w, b)
-    formulas = check_formulas(formulas)
+    spec = spec.checked(inverse)
 
     batch, params = z.shape[:-1], u.shape[:-2]
     amortized = len(params) > 0
@@ -134,53 +105,9 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas) -> Pro
         amortized,
         compute_dtype(z.dtype) if alike else _compute_dtype(z, u, w, b),
         z.device.type,
-        False,
-        formulas,
+        inverse,
+        spec,
     )
-
-
-def check_formulas(formulas: Formulas) -> Formulas:
-    """The same with Python's own floats, which operators take no other than.
-
-    Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range.
-    """
-    constraint, activation, slope, log_det_eps = formulas
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"constraint must be one of {CONSTRAINTS}, got {constraint!r}")
-    if type(slope) is not float or type(log_det_eps) is not float:
-        slope, log_det_eps = as_float("slope", slope), as_float("log_det_eps", log_det_eps)
-        formulas = Formulas(constraint, activation, slope, log_det_eps)
-    if activation == "leaky_relu" and not 0 < slope <= MOST:
-        raise ValueError(f"slope must be finite and above 0, got {slope}: at 0 a step loses what lies below it")
-    if log_det_eps != 0.0 and not 0 <= log_det_eps <= MOST:
-        raise ValueError(f"log_det_eps must be finite and at least 0, got {log_det_eps}: 0.0 is exact")
-    return formulas
-
-
-@functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
-def numbers_of(constraint: str, activation: str, slope: float, log_det_eps: float, inverse: bool = False) -> Numbers:
-    """`Formulas.numbers` of what `check_formulas` and, for the inverse, `check_invertible` have let pass: once for all
-    calls with the same arguments. Raises a TypeError, too, for what cannot be a key."""
-    formulas = check_formulas(Formulas(constraint, activation, slope, log_det_eps))
-    if inverse:
-        check_invertible(formulas)
-    return formulas.numbers()
-
-
-def check_invertible(formulas: Formulas) -> None:
-    """Raises ValueError, with the reason, where a step may have no inverse; the names are known."""
-    constraint, activation, slope, _ = formulas
-    if constraint == "none":
-        raise ValueError(
-            'constraint must be "softplus" or "log_softplus" to invert, got "none": w . u <= -1 has no inverse'
-        )
-    if activation == "leaky_relu" and slope > 1:
-        raise ValueError(
-            f"slope must be at most 1 to invert leaky_relu, got {slope}: the constraint keeps w . u_hat above -1, and "
-            "1 + (w . u_hat) slope can still be negative (flowjax accepts such a slope)"
-        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -196,6 +123,12 @@ def full_precision(t: Tensor) -> Tensor:
 def autocasts(t: Tensor) -> bool:
     """Whether torch.autocast chooses the dtypes on a tensor's device; some devices, such as meta, know none."""
     return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
+
+
+def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
+    u, w, b = packed.split_with_sizes([num_steps * dim, num_steps * dim, num_steps], -1)
+    return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
 
 
 def num_sets(u: Tensor) -> int:
@@ -258,17 +191,6 @@ def as_index(name: str, value: Any) -> int:
     if number is None or _is_bool(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return number
-
-
-def as_float(name: str, value: object) -> float:
-    """A real number, Python's or numpy's, as a float. Raises TypeError for anything else, such as a tensor, which would
-    get no gradient."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        return -math.inf if value < 0 else math.inf
 
 
 def _is_bool(value: object) -> bool:

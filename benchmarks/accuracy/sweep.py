@@ -15,10 +15,10 @@ from torch import Tensor
 
 import vvae_fast
 from benchmarks.accuracy.sweep_inputs import Input
-from vvae_fast import ops
+from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.kernels import _heuristics
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 Answer = tuple[Tensor, ...]  # the tensors of NAMES
 
@@ -113,9 +113,9 @@ class Package:
             with mock.patch.object(_heuristics, "is_compact", return_value=True):
                 yield
         else:
-            ops.set_cuda_form("compact")
+            cuda.set_form("compact")
             yield
-            ops.set_cuda_form("automatic")
+            cuda.set_form("automatic")
 
 
 class CudaOnHost:
@@ -129,7 +129,7 @@ class CudaOnHost:
     def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]:
         cases, names = [], []
         for i, (it, p) in enumerate(zip(inputs, problems, strict=True)):
-            case = self.host.Case(p, Formulas(**it.formulas), packed=it.kind == "packed", inverse=it.inverse)
+            case = self.host.Case(p, FlowSpec(**it.formulas), packed=it.kind == "packed", inverse=it.inverse)
             forms = ("direct", "compact") if may_be_compact(it) else ("direct",)
             cases += [case._replace(form=form) for form in forms]
             names += [(i, form) for form in forms]

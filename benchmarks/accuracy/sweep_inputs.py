@@ -8,7 +8,7 @@ from problems import Problem
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast.shapes import ACTIVATIONS
+from vvae_fast.spec import ACTIVATIONS
 
 CONSTRAINTS = ("softplus", "log_softplus")  # those that can be inverted
 ALPHAS = (-20.0, -15.0, -10.0, -5.0, -2.0, -1.0, 0.0, 0.5413, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0)

@@ -18,7 +18,8 @@ import vvae_fast
 from benchmarks.flow.cases import Case
 from benchmarks.flow.contestants import no_op
 from benchmarks.flow.measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
-from vvae_fast import autograd, node, ops
+from vvae_fast import autograd, node, shapes
+from vvae_fast.backends import cpp
 
 CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]
 FROZEN = Case(4096, 64, 32)
@@ -29,12 +30,12 @@ WARM_UP = 3  # rounds
 @contextlib.contextmanager
 def by_function() -> Iterator[None]:
     """Ordinary calls take the Function in Python."""
-    with_node = node.is_ordinary, autograd.ordinary_planar_flow
-    node.is_ordinary, autograd.ordinary_planar_flow = None, autograd.planar_flow
+    with_node = node.is_ordinary, autograd.run_ordinary
+    node.is_ordinary, autograd.run_ordinary = node.unobserved(shapes.are_ordinary), autograd.run
     try:
         yield
     finally:
-        node.is_ordinary, autograd.ordinary_planar_flow = with_node
+        node.is_ordinary, autograd.run_ordinary = with_node
 
 
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
@@ -91,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.disable()
     settle_allocator()
-    print(f"torch {torch.__version__}, {ops.isa()}, one thread; node: {node.load_error or 'available'}")
+    print(f"torch {torch.__version__}, {cpp.isa()}, one thread; node: {node.load_error or 'available'}")
     for case in CASES:
         print(f"forward + backward, {title(case)}: {row(measure(contestants(case), rounds))}", flush=True)
     gc.collect()

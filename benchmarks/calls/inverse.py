@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast.backends import cpp
 
 CASES = [  # rows, D, K, amortized
     (10_000, 16, 32, False),
@@ -61,7 +61,7 @@ def calls(rows: int, dim: int, num_steps: int, amortized: bool, dtype: torch.dty
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 51
-    print(f"{ops.isa()}: forward, inverse and their ratio as median | least; the same with the backward")
+    print(f"{cpp.isa()}: forward, inverse and their ratio as median | least; the same with the backward")
     for dtype in (torch.float32, torch.float64):
         for rows, dim, num_steps, amortized in CASES:
             for threads in (1, 2):

@@ -27,9 +27,16 @@ import torch
 from count_variants import fake_driver
 from triton.runtime import driver
 
-from vvae_fast import kernels
-from vvae_fast.kernels import compact_backward, compact_forward, compact_gradients, direct_backward, direct_forward
-from vvae_fast.shapes import Formulas
+from vvae_fast.backends import operators
+from vvae_fast.kernels import (
+    compact_backward,
+    compact_forward,
+    compact_gradients,
+    direct_backward,
+    direct_forward,
+    planar,
+)
+from vvae_fast.spec import FlowSpec
 
 LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 CASES = {  # rows, D, K, parameter sets
@@ -38,14 +45,14 @@ CASES = {  # rows, D, K, parameter sets
     "4,096 x 64, K = 32": (4096, 64, 32, 1),
 }
 BLOCK = 40  # calls in a row
-NUMBERS = Formulas().numbers()
+NUMBERS = FlowSpec().arguments()
 
 
 def calls(rows: int, dim: int, num_steps: int, num_sets: int) -> dict[str, Callable]:
     """Forward and backward as the operators call them, by what they are printed as."""
     sets = (num_sets,) if num_sets > 1 else ()
     z, u, b = torch.zeros(rows, dim), torch.zeros(*sets, num_steps, dim), torch.zeros(*sets, num_steps)
-    forward, backward = kernels.implementation("planar_forward"), kernels.implementation("planar_backward")
+    forward, backward, *_ = operators.in_python(lambda: planar)
     z_K, log_det, a = forward(z, u, u, b, *NUMBERS, True)
     return {
         "forward": lambda: forward(z, u, u, b, *NUMBERS, True),

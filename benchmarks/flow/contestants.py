@@ -13,9 +13,10 @@ from torch import Tensor
 
 import vvae_fast
 from benchmarks.flow.loops import PLAIN, REFERENCE, plain_loop, reference_loop
-from vvae_fast import backends, ops, shapes
-from vvae_fast.autograd import PlanarFlowFunction
-from vvae_fast.shapes import Formulas
+from vvae_fast import backends, shapes
+from vvae_fast.autograd import Call, PlanarFlowFunction
+from vvae_fast.backends import cuda
+from vvae_fast.spec import FlowSpec
 
 LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
 COMPILED = PLAIN  # of the two, what torch.compile is given: see loops.py
@@ -78,11 +79,11 @@ def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.emp
 @contextlib.contextmanager
 def cuda_form(name: str) -> Iterator[None]:
     """The cuda backend's kernels take this form, whatever the shape."""
-    ops.set_cuda_form(name)
+    cuda.set_form(name)
     try:
         yield
     finally:
-        ops.set_cuda_form("automatic")
+        cuda.set_form("automatic")
 
 
 class _CudaDirect(PlanarFlowFunction):
@@ -101,7 +102,7 @@ class _CudaDirect(PlanarFlowFunction):
 
 def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """What the cuda backend's compact form is compared with: the recursion step by step."""
-    return _CudaDirect.apply(z, u, w, b, (Formulas().numbers(), "cuda"))
+    return _CudaDirect.apply(Call.of(cuda.CUDA, FlowSpec()), z, u, w, b)
 
 
 def _function(flow: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Prepared:
@@ -123,7 +124,7 @@ def _why_not(name: str, state: dict[str, object], device: torch.device) -> str |
         return f"missing: {'; '.join(state['reasons'])}"
     z, b = torch.zeros(1, 1, device=device), torch.zeros(1, device=device)
     try:
-        backends.select(shapes.check(z, z, z, b, Formulas()), name)
+        backends.select(shapes.check(z, z, z, b, FlowSpec()), name)
     except RuntimeError as error:  # the package's own refusal; a broken kernel is timed, and fails
         return f"not run: {error}"
     return None

@@ -16,6 +16,7 @@ from benchmarks.flow import ceilings, gpu_clock
 from benchmarks.flow.cases import Case
 from benchmarks.flow.contestants import Contestant, Prepared, Unavailable
 from vvae_fast import reference
+from vvae_fast.spec import FlowSpec
 
 COPY = "copy"  # the contestant that clones z
 TOLERANCES = {"float32": 1e-4, "float64": 1e-11}
@@ -284,14 +285,12 @@ def make_gradients(case: Case, device: torch.device | str = "cpu") -> tuple[Tens
 def oracle(inputs: list[Tensor], grads: tuple[Tensor, Tensor], constraint: str) -> tuple[Tensor, ...]:
     """z_K, log_det, dz, du, dw, db in float64."""
     z, u, w, b = (t.double() for t in inputs)
-    amortized, parts = u.dim() > 2, []
+    spec, amortized, parts = FlowSpec(constraint), u.dim() > 2, []
     with torch.no_grad():
         for rows in torch.arange(len(z), device=z.device).split(ORACLE_ROWS):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
             at = (z[rows], *(t[rows] if amortized else t for t in (u, w, b)))
             incoming = (t[rows].double() for t in grads)
-            parts.append(
-                [*reference.planar_forward(*at, constraint)[:2], *reference.planar_backward(*incoming, *at, constraint)]
-            )
+            parts.append([*reference.planar_forward(*at, spec)[:2], *reference.planar_backward(*incoming, *at, spec)])
     columns = list(zip(*parts, strict=True))
     return *(torch.cat(c) for c in columns[:3]), *(torch.cat(c) if amortized else sum(c) for c in columns[3:])

@@ -196,7 +196,7 @@ def backends(steps: Steps, folder: Path) -> str:
     steps.command(command, limit)
     if not file.exists():
         raise Failed("no shape was measured")
-    return f"{file}, to be committed as vvae_fast/_measured.py"
+    return f"{file}, to be committed as vvae_fast/backends/_measured.py"
 
 
 def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:

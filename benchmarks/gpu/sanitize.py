@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vvae_fast import ops
-from vvae_fast.shapes import Formulas
+from vvae_fast.backends import cuda, operators
+from vvae_fast.spec import FlowSpec
 
 NUM_STEPS = 20  # two chunks, the second not full
 
@@ -27,12 +27,12 @@ class Case(NamedTuple):
     dim: int
     dtype: torch.dtype
     form: str = "automatic"
-    formulas: Formulas = Formulas()
+    formulas: FlowSpec = FlowSpec()
     inverse: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        what = [self.formulas.activation] if self.formulas != Formulas() else []
+        what = [self.formulas.activation] if self.formulas != FlowSpec() else []
         what += ["inverse"] if self.inverse else []
         size = f"{self.rows} rows, {self.sets or 'shared'} sets, D = {self.dim}"
         return ", ".join([size, dtype, self.form, *what])
@@ -50,12 +50,12 @@ CASES = [
     for form in forms
     if (dtype, form) != (torch.float64, "compact")  # which there is not
 ]
-ELU, SIGMOID = Formulas(activation="elu"), Formulas(activation="sigmoid")
+ELU, SIGMOID = FlowSpec(activation="elu"), FlowSpec(activation="sigmoid")
 CASES += [
     Case(*shape, dtype, "automatic", formulas, inverse)
     for dtype in (torch.float32, torch.float64)
     for shape in (SHARED[0], SHARED[1], AMORTIZED[0], AMORTIZED[1])
-    for formulas, inverse in ((ELU, False), (Formulas(), True), (SIGMOID, True))
+    for formulas, inverse in ((ELU, False), (FlowSpec(), True), (SIGMOID, True))
 ]
 
 
@@ -72,13 +72,13 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
     """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
-    operators, numbers = ops.OPERATORS[backend], case.formulas.numbers()
+    computed_by, numbers = operators.OPERATORS[backend], case.formulas.arguments()
     if case.inverse:
-        z_0, _, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
-        answers = operators.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
+        z_0, _, a = computed_by.planar_inverse(z, u, w, b, *numbers[:3], True)
+        answers = computed_by.planar_inverse_backward(grad_z, grad_log_det, z_0, u, w, b, a, *numbers[:3])
     else:
-        a = operators.planar_forward(z, u, w, b, *numbers, True)[2]
-        answers = operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
+        a = computed_by.planar_forward(z, u, w, b, *numbers, True)[2]
+        answers = computed_by.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)
     if not all(t.isfinite().all() for t in [t.cpu() for t in answers]):
         raise ArithmeticError(f"{case}: gradients are not finite")
 
@@ -87,7 +87,7 @@ def read_past_the_end() -> None:
     """A forward whose z has lost its memory behind its first number."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
-    ops.OPERATORS["cuda"].planar_forward(z, u, w, b, *Formulas().numbers(), False)
+    operators.OPERATORS["cuda"].planar_forward(z, u, w, b, *FlowSpec().arguments(), False)
     torch.cuda.synchronize()
 
 
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() >= ends:
             break
         print(case, flush=True)
-        ops.set_cuda_form(case.form)
+        cuda.set_form(case.form)
         run(case)
         done += 1
     print(f"sanitized {done} of {len(CASES)} cases", flush=True)

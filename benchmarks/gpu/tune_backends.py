@@ -1,5 +1,5 @@
 """Times forward + backward of the CUDA and the Triton backend over shapes on the GPU at hand and writes the faster of
-each into vvae_fast/_measured.py, which is where `backend=None` looks. On an idle GPU:
+each into vvae_fast/backends/_measured.py, which is where `backend=None` looks. On an idle GPU:
 
     python -m benchmarks.gpu.tune_backends [--only shared ...] [--seconds S] [--write FILE]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import vvae_fast
 from benchmarks.flow import gpu_clock
-from vvae_fast import _measured, _preference
+from vvae_fast.backends import _measured, gpu_choice
 
 BACKENDS = ("triton", "cuda")
 ROUNDS = 7
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 def shapes() -> list[Shape]:
     """Every class whose tensors fit, in a mixed order that is always the same."""
-    classes = itertools.product(("shared", "amortized"), _preference.DIMS, _preference.STEPS, _preference.ROWS)
+    classes = itertools.product(("shared", "amortized"), gpu_choice.DIMS, gpu_choice.STEPS, gpu_choice.ROWS)
     found = [shape for shape in itertools.starmap(Shape, classes) if _largest(shape) <= MOST_NUMBERS]
     random.Random(0).shuffle(found)
     return found

@@ -18,7 +18,7 @@ import torch
 
 from vvae_fast.kernels import _table
 from vvae_fast.kernels.launch import forget_plans
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 NUM_STEPS = 16
 FEW, MANY = 1024, 65536  # rows at which the two entries of a key are timed
@@ -88,12 +88,12 @@ def pass_of(entry: Entry, inputs: tuple[torch.Tensor, ...]):
     launch = getattr(forms, f"launch_{entry.form.lower()}_forward")
     z_K, log_det, a = torch.empty_like(z), z.new_empty(len(z)), z.new_empty(NUM_STEPS, len(z))
     if "forward" in entry.key:
-        return lambda: launch(*inputs, z_K, log_det, a, Formulas(), True), (z_K, log_det, a)
-    launch(*inputs, z_K, log_det, a, Formulas(), True)
+        return lambda: launch(*inputs, z_K, log_det, a, FlowSpec(), True), (z_K, log_det, a)
+    launch(*inputs, z_K, log_det, a, FlowSpec(), True)
     forms = importlib.import_module(f"vvae_fast.kernels.{entry.form.lower()}_backward")
     launch_back = getattr(forms, f"launch_{entry.form.lower()}_backward")
     outputs = tuple(torch.empty_like(t) for t in inputs)
-    return lambda: launch_back(z_K, log_det, *inputs[:3], a, *outputs, Formulas()), outputs
+    return lambda: launch_back(z_K, log_det, *inputs[:3], a, *outputs, FlowSpec()), outputs
 
 
 def tune(entry: Entry, median_ms, device: str = "cuda") -> tuple[float, float]:

@@ -22,7 +22,8 @@ from benchmarks.flow.memory import peak_bytes, saved_bytes
 from benchmarks.flow.peers import peers
 from benchmarks.flow.session import Bench
 from benchmarks.report import report, results
-from vvae_fast import PlanarFlow, ops
+from vvae_fast import PlanarFlow
+from vvae_fast.backends import cpp, cuda
 
 ROOT = Path(__file__).parents[2]
 SMALL = Case(6, 3, 2)
@@ -207,8 +208,8 @@ def test_a_backend_for_another_device_says_so():
 def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkeypatch):
     """The cuda backend's operators are the CPU's here."""
     asked = []
-    monkeypatch.setattr(ops, "set_cuda_form", asked.append)
-    monkeypatch.setitem(ops.OPERATORS, "cuda", ops.OPERATORS["cpp"])
+    monkeypatch.setattr(cuda, "set_form", asked.append)
+    monkeypatch.setattr(cuda, "CUDA", cpp.CPP)
     stage = Stage(SMALL, torch.device("cpu"))
     prepared = stage.prepared(contestant(cuda_direct, role="form"))
     assert asked == 2 * ["direct", "automatic"]
@@ -216,7 +217,7 @@ def test_the_direct_form_is_asked_for_in_each_pass_and_given_up_behind_it(monkey
     assert asked[4:] == ["direct", "automatic"]
     torch.autograd.grad(outputs, prepared.leaves, stage.grads)
     assert asked[6:] == ["direct", "automatic"]
-    monkeypatch.setitem(ops.OPERATORS, "cuda", None)
+    monkeypatch.setattr(cuda, "CUDA", None)
     assert refusal(SMALL, contestant(cuda_direct, role="form")).startswith("failed: ")
     assert asked[-1] == "automatic"
 

@@ -9,14 +9,16 @@ import torch
 
 from benchmarks.gpu import tune_backends
 from benchmarks.gpu.tune_backends import Shape
-from vvae_fast import _measured, _preference, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import _measured, gpu_choice
+from vvae_fast.spec import FlowSpec
 
 SHAPE = Shape("shared", 2, 8, 128)
 CLASSES = {
-    (parameters, dim, steps): dict.fromkeys(_preference.ROWS, "triton")
+    (parameters, dim, steps): dict.fromkeys(gpu_choice.ROWS, "triton")
     for parameters in ("shared", "amortized")
-    for dim in _preference.DIMS
-    for steps in _preference.STEPS
+    for dim in gpu_choice.DIMS
+    for steps in gpu_choice.STEPS
 }
 
 
@@ -65,17 +67,17 @@ def test_shapes_are_classes_and_fit():
     assert found == tune_backends.shapes()
     assert Shape("amortized", 1024, 128, 524288) not in found
     assert {shape[:3] for shape in found} == set(CLASSES)
-    assert {shape.rows for shape in found} == set(_preference.ROWS)
+    assert {shape.rows for shape in found} == set(gpu_choice.ROWS)
 
 
 @pytest.mark.parametrize("parameters", ["shared", "amortized"])
 def test_a_shape_is_timed_on_a_problem_of_its_class(parameters, monkeypatch):
     seen = []
-    monkeypatch.setattr(_preference, "nearest", lambda *key: seen.append(key))
+    monkeypatch.setattr(gpu_choice, "nearest", lambda *key: seen.append(key))
     monkeypatch.setattr(_measured, "FASTER", CLASSES)
     shape = Shape(parameters, 8, 32, 1024)
     leaves, _ = tune_backends.problem_of(shape, "cpu")
-    _preference.preferred(shapes.check(*leaves, shapes.Formulas()))
+    gpu_choice.preferred(shapes.check(*leaves, FlowSpec()))
     assert seen == [shape]
 
 

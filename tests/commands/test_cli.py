@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vvae_fast
-from vvae_fast import backends
+from vvae_fast.backends import selection
 from vvae_fast.train import cli
 from vvae_fast.train.cli import main
 from vvae_fast.train.files import RunError
@@ -94,7 +94,7 @@ def test_an_out_that_cannot_be_a_folder(data, capsys):
 
 @pytest.mark.parametrize("backend", ["warp", "cuda"])
 def test_a_backend_that_cannot_run(monkeypatch, capsys, backend):
-    monkeypatch.setattr(backends, "environment_name", backend)
+    monkeypatch.setattr(selection, "environment_name", backend)
     assert backend in one_line_and_exit_2(capsys, small())
 
 
@@ -139,7 +139,7 @@ def test_info_names_every_backend(capsys):
 
 
 def test_info_ends_with_what_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(backends, "environment_name", "bogus")
+    monkeypatch.setattr(selection, "environment_name", "bogus")
     assert main(["info"]) == 2
     captured = capsys.readouterr()
     assert "reference" in captured.out

@@ -14,6 +14,7 @@ from benchmarks.accuracy.accuracy_table import breaches, table
 from benchmarks.accuracy.sweep import FLOOR, Counts, Finding, Package, sweep
 from benchmarks.accuracy.sweep_inputs import Input, inputs
 from vvae_fast import reference
+from vvae_fast.spec import FlowSpec
 
 WITH_TRITON = pytest.mark.skipif(
     torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="Triton's interpreter is not used"
@@ -143,7 +144,7 @@ def test_log_det_keeps_the_digits_of_steps_near_the_identity(backend, amortized)
     """w.u = 1e-4: a product of determinants without what rounding takes from it has 3 digits of the sum's 7."""
     inputs = one_dimension(torch.linspace(-1, 1, 12), 1e-4, 24, amortized)
     z, u, w, b = (t.detach().double() for t in inputs)
-    _, wanted, _ = reference.planar_forward(z, u, w, b, "none")
+    _, wanted, _ = reference.planar_forward(z, u, w, b, FlowSpec("none"))
     for answer in each_isa_of(backend, lambda: vvae_fast.planar_flow(*inputs, constraint="none", backend=backend)[1]):
         assert ((answer.double() - wanted).abs() <= 2e-6 * wanted.abs()).all()
 

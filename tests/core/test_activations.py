@@ -9,7 +9,10 @@ from problems import random_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 import vvae_fast
-from vvae_fast import activations, reference, shapes
+from vvae_fast import reference
+from vvae_fast.reference import activations
+from vvae_fast.reference.flow import _constraint_slopes
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 SLOPE = 0.3
 TEXTBOOK = {
@@ -19,7 +22,7 @@ TEXTBOOK = {
     "sigmoid": torch.sigmoid,
     "linear": lambda a: a,
 }
-PAIRS = list(itertools.product(shapes.ACTIVATIONS, shapes.CONSTRAINTS))
+PAIRS = list(itertools.product(ACTIVATIONS, CONSTRAINTS))
 each_pair = pytest.mark.parametrize(("activation", "constraint"), PAIRS)
 BATCHES = [((5,), ()), ((2, 3), (3,))]
 
@@ -52,7 +55,7 @@ def test_values_and_gradients_are_the_textbooks(activation, constraint, batch, p
     options = {"activation": activation, "constraint": constraint, "slope": SLOPE, "log_det_eps": eps}
     got = vvae_fast.planar_flow(*inputs, **options)
     gradients = [torch.autograd.grad(x, inputs, (p.grad_z, p.grad_log_det)) for x in (got, wanted)]
-    adjoint = reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, constraint, activation, SLOPE, eps)
+    adjoint = reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, FlowSpec(**options))
     for x, y in zip((*got, *gradients[0], *adjoint), (*wanted, *gradients[1] * 2), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
@@ -72,13 +75,13 @@ def test_derivatives_to_second_order_in_both_modes(activation, constraint, batch
     _, inputs = float64_inputs(batch, params, num_steps=2)
 
     def flow(*tensors):
-        return reference.planar_forward(*tensors, constraint, activation, SLOPE, 1e-2 * (params == ()))[:2]
+        return reference.planar_forward(*tensors, FlowSpec(constraint, activation, SLOPE, 1e-2 * (params == ())))[:2]
 
     assert gradcheck(flow, inputs, check_forward_ad=True)
     assert gradgradcheck(flow, inputs)
 
 
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_and_what_is_left_of_one(activation):
     a = torch.tensor([-90.0, -20.0, -3.0, -0.7, -1e-9, 1e-9, 0.4, 2.0, 15.0, 90.0], dtype=torch.float64)
     act = activations.activate(a, activation, SLOPE)
@@ -101,7 +104,7 @@ def test_log_softplus_at_the_edges():
     exact = torch.log1p(reference.softplus(alpha.double()))
     torch.testing.assert_close(at.s.double(), exact, rtol=5e-7, atol=0)
     assert ((at.u_hat[:, 0].double() - (exact - 1)).abs() <= 1.2e-7 * (1 + alpha.abs())).all()
-    up, down = reference._constraint_slopes(alpha.double(), "log_softplus")
+    up, down = _constraint_slopes(alpha.double(), "log_softplus")
     torch.testing.assert_close(up + down, torch.ones_like(up))
     wanted = torch.func.grad(lambda alpha: torch.log1p(reference.softplus(alpha)).sum())(alpha.double())
     torch.testing.assert_close(up, wanted, rtol=1e-13, atol=0)
@@ -115,7 +118,7 @@ def test_zero_w_is_a_shift_with_finite_gradients(activation, constraint):
     torch.testing.assert_close(z_K, p.z + (inputs[1] * TEXTBOOK[activation](inputs[3])[:, None]).sum(0))
     assert (log_det == 0).all()
     wanted = torch.autograd.grad((z_K, log_det), inputs, (p.grad_z, p.grad_log_det))
-    got = reference.planar_backward(p.grad_z, p.grad_log_det, *inputs, constraint, activation, SLOPE)
+    got = reference.planar_backward(p.grad_z, p.grad_log_det, *inputs, FlowSpec(constraint, activation, SLOPE))
     for x, y in zip(got, wanted, strict=True):
         assert y.isfinite().all()
         torch.testing.assert_close(x, y)

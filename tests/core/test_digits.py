@@ -8,7 +8,7 @@ import torch
 from cuda_host import Case
 from problems import on_each_isa
 
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 
 def answers_of(problem: digits.Problem, backend: str) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -18,10 +18,10 @@ def answers_of(problem: digits.Problem, backend: str) -> dict[str, tuple[torch.T
     if backend == "reference":
         return {backend: digits.run(problem, backend)}
     if problem.tensors.u.dim() > 2:  # a set for each row
-        cases = [Case(problem.tensors, Formulas(**problem.formulas), inverse=problem.inverse)]
+        cases = [Case(problem.tensors, FlowSpec(**problem.formulas), inverse=problem.inverse)]
     else:
         cases = [
-            Case(problem.tensors, Formulas(**problem.formulas), form, inverse=problem.inverse)
+            Case(problem.tensors, FlowSpec(**problem.formulas), form, inverse=problem.inverse)
             for form in ("direct", "compact")[: 1 if problem.inverse else 2]
         ]
     found = cuda_host.run(cuda_host.program("plain"), cases)

@@ -8,8 +8,10 @@ import torch
 from problems import random_problem
 
 import vvae_fast
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, ops, reference, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, reference, shapes
+from vvae_fast.backends import cuda, selection
 from vvae_fast.functional import packed_planar_flow
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 REFUSED = [
     (ValueError, r"activation must be one of .*'linear'.*got 'relu'", {"activation": "relu"}),
@@ -63,13 +65,13 @@ def test_slope_is_leaky_relus():
 
 @pytest.mark.parametrize("changes", [{"activation": "elu"}, {"constraint": "log_softplus"}, {"log_det_eps": 1e-4}])
 def test_every_backend_runs_every_formula(changes, monkeypatch):
-    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 1024})  # of the extension, where there is one
+    monkeypatch.setattr(cuda, "most_dim", {torch.float32: 1024})  # of the extension, where there is one
     p = random_problem((5,), 4, 3)
     packed = torch.cat([t.flatten() for t in p.inputs[1:]]).requires_grad_()
-    problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", formulas=shapes.Formulas(**changes))
+    problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", spec=FlowSpec(**changes))
     for inverse, name in itertools.product((False, True), ("triton", "cuda")):
-        assert backends._BACKENDS[name].unsupported(problem._replace(inverse=inverse)) == []
-    assert backends.select(problem._replace(device_type="cpu"), "auto") == "cpp"
+        assert selection._BACKENDS[name].unsupported(problem._replace(inverse=inverse)) == []
+    assert backends.select(problem._replace(device_type="cpu"), "auto").name == "cpp"
     wanted = vvae_fast.planar_flow(*p.inputs, backend="reference", **changes)
     torch.testing.assert_close(vvae_fast.planar_flow(*p.inputs, **changes), wanted)
     got = packed_planar_flow(p.z, packed, 4, 3, **changes)
@@ -79,8 +81,8 @@ def test_every_backend_runs_every_formula(changes, monkeypatch):
 
 OPTIONS = [
     {"activation": activation, "constraint": constraint, "slope": 0.4}
-    for activation in shapes.ACTIVATIONS
-    for constraint in shapes.CONSTRAINTS
+    for activation in ACTIVATIONS
+    for constraint in CONSTRAINTS
 ]
 
 

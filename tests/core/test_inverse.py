@@ -9,14 +9,14 @@ from problems import random_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 import vvae_fast
-from vvae_fast import activations, reference, shapes
+from vvae_fast import reference
+from vvae_fast.reference import activations
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 SLOPE = 0.3
 CONSTRAINTS = ("softplus", "log_softplus")
-each_activation = pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
-each_pair = pytest.mark.parametrize(
-    ("activation", "constraint"), list(itertools.product(shapes.ACTIVATIONS, CONSTRAINTS))
-)
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_pair = pytest.mark.parametrize(("activation", "constraint"), list(itertools.product(ACTIVATIONS, CONSTRAINTS)))
 
 
 @pytest.mark.parametrize(("batch", "params"), [((5,), ()), ((2, 3), (3,))])
@@ -30,7 +30,7 @@ def test_round_trip_and_derivatives(activation, constraint, batch, params):
     torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-10, atol=1e-10)
 
     def inverse(*tensors):
-        return reference.planar_inverse(*tensors, constraint, activation, SLOPE)
+        return reference.planar_inverse(*tensors, FlowSpec(constraint, activation, SLOPE))
 
     inputs = [t.requires_grad_() for t in p.inputs]
     assert gradcheck(inverse, inputs, check_forward_ad=True, fast_mode=True)

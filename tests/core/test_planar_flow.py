@@ -18,7 +18,8 @@ from problems import (
 )
 
 import vvae_fast
-from vvae_fast import ops, shapes
+from vvae_fast.backends import operators
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 BATCHES = [
     ((1,), ()),
@@ -115,7 +116,7 @@ def edge_problem(alpha: float, dtype: torch.dtype, amortized: bool) -> Problem:
 @pytest.mark.parametrize("alpha", EDGES)
 def test_edges_of_the_constraint(isa, alpha, amortized):
     """The activations in turn: tests/cpu/test_fused_activations.py tries them on more than an edge."""
-    for constraint, activation in itertools.product(("softplus", "log_softplus"), shapes.ACTIVATIONS):
+    for constraint, activation in itertools.product(("softplus", "log_softplus"), ACTIVATIONS):
         got = run(edge_problem(alpha, torch.float32, amortized), constraint, "cpp", activation=activation)
         wanted = oracle(edge_problem(alpha, torch.float64, amortized), constraint, activation=activation)
         assert_right_at_an_edge(got, wanted)
@@ -342,8 +343,8 @@ def test_saved_for_backward_is_z_and_a_number_a_step(params, sets):
 def test_nothing_is_saved_without_grad():
     p = random_problem((10,), 4, 3)
     assert vvae_fast.planar_flow(*p.inputs, backend="cpp")[0].grad_fn is None
-    assert ops.planar_forward(*p.inputs, *shapes.Formulas().numbers(), False)[2].numel() == 0
-    assert ops.planar_forward(*p.inputs, *shapes.Formulas().numbers(), True)[2].shape == (4, 10)
+    assert operators.planar_forward(*p.inputs, *FlowSpec().arguments(), False)[2].numel() == 0
+    assert operators.planar_forward(*p.inputs, *FlowSpec().arguments(), True)[2].shape == (4, 10)
 
 
 def test_inputs_are_left_alone():

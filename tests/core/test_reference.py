@@ -8,6 +8,7 @@ from problems import random_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 from vvae_fast import reference
+from vvae_fast.spec import FlowSpec
 
 BATCHES = [((5,), ()), ((5,), (5,)), ((2, 3, 4), (3, 4)), ((2, 3), ()), ((), ())]
 
@@ -21,9 +22,9 @@ def float64_inputs(batch, params, num_steps=4, dim=3, scale=1.0, seed=0):
 @pytest.mark.parametrize(("batch", "params"), BATCHES)
 def test_adjoint_is_autograds(batch, params, constraint):
     p, inputs = float64_inputs(batch, params)
-    outputs = reference.planar_forward(*inputs, constraint)[:2]
+    outputs = reference.planar_forward(*inputs, FlowSpec(constraint))[:2]
     wanted = torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))
-    got = reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, constraint)
+    got = reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, FlowSpec(constraint))
     for x, y in zip(got, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
 
@@ -34,9 +35,9 @@ def test_adjoint_at_the_edges_of_the_constraint(constraint):
         p, inputs = float64_inputs((6,), ())
         with torch.no_grad():
             inputs[1] += (alpha - (inputs[1] * inputs[2]).sum(-1, True)) * inputs[2] / inputs[2].square().sum(-1, True)
-        outputs = reference.planar_forward(*inputs, constraint)[:2]
+        outputs = reference.planar_forward(*inputs, FlowSpec(constraint))[:2]
         wanted = torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))
-        got = reference.planar_backward(p.grad_z, p.grad_log_det, *inputs, constraint)
+        got = reference.planar_backward(p.grad_z, p.grad_log_det, *inputs, FlowSpec(constraint))
         for x, y in zip(got, wanted, strict=True):
             assert (x - y).norm() <= 1e-9 * y.norm()
 
@@ -45,9 +46,9 @@ def test_adjoint_at_the_edges_of_the_constraint(constraint):
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
 def test_log_det_is_the_jacobians(constraint, scale):
     p, _ = float64_inputs((6,), (), num_steps=7, dim=5, scale=scale)
-    _, log_det, _ = reference.planar_forward(*p.inputs, constraint)
+    _, log_det, _ = reference.planar_forward(*p.inputs, FlowSpec(constraint))
     for row, got in zip(p.z, log_det, strict=True):
-        jacobian = torch.func.jacrev(lambda x: reference.planar_forward(x, *p.inputs[1:], constraint)[0])(row)
+        jacobian = torch.func.jacrev(lambda x: reference.planar_forward(x, *p.inputs[1:], FlowSpec(constraint))[0])(row)
         torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, got, rtol=1e-10, atol=1e-12)
 
 
@@ -57,7 +58,7 @@ def test_derivatives_to_second_order(batch, params, constraint):
     _, inputs = float64_inputs(batch, params, num_steps=2)
 
     def flow(*tensors):
-        return reference.planar_forward(*tensors, constraint)[:2]
+        return reference.planar_forward(*tensors, FlowSpec(constraint))[:2]
 
     assert gradcheck(flow, inputs)
     assert gradgradcheck(flow, inputs)

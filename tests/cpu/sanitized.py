@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast import ops
+from vvae_fast.backends import cpp
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "sanitizers"
@@ -214,7 +214,7 @@ def build() -> None:
     """The objects of both, the slowest to compile first; those that are newer than every source are left."""
     for folder in ("plain", *SANITIZERS):
         (BUILD / folder).mkdir(parents=True, exist_ok=True)
-    levels = {CPU / f"isa_{level}.cpp" for level in ops.isa_levels()}
+    levels = {CPU / f"isa_{level}.cpp" for level in cpp.isa_levels()}
     wanted = [
         (BUILD / name / f"{source.stem}.o", instrumented(source, BUILD / name / f"{source.stem}.o", name))
         for source in (*sorted(levels), CPU / DRIVER)
@@ -337,7 +337,7 @@ def check_mutant(mutant: Mutant) -> bool:
     folder = BUILD / "mutant"
     start = time.monotonic()
     staged = stage(folder / "staged", mutant.sanitizer, mutate(mutant, folder / "source"))
-    result = stress(staged, mutant.sanitizer, ops.isa_levels()[-1], mutant.threads, "--rounds", "1", "--thin", "3")
+    result = stress(staged, mutant.sanitizer, cpp.isa_levels()[-1], mutant.threads, "--rounds", "1", "--thin", "3")
     found = result.code != 0 and re.search(mutant.caught, result.text) is not None
     return report(f"found: {mutant.name}", result._replace(seconds=time.monotonic() - start), found)
 
@@ -345,16 +345,16 @@ def check_mutant(mutant: Mutant) -> bool:
 def check(sanitizer: str) -> bool:
     """The real thing, on each instruction set of this machine."""
     folder, fine = stage(BUILD / sanitizer / "staged", sanitizer), True
-    loaded = "import vvae_fast.ops as o; print(o.load_error, o._C.__file__)"
-    result = run(folder, sanitizer, ops.isa(), ["-c", loaded])
+    loaded = "from vvae_fast.backends import cpp; print(cpp.load_error, cpp._C.__file__)"
+    result = run(folder, sanitizer, cpp.isa(), ["-c", loaded])
     fine &= report(f"{sanitizer}: loads", result, f"None {folder}" in result.text)
-    for isa in ops.isa_levels():
+    for isa in cpp.isa_levels():
         for threads in ((4, 2), (2, 3)):
             result = stress(folder, sanitizer, isa, threads, "--rounds", "2")
             fine &= report(f"{sanitizer}: {isa}, {threads[0]} x {threads[1]} threads", result, result.code == 0)
     if sanitizer == "address":  # the tests themselves go through the instruction sets
         pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=sanitize", "-k", NOT_HERE]
-        result = run(folder, sanitizer, ops.isa(), [*pytest, *map(str, tests())])
+        result = run(folder, sanitizer, cpp.isa(), [*pytest, *map(str, tests())])
         fine &= report(f"{sanitizer}: {' '.join(TESTS)}", result, result.code == 0)
     return fine
 

@@ -7,11 +7,13 @@ import torch
 from problems import assert_accuracy_rule, assert_close_to_oracle, oracle, random_problem, relative_errors, run
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import backends, shapes
+from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 SLOPE = 0.3
-PAIRS = list(itertools.product(shapes.ACTIVATIONS, shapes.CONSTRAINTS))
+PAIRS = list(itertools.product(ACTIVATIONS, CONSTRAINTS))
 each_pair = pytest.mark.parametrize(("activation", "constraint"), PAIRS)
 BATCHES = [((131,), ()), ((33,), (33,)), ((3, 17), (17,)), ((40, 2), (2,)), ((), ())]
 
@@ -37,7 +39,7 @@ def test_float32_accuracy(activation, num_steps, dim, params):
 def test_auto_takes_the_kernels(activation, constraint):
     p = random_problem((5,), 4, 3)
     options = {"activation": activation, "constraint": constraint, "slope": SLOPE, "log_det_eps": 1e-4}
-    assert backends.select(shapes.check(*p.inputs, shapes.Formulas(**options)), None) == "cpp"
+    assert backends.select(shapes.check(*p.inputs, FlowSpec(**options)), None).name == "cpp"
     packed = torch.cat([t.flatten() for t in p.inputs[1:]]).requires_grad_()
     results = [packed_planar_flow(p.z, packed, 4, 3, backend=name, **options) for name in ("cpp", "reference")]
     gradients = [torch.autograd.grad(r, packed, (p.grad_z, p.grad_log_det))[0] for r in results]
@@ -59,7 +61,7 @@ def test_lanes_behind_the_last_row_add_nothing(isa, activation, params):
     assert max(relative_errors(got, oracle(p.to(torch.float64), "none", **others))) < 1e-5
 
 
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
 def test_bits_of_a_row_depend_on_nothing_else(isa, activation, amortized):
     rows = 150
@@ -73,7 +75,7 @@ def test_bits_of_a_row_depend_on_nothing_else(isa, activation, amortized):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_bad_row_stays_alone(isa, activation, bad):
     p = random_problem((70,), 20, 6)
     clean = run(p, backend="cpp", activation=activation)
@@ -87,7 +89,7 @@ def test_a_bad_row_stays_alone(isa, activation, bad):
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation, eps):
     p = random_problem((5,), 3, 3, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in p.inputs]
@@ -102,8 +104,8 @@ def test_gradcheck(activation, eps):
 def test_raw_operators_refuse_a_number_without_a_name():
     p = random_problem((6,), 4, 3)
     with pytest.raises(RuntimeError, match=r"constraint must be in \[0, 2\], got 3"):
-        ops.planar_forward(*p.inputs, 3, 0, 0.2, 0.0, False)
+        operators.planar_forward(*p.inputs, 3, 0, 0.2, 0.0, False)
     with pytest.raises(RuntimeError, match=r"activation must be in \[0, 4\], got -1"):
-        ops.planar_inverse(*p.inputs, 0, -1, 0.2, False)
+        operators.planar_inverse(*p.inputs, 0, -1, 0.2, False)
     with pytest.raises(ValueError, match=r"activation must be in \[0, 4\], got 5"):
-        shapes.Formulas.of_numbers(0, 5, 0.2)
+        FlowSpec.of_arguments(0, 5, 0.2)

@@ -10,10 +10,12 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import jvp, vmap
 
 import vvae_fast
-from vvae_fast import activations, ops, reference, shapes
-from vvae_fast.shapes import Formulas
+from vvae_fast import reference
+from vvae_fast.backends import operators
+from vvae_fast.reference import activations
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
-INVERTIBLE = Formulas().numbers()[:3]
+INVERTIBLE = FlowSpec().arguments(inverse=True)
 STEPS_AND_DIMS = [(1, 1), (3, 2), (5, 8), (17, 5), (1, 300)]  # few: the reference's search is slow
 
 
@@ -34,7 +36,7 @@ def test_float64_is_the_reference(batch, params):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("constraint", ["softplus", "log_softplus"])
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_each_activation(activation, constraint):
     formulas = {"activation": activation, "constraint": constraint, "slope": 0.3}
     for batch, params in (((131,), ()), ((33,), (33,)), ((40, 2), (2,)), ((), ())):
@@ -92,15 +94,15 @@ def edge_points(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("alpha", EDGES)
 def test_residual_at_the_edges_of_the_constraint(isa, alpha, activation, amortized, dtype, bound):
     """One step in one dimension: w = 1, b = 0, so that R is z itself and c follows from alpha exactly."""
-    formulas = Formulas(activation=activation)
+    formulas = FlowSpec(activation=activation)
     R = edge_points(dtype)
     params = [torch.full((1, 1), alpha), torch.ones(1, 1), torch.zeros(1)]
     params = [t.to(dtype).expand(len(R), *t.shape) if amortized else t.to(dtype) for t in params]
-    z_0, log_det, a = ops.planar_inverse(R[:, None], *params, *formulas.numbers()[:3], True)
+    z_0, log_det, a = operators.planar_inverse(R[:, None], *params, *formulas.arguments(inverse=True), True)
     at = reference.constrain(*(t.double() for t in params[:2]), "softplus")
     x, R = a[0].double(), R.double()
     h = activations.activate(x, activation, formulas.slope).h
@@ -113,8 +115,8 @@ def test_residual_at_the_edges_of_the_constraint(isa, alpha, activation, amortiz
 @pytest.mark.parametrize("params", [(), (150,)])
 def test_log_det_is_the_forwards(isa, params):
     p = random_problem((150,), 37, 10, params, dtype=torch.float64)
-    z_0, log_det, a = ops.planar_inverse(*p.inputs, *INVERTIBLE, True)
-    z_K, forward_log_det, forward_a = ops.planar_forward(z_0, *p.inputs[1:], *Formulas().numbers(), True)
+    z_0, log_det, a = operators.planar_inverse(*p.inputs, *INVERTIBLE, True)
+    z_K, forward_log_det, forward_a = operators.planar_forward(z_0, *p.inputs[1:], *FlowSpec().arguments(), True)
     for x, y in ((z_K, p.z), (forward_log_det, -log_det), (forward_a, a)):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
@@ -287,18 +289,20 @@ def test_compile_fullgraph(params):
 @pytest.mark.parametrize(("rows", "params"), [(6, ()), (6, (6,)), (6, (3,)), (0, ())])
 def test_opcheck(rows, params):
     p = random_problem((rows,), 4, 3, params)
-    torch.library.opcheck(ops.planar_inverse, (*p.inputs, *INVERTIBLE, True))
-    torch.library.opcheck(ops.planar_inverse, (*p.inputs, *INVERTIBLE, False))
-    z_0, _, a = ops.planar_inverse(*p.inputs, *INVERTIBLE, True)
-    torch.library.opcheck(ops.planar_inverse_backward, (p.grad_z, p.grad_log_det, z_0, *p.inputs[1:], a, *INVERTIBLE))
+    torch.library.opcheck(operators.planar_inverse, (*p.inputs, *INVERTIBLE, True))
+    torch.library.opcheck(operators.planar_inverse, (*p.inputs, *INVERTIBLE, False))
+    z_0, _, a = operators.planar_inverse(*p.inputs, *INVERTIBLE, True)
+    torch.library.opcheck(
+        operators.planar_inverse_backward, (p.grad_z, p.grad_log_det, z_0, *p.inputs[1:], a, *INVERTIBLE)
+    )
 
 
 def test_raw_operators_refuse_what_would_read_out_of_bounds():
     p = random_problem((6,), 4, 3)
     with pytest.raises(RuntimeError, match="w must have size 4"):
-        ops.planar_inverse(p.z, p.u, torch.zeros(5, 3), p.b, *INVERTIBLE, True)
+        operators.planar_inverse(p.z, p.u, torch.zeros(5, 3), p.b, *INVERTIBLE, True)
     with pytest.raises(RuntimeError, match="a must have size 6"):
-        ops.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, torch.zeros(4, 5), *INVERTIBLE)
+        operators.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, torch.zeros(4, 5), *INVERTIBLE)
 
 
 def test_instruction_sets_agree():

@@ -19,8 +19,9 @@ from problems import Problem, on_each_isa
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import functional, ops
-from vvae_fast.shapes import Formulas
+from vvae_fast import functional, shapes
+from vvae_fast.backends import operators
+from vvae_fast.spec import FlowSpec
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 # From nothing to where z, u and w themselves overflow; between, w . u does and |w|^2 underflows.
@@ -28,18 +29,18 @@ ANY_SCALE = st.sampled_from([0.0, 1e-38, 1e-20, 1e-8, 0.1, 0.5, 1.0, 4.0, 1e3, 1
 SCALES = st.builds(drawn.Scales, ANY_SCALE, ANY_SCALE, ANY_SCALE)
 
 
-def call(p: Problem, formulas: Formulas, inverse: bool) -> tuple[Tensor, ...]:
+def call(p: Problem, formulas: FlowSpec, inverse: bool) -> tuple[Tensor, ...]:
     """z_K, log_det, a, dz, du, dw, db of the operators themselves, for a flat problem."""
-    numbers = formulas.numbers()
+    numbers = formulas.arguments()
     if not inverse:
-        z_K, log_det, a = ops.planar_forward(*p.inputs, *numbers, True)
-        return z_K, log_det, a, *ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)
-    z_0, log_det, a = ops.planar_inverse(*p.inputs, *numbers[:3], True)
-    grads = ops.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers[:3])
+        z_K, log_det, a = operators.planar_forward(*p.inputs, *numbers, True)
+        return z_K, log_det, a, *operators.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers)
+    z_0, log_det, a = operators.planar_inverse(*p.inputs, *numbers[:3], True)
+    grads = operators.planar_inverse_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *numbers[:3])
     return z_0, log_det, a, *grads
 
 
-def answers(p: Problem, formulas: Formulas, inverse: bool, backend: str = "cpp") -> tuple[Tensor, ...]:
+def answers(p: Problem, formulas: FlowSpec, inverse: bool, backend: str = "cpp") -> tuple[Tensor, ...]:
     """z_K, log_det, dz, du, dw, db of the package, in the problem's own shapes."""
     inputs = [t.detach().requires_grad_() for t in p.inputs]
     if inverse:
@@ -75,7 +76,7 @@ def assert_apart(tensors: list[Tensor]) -> None:
 
 
 @st.composite
-def flows(draw) -> tuple[Formulas, bool]:
+def flows(draw) -> tuple[FlowSpec, bool]:
     """What a step computes, and whether its inverse is asked for."""
     inverse = draw(st.booleans())
     return draw(drawn.formulas(inverse)), inverse
@@ -179,7 +180,7 @@ def test_packed_parameters(size, flow, dtype, scales, seed):
     z = p.z.detach().requires_grad_()
     outputs = functional.packed_planar_flow(z, packed, size.steps, size.dim, **flow._asdict(), backend="cpp")
     dz, dpacked = torch.autograd.grad(outputs, (z, packed), (p.grad_z, p.grad_log_det))
-    grads = ops.unpack(dpacked, size.steps, size.dim)
+    grads = shapes.unpack(dpacked, size.steps, size.dim)
     assert_same_bits((*(t.detach() for t in outputs), dz, *grads), wanted)
 
 

@@ -24,7 +24,7 @@ from test_properties import answers
 from torch import Tensor
 
 from vvae_fast import reference
-from vvae_fast.shapes import ACTIVATIONS, Formulas
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 FACTOR, FLOOR = 10, 2e-6
 NEIGHBOURS = 7
@@ -78,7 +78,7 @@ def neighbours(p: Problem, seed: int) -> Problem:
     return Problem(z, *(moved(t, 0) for t in p.inputs[1:]), grad_z, grad_log_det)
 
 
-def expected(p: Problem, formulas: Formulas, inverse: bool) -> tuple[tuple[Tensor, ...], list[float]]:
+def expected(p: Problem, formulas: FlowSpec, inverse: bool) -> tuple[tuple[Tensor, ...], list[float]]:
     """The oracle's answer in float64, and for each tensor the largest error of the float32 reference beside it."""
     exact = reference_answers(p, formulas, inverse)
     many = neighbours(p, 0)
@@ -91,14 +91,14 @@ def expected(p: Problem, formulas: Formulas, inverse: bool) -> tuple[tuple[Tenso
     return exact, [max(column) for column in zip(*errors, strict=True)]
 
 
-def reference_answers(p: Problem, formulas: Formulas, inverse: bool) -> tuple[Tensor, ...]:
+def reference_answers(p: Problem, formulas: FlowSpec, inverse: bool) -> tuple[Tensor, ...]:
     if inverse:
         return answers(p, formulas, True, "reference")
-    z_K, log_det, _ = reference.planar_forward(*p.inputs, *formulas)
-    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, *formulas)
+    z_K, log_det, _ = reference.planar_forward(*p.inputs, formulas)
+    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, formulas)
 
 
-def assert_promise(p: Problem, formulas: Formulas, inverse: bool) -> None:
+def assert_promise(p: Problem, formulas: FlowSpec, inverse: bool) -> None:
     exact, reference_errors = expected(p, formulas, inverse)
     for dtype, roundings in ((torch.float32, 1.0), (torch.float64, ROUNDINGS)):
         q = p.to(dtype)
@@ -113,10 +113,10 @@ def assert_promise(p: Problem, formulas: Formulas, inverse: bool) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(p=problems(), constraint=st.sampled_from(["softplus", "log_softplus"]), slope=drawn.slopes)
 def test_forward_and_gradients(activation, p, constraint, slope):
-    assert_promise(p, Formulas(constraint, activation, slope), inverse=False)
+    assert_promise(p, FlowSpec(constraint, activation, slope), inverse=False)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(p=problems(most_steps=8), constraint=st.sampled_from(["softplus", "log_softplus"]), slope=drawn.slopes)
 def test_inverse_and_gradients(activation, p, constraint, slope):
-    assert_promise(p, Formulas(constraint, activation, slope), inverse=True)
+    assert_promise(p, FlowSpec(constraint, activation, slope), inverse=True)

@@ -18,7 +18,7 @@ from problems import Problem, random_problem
 from torch import Tensor
 
 from vvae_fast import reference
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 FOLDER = "VVAE_FAST_TEST_BUILDS"  # an environment variable: where the processes of a test run put what they build
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ FORWARD, REVERSE = 0, 1  # orders of the blocks; any other number is the seed of
 
 class Case(NamedTuple):
     problem: Problem  # z [*samples, P, D] or [*samples, D], as in tests/support/problems.py
-    formulas: Formulas = Formulas()
+    formulas: FlowSpec = FlowSpec()
     form: str = "automatic"
     order: int = FORWARD
     save: bool = True  # without it there is no backward
@@ -255,7 +255,7 @@ def _encode(case: Case) -> bytes:
     (rows, dim), (sets, steps, _) = p.z.shape, p.u.shape
     assert rows % sets == 0
     p = p._replace(grad_log_det=p.grad_log_det.to(compute_dtype(p.z.dtype)))
-    kind = struct.pack("<3q2d", DTYPES[p.z.dtype], *case.formulas.numbers())
+    kind = struct.pack("<3q2d", DTYPES[p.z.dtype], *case.formulas.arguments())
     size = struct.pack("<5q", amortized, rows, sets, dim, steps)
     how = struct.pack("<5q", FORMS[case.form], case.order, case.save, case.packed, case.inverse)
     return kind + size + how + b"".join(map(_input, p))
@@ -352,12 +352,12 @@ def wanted_of(case: Case) -> tuple[Tensor, ...]:
     if case.inverse:
         answer = _inverse_oracle(p, formulas)
     else:
-        z_K, log_det, _ = reference.planar_forward(*p.inputs, *formulas)
-        answer = z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, *formulas)
+        z_K, log_det, _ = reference.planar_forward(*p.inputs, formulas)
+        answer = z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, formulas)
     return answer if case.save else answer[:2]
 
 
-def _inverse_oracle(p: Problem, formulas: Formulas) -> tuple[Tensor, ...]:
+def _inverse_oracle(p: Problem, formulas: FlowSpec) -> tuple[Tensor, ...]:
     inputs = [t.clone().requires_grad_() for t in p.inputs]
-    outputs = reference.planar_inverse(*inputs, *formulas[:3])
+    outputs = reference.planar_inverse(*inputs, formulas)
     return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, (p.grad_z, p.grad_log_det))

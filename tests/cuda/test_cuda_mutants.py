@@ -10,7 +10,7 @@ import torch
 from cuda_host import Case, far_product, wanted_of
 from problems import random_problem, relative_errors
 
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 
 class Mutant(NamedTuple):
@@ -182,9 +182,9 @@ def cases() -> list[Case]:
         (far_product(), "compact"),
     ]
     cases = [Case(p, form=form) for p, form in problems]
-    for formulas in Formulas(), Formulas(activation="sigmoid"):
+    for formulas in FlowSpec(), FlowSpec(activation="sigmoid"):
         cases += [Case(problems[i][0], formulas, inverse=True) for i in (1, 2)]
-    return [*cases, Case(problems[0][0], Formulas(activation="sigmoid"))]
+    return [*cases, Case(problems[0][0], FlowSpec(activation="sigmoid"))]
 
 
 def build(mutant: Mutant, folder) -> object:

@@ -19,8 +19,9 @@ from problems import (
 from test_fused_inverse import edge_points
 from test_planar_flow import EDGES, edge_problem, strided_views
 
-from vvae_fast import activations, reference
-from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
+from vvae_fast import reference
+from vvae_fast.reference import activations
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of each tensor, relative L2; the half precisions round what they write.
@@ -55,7 +56,7 @@ def every_kernel(dtypes: tuple[torch.dtype, ...]) -> list[Case]:
     for form, shapes in (("direct", direct), ("compact", compact)):
         cases += [Case(random_problem((rows,), steps, dim, scale=0.5), form=form) for rows, steps, dim in shapes]
     problems = [random_problem((rows,), steps, dim, scale=0.5) for rows, steps, dim in direct]
-    cases += [Case(p, Formulas(activation="sigmoid"), inverse=inverse) for p in problems for inverse in (False, True)]
+    cases += [Case(p, FlowSpec(activation="sigmoid"), inverse=inverse) for p in problems for inverse in (False, True)]
     return cases
 
 
@@ -64,7 +65,7 @@ def every_kernel_of_few(dtype: torch.dtype) -> list[Case]:
     cases = []
     dims = [3, 4, 13, 16, 41, 64, 200, 256, 421, 512 if dtype == torch.float64 else 1024]
     for i, dim in enumerate(dims):
-        other = Formulas(activation=OTHERS[i % 4])
+        other = FlowSpec(activation=OTHERS[i % 4])
         for batch, params in (((21,), ()), ((5,), (5,)), ((2, 3), (3,))):
             steps = (2, 5)[i % 2]
             p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=dim)
@@ -107,7 +108,7 @@ def test_shapes(plain, dtype, form):
     cases = []
     for i, ((batch, params), (steps, dim)) in enumerate(sizes):
         p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=i)
-        formulas = Formulas(CONSTRAINTS[i % 3])
+        formulas = FlowSpec(CONSTRAINTS[i % 3])
         cases.append(Case(p, formulas, form, packed=i % 2 == 0))
         if i % 3 == 0:
             cases.append(Case(p, form=form, save=False))
@@ -125,16 +126,16 @@ def test_formulas(plain, activation, dtype, inverse):
         p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=i)
         for constraint, eps in itertools.product(CONSTRAINTS, (0.0, 0.1)):
             if not inverse or (constraint != "none" and eps == 0):
-                formulas = Formulas(constraint, activation, 0.3, eps)
+                formulas = FlowSpec(constraint, activation, 0.3, eps)
                 cases.append(Case(p, formulas, packed=i % 2 == 0, inverse=inverse))
-        cases.append(Case(p, Formulas(activation=activation), save=False, inverse=inverse))
+        cases.append(Case(p, FlowSpec(activation=activation), save=False, inverse=inverse))
     check(cases, cuda_host.run(plain, cases))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_constraints_of_the_half_precisions(plain, dtype):
     problems = [random_problem((37,), 17, 24, params, 0.5, dtype) for params in ((), (37,))]
-    cases = [Case(p, Formulas(constraint)) for p in problems for constraint in CONSTRAINTS[:2]]
+    cases = [Case(p, FlowSpec(constraint)) for p in problems for constraint in CONSTRAINTS[:2]]
     check(cases, cuda_host.run(plain, cases))
 
 
@@ -169,9 +170,9 @@ def test_expanded_inputs(plain, dim):
 
 KINDS = {
     **{form: {"form": form} for form in ("direct", "compact", "automatic")},
-    "elu": {"formulas": Formulas(activation="elu")},
+    "elu": {"formulas": FlowSpec(activation="elu")},
     "inverse": {"inverse": True},
-    "inverse of sigmoid": {"inverse": True, "formulas": Formulas(activation="sigmoid")},
+    "inverse of sigmoid": {"inverse": True, "formulas": FlowSpec(activation="sigmoid")},
 }
 MANY = [((200,), ()), ((34, 3), (3,)), ((70,), (70,)), ((4, 9), (9,))]
 
@@ -241,7 +242,7 @@ def test_float32_accuracy(plain, num_steps, dim, scale, params, kind):
 def test_edges_of_the_constraint(plain, alpha):
     problems = [edge_problem(alpha, torch.float64, amortized) for amortized in (False, True)]
     cases = [Case(p, form=form) for p in problems for form in ("direct", "compact")]
-    formulas = [Formulas(constraint, activation) for activation in OTHERS for constraint in CONSTRAINTS]
+    formulas = [FlowSpec(constraint, activation) for activation in OTHERS for constraint in CONSTRAINTS]
     cases += [Case(p, f) for p in problems for f in formulas]
     check(cases, cuda_host.run(plain, cases))
 
@@ -261,7 +262,7 @@ def test_residual_of_the_inverse_at_the_edges_of_the_constraint(plain, activatio
     for constraint, alpha, sets in itertools.product(CONSTRAINTS[::2], EDGES, ((), (len(z),))):
         u, w, b = torch.full((*sets, 1, 1), alpha), torch.ones(*sets, 1, 1), torch.zeros(*sets, 1)
         p = Problem(z, u, w, b, torch.ones_like(z), torch.ones_like(z[:, 0])).to(dtype)
-        cases.append(Case(p, Formulas(constraint, activation, 0.1), inverse=True))
+        cases.append(Case(p, FlowSpec(constraint, activation, 0.1), inverse=True))
     done = cuda_host.run(plain, cases)
     assert done.report == ""
     for case, answer in zip(cases, done.answers, strict=True):
@@ -284,7 +285,7 @@ def test_rows_that_are_not_there_add_nothing(plain, dtype):
         w = torch.zeros_like(p.w)
         w[:, 0] = 1
         p = p._replace(w=w, u=-w, b=1 + p.b.abs())
-        cases += [Case(p, Formulas("none"), form) for form in ("direct", "compact")]
+        cases += [Case(p, FlowSpec("none"), form) for form in ("direct", "compact")]
     check(cases, cuda_host.run(plain, cases))
 
 
@@ -293,7 +294,7 @@ def test_blocks_that_need_the_most_memory(plain):
     shapes = [(512, 3, torch.float64), (61, 33, torch.float64), (20, 512, torch.float64), (9, 1024, torch.float32)]
     shapes += [(40, 480, torch.float32), (33, 256, torch.float32), (96, 64, torch.float32), (70, 17, torch.float64)]
     cases = [Case(random_problem((5,), num_steps, dim, scale=0.3, dtype=dtype)) for num_steps, dim, dtype in shapes]
-    cases += [Case(random_problem((40,), 9, 300, scale=0.3), Formulas(activation="elu"))]
+    cases += [Case(random_problem((40,), 9, 300, scale=0.3), FlowSpec(activation="elu"))]
     cases += [Case(case.problem, inverse=True) for case in cases[2:4]]
     check(cases, cuda_host.run(plain, cases))
 

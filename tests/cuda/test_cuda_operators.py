@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from vvae_fast import ops
-from vvae_fast.shapes import Formulas
+from vvae_fast import shapes
+from vvae_fast.backends.cuda import load_error
+from vvae_fast.backends.operators import OPERATORS, Operators
+from vvae_fast.spec import FlowSpec
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
@@ -25,8 +27,8 @@ SYMBOLIC = "-Wl,-Bsymbolic"  # the library's own functions before torch's of the
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Numbers that every dtype has. The half precisions have no other activation than tanh.
-TANH = [Formulas(slope=0.5).numbers(), Formulas("none", slope=2.0).numbers()]
-OTHERS = [Formulas("none", "linear", 0.5).numbers(), Formulas("log_softplus", "elu", 2.0, 4.0).numbers()]
+TANH = [FlowSpec(slope=0.5).arguments(), FlowSpec("none", slope=2.0).arguments()]
+OTHERS = [FlowSpec("none", "linear", 0.5).arguments(), FlowSpec("log_softplus", "elu", 2.0, 4.0).arguments()]
 USUAL = TANH[0]
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
@@ -59,15 +61,14 @@ def test_the_module_compiles_without_cuda_headers(tmp_path):
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """The operators as a GPU's tensors would reach them."""
-    if ops.cuda_load_error is None:
+    if load_error is None:
         pytest.skip("the CUDA kernels are there and have these operators")
     library = tmp_path_factory.mktemp("operators") / "operators.so"
     sources = (CUDA / "operators.cpp", HERE / "cuda_stand_in.cpp")
     compile_("-std=c++20", "-shared", "-fPIC", *sources, "-o", library, *LIBRARIES, SYMBOLIC)
     torch.ops.load_library(library)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    cuda = ops.OPERATORS["cuda"]
-    return ops.Operators(*(lambda *a, op=op: op.redispatch(keys, *a) for op in cuda))
+    return Operators(*(lambda *a, op=op: op.redispatch(keys, *a) for op in OPERATORS["cuda"]))
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -195,10 +196,10 @@ def test_packed_gradients_are_those_of_the_views(operators, dtype, change, sets)
     a = numbers(3, 6, dtype=computed(dtype))
     grads = numbers(6, 4, dtype=dtype), numbers(6, dtype=computed(dtype))
     dz, dpacked = operators.planar_backward_packed(*grads, z, packed, a, *TANH[1])
-    wanted = operators.planar_backward(*grads, z, *ops.unpack(packed, 3, 4), a, *TANH[1])
+    wanted = operators.planar_backward(*grads, z, *shapes.unpack(packed, 3, 4), a, *TANH[1])
     assert dpacked.shape == packed.shape
     assert dpacked.is_contiguous()
-    for x, y in zip((dz, *ops.unpack(dpacked, 3, 4)), wanted, strict=True):
+    for x, y in zip((dz, *shapes.unpack(dpacked, 3, 4)), wanted, strict=True):
         assert torch.equal(x, y)
     alone, nothing = operators.planar_backward_packed(*grads, z, packed, a, *TANH[1], False)
     assert torch.equal(alone, dz)
@@ -271,7 +272,7 @@ def test_what_half_precisions_have_not_is_refused(operators, dtype):
     saved = numbers(6, 4, dtype=dtype), numbers(6, dtype=torch.float32), inputs[0]
     a = numbers(3, 6, dtype=torch.float32)
     message = "z must be float32 or float64 on CUDA for other activations.*got (BFloat16|Half): convert it to float32"
-    for formulas in OTHERS[0], Formulas(log_det_eps=1e-4).numbers():
+    for formulas in OTHERS[0], FlowSpec(log_det_eps=1e-4).arguments():
         with pytest.raises(RuntimeError, match=message):
             operators.planar_forward(*inputs, *formulas, True)
         with pytest.raises(RuntimeError, match=message):

@@ -11,7 +11,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import vvae_fast
-from vvae_fast import _measured, _preference, backends, shapes
+from vvae_fast import backends, shapes
+from vvae_fast.backends import _measured, gpu_choice
+from vvae_fast.spec import FlowSpec
 
 pytestmark = pytest.mark.gpu
 PARAMS = pytest.mark.parametrize("params", [(), (64,)], ids=["shared", "amortized"])
@@ -47,17 +49,17 @@ def prefer(monkeypatch):
 
     def everywhere(backend: str) -> None:
         monkeypatch.setattr(_measured, "FASTER", {(kind, 8, 8): {1024: backend} for kind in ("shared", "amortized")})
-        _preference.nearest.cache_clear()
+        gpu_choice.nearest.cache_clear()
 
     yield everywhere
-    _preference.nearest.cache_clear()
+    gpu_choice.nearest.cache_clear()
 
 
 @PARAMS
 def test_auto_takes_what_was_measured_as_faster(gpu_backend, params, prefer):
     prefer(gpu_backend)
     p = problem(params)
-    assert backends.select(shapes.check(*p.inputs, shapes.Formulas()), None) == gpu_backend
+    assert backends.select(shapes.check(*p.inputs, FlowSpec()), None).name == gpu_backend
     assert_same_bits(run(p), run(p, backend=gpu_backend))
 
 
@@ -69,11 +71,11 @@ def test_rows_wider_than_the_cuda_kernels_take(dtype, most, prefer):
     """Refused by name; "auto" takes Triton's kernels, whatever was measured."""
     prefer("cuda")
     fits, wider = (random_problem((5,), 2, dim).to(dtype).to("cuda").inputs for dim in (most, most + 1))
-    assert backends.select(shapes.check(*fits, shapes.Formulas()), None) == "cuda"
+    assert backends.select(shapes.check(*fits, FlowSpec()), None).name == "cuda"
     assert vvae_fast.planar_flow(*fits, backend="cuda")[0].isfinite().all()
     with pytest.raises(RuntimeError, match=f"'cuda' was asked for and cannot run: .* D up to {most}, got {most + 1}"):
         vvae_fast.planar_flow(*wider, backend="cuda")
-    assert backends.select(shapes.check(*wider, shapes.Formulas()), None) == "triton"
+    assert backends.select(shapes.check(*wider, FlowSpec()), None).name == "triton"
     assert vvae_fast.planar_flow(*wider)[0].isfinite().all()
 
 

@@ -29,8 +29,10 @@ from test_planar_flow import (
 )
 
 import vvae_fast
-from vvae_fast import ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import cuda
 from vvae_fast.kernels import _heuristics
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS
 
 pytestmark = pytest.mark.gpu
 CUDA_FORMS = pytest.mark.parametrize("form", ["direct", "compact"])
@@ -55,7 +57,7 @@ def test_float64_is_the_oracle(on_gpu, batch, params, constraint):
 @pytest.mark.parametrize(("num_steps", "dim"), [(256, 300), (300, 17), (20, 513)])
 def test_large_steps_and_dims(on_gpu, num_steps, dim, params):
     if on_gpu["backend"] == "cuda":
-        dim = min(dim, ops.cuda_most_dim[torch.float64])
+        dim = min(dim, cuda.most_dim[torch.float64])
     p = random_problem((21,), num_steps, dim, params, scale=0.5, dtype=torch.float64)
     assert_close_to_oracle(p, "softplus", 1e-9, **on_gpu)
 
@@ -71,12 +73,12 @@ def test_many_rows(on_gpu, batch, params):
 
 
 @pytest.mark.usefixtures("poisoned", "set_cuda_form")
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("batch", "params"), [((131,), ()), ((40, 3), (3,)), ((3, 5), (5,))])
 def test_every_formula_of_the_cuda_kernels(batch, params, activation):
     for dim in (3, 16, 60, 200, 500):
         p = random_problem(batch, 9, dim, params, scale=0.5, dtype=torch.float64)
-        for constraint, eps in itertools.product(shapes.CONSTRAINTS, (0.0, 0.1)):
+        for constraint, eps in itertools.product(CONSTRAINTS, (0.0, 0.1)):
             formulas = {"activation": activation, "slope": 0.3, "log_det_eps": eps}
             assert_close_to_oracle(p, constraint, 1e-10, "cuda", "cuda", **formulas)
         for constraint in ("softplus", "log_softplus"):

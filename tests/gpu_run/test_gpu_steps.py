@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import gpu, prebuilt, sanitize
-from vvae_fast import ops
+from vvae_fast.backends import cuda
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_the_sanitized_cases_run(monkeypatch, capsys):
         assert {t.dtype for t in sanitize.inputs(case, "cpu")[:5]} == {case.dtype}
         run(case._replace(dtype=torch.float32) if case.dtype == torch.bfloat16 else case, "cpp", "cpu")
 
-    monkeypatch.setattr(ops, "set_cuda_form", asked.append)
+    monkeypatch.setattr(cuda, "set_form", asked.append)
     monkeypatch.setattr(sanitize, "run", on_cpu)
     assert sanitize.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -209,7 +209,7 @@ def test_the_backends_are_timed_into_a_file_beside_the_results(steps, monkeypatc
         return []
 
     monkeypatch.setattr(steps, "command", write)
-    assert gpu.backends(steps, tmp_path) == f"{file}, to be committed as vvae_fast/_measured.py"
+    assert gpu.backends(steps, tmp_path) == f"{file}, to be committed as vvae_fast/backends/_measured.py"
     assert file.exists()
 
 

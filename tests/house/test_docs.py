@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import cuda, selection
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
@@ -83,16 +85,16 @@ def test_the_index_has_every_page():
 
 def test_who_runs_what_is_what_the_backends_say(monkeypatch):
     """A column is a backend in the table's order, a row an activation; yes only where both ways and the inverse run."""
-    monkeypatch.setattr(ops, "cuda_most_dim", {torch.float32: 1024})  # of the extension, where there is one
+    monkeypatch.setattr(cuda, "most_dim", {torch.float32: 1024})  # of the extension, where there is one
     table = re.findall(r"^\| (\w+): forward, backward, inverse \| (.*) \|$", PAGES["backends.md"], re.M)
-    assert {activation for activation, _ in table} == set(shapes.ACTIVATIONS)
+    assert {activation for activation, _ in table} == set(ACTIVATIONS)
     for activation, answers in table:
         for name, answer in zip(("cpp", "cuda", "triton", "reference"), answers.split(" | "), strict=True):
-            formulas = shapes.Formulas(activation=activation)
+            formulas = FlowSpec(activation=activation)
             device = "cuda" if name in ("cuda", "triton") else "cpu"
-            problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, device, formulas=formulas)
+            problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, device, spec=formulas)
             both = [problem, problem._replace(inverse=True)]
-            reasons = [reason for p in both for reason in backends._BACKENDS[name].unsupported(p)]
+            reasons = [reason for p in both for reason in selection._BACKENDS[name].unsupported(p)]
             assert (answer == "yes") == (not reasons), (activation, name, reasons)
 
 

@@ -7,11 +7,12 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
 import vvae_fast
-from vvae_fast import autograd, ops
+from vvae_fast import backends, shapes
+from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
-SOFTPLUS_TANH = Formulas().numbers()
+SOFTPLUS_TANH = FlowSpec().arguments()
 CASES = [((5,), ()), ((5,), (5,)), ((2, 3), (3,)), ((), ())]
 
 
@@ -56,14 +57,14 @@ def test_gradient_of_expanded_ones():
 
 
 def test_private_switches_exist():
-    """autograd.py asks these two; a PyTorch that drops them must fail here and not in a user's hands."""
+    """Every call asks these two; a PyTorch that drops them must fail here and not in a user's hands."""
     assert torch._C._are_functorch_transforms_active() is False
     assert vmap(lambda x: x + torch._C._are_functorch_transforms_active())(torch.zeros(1)).item() == 1
     assert forward_ad._current_level == -1
     with forward_ad.dual_level():
         assert forward_ad._current_level == 0
-        assert autograd.needs_plain_torch()
-    assert not autograd.needs_plain_torch()
+        assert backends.needs_plain_torch()
+    assert not backends.needs_plain_torch()
 
 
 def test_vmap_over_rows_is_the_batch():
@@ -160,10 +161,10 @@ def test_compile_runs_the_kernels_and_follows_use_backend():
     compiled = torch.compile(vvae_fast.planar_flow, fullgraph=True, backend=count)
     wanted = vvae_fast.planar_flow(*p.inputs)
     torch.testing.assert_close(compiled(*p.inputs), wanted)
-    assert targets[-1].count(ops.planar_forward) == 1
+    assert targets[-1].count(operators.planar_forward) == 1
     with vvae_fast.use_backend("reference"):
         torch.testing.assert_close(compiled(*p.inputs), wanted)
-    assert ops.planar_forward not in targets[-1]
+    assert operators.planar_forward not in targets[-1]
     assert len(targets) == 2
 
 
@@ -202,13 +203,15 @@ def test_autocast_mixes_dtypes(params):
 def test_opcheck(rows, params, formulas):
     p = random_problem((rows,), 4, 3, params)
     flat = p.inputs
-    torch.library.opcheck(ops.planar_forward, (*flat, *formulas, True))
-    torch.library.opcheck(ops.planar_forward, (*flat, *formulas, False))
-    a = ops.planar_forward(*flat, *formulas, True)[2]
-    torch.library.opcheck(ops.planar_backward, (p.grad_z, p.grad_log_det, *flat, a, *formulas))
+    torch.library.opcheck(operators.planar_forward, (*flat, *formulas, True))
+    torch.library.opcheck(operators.planar_forward, (*flat, *formulas, False))
+    a = operators.planar_forward(*flat, *formulas, True)[2]
+    torch.library.opcheck(operators.planar_backward, (p.grad_z, p.grad_log_det, *flat, a, *formulas))
     if params:
         packed = pack(*flat[1:])
-        torch.library.opcheck(ops.planar_backward_packed, (p.grad_z, p.grad_log_det, flat[0], packed, a, *formulas))
+        torch.library.opcheck(
+            operators.planar_backward_packed, (p.grad_z, p.grad_log_det, flat[0], packed, a, *formulas)
+        )
 
 
 @pytest.mark.parametrize("batch", [(6,), (5, 6), (16, 3), (0, 2)])
@@ -223,7 +226,7 @@ def test_packed_parameters(batch, backend):
         return [z_K, log_det, *first, *torch.autograd.grad([g.square().sum() for g in first], inputs)]
 
     got = derivatives(*packed_planar_flow(z, packed, 4, 3, backend=backend))
-    for x, y in zip(got, derivatives(*vvae_fast.planar_flow(z, *ops.unpack(packed, 4, 3))), strict=True):
+    for x, y in zip(got, derivatives(*vvae_fast.planar_flow(z, *shapes.unpack(packed, 4, 3))), strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -232,7 +235,7 @@ def test_packed_parameters_with_one_output_used(only):
     p = random_problem((6,), 4, 3, (6,), dtype=torch.float64)
     packed = pack(p.u, p.w, p.b).requires_grad_()
     got = packed_planar_flow(p.z, packed, 4, 3)[only == "log_det"]
-    wanted = vvae_fast.planar_flow(p.z, *ops.unpack(packed, 4, 3), backend="reference")[only == "log_det"]
+    wanted = vvae_fast.planar_flow(p.z, *shapes.unpack(packed, 4, 3), backend="reference")[only == "log_det"]
     for x, y in zip(*(torch.autograd.grad(out.sum(), packed) for out in (got, wanted)), strict=True):
         torch.testing.assert_close(x, y)
 
@@ -252,33 +255,33 @@ def test_packed_parameters_with_one_output_used(only):
 def test_raw_operator_refuses_what_would_read_out_of_bounds(change, message):
     p = random_problem((6,), 4, 3)._replace(**change)
     with pytest.raises(RuntimeError, match=message):
-        ops.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)
+        operators.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)
     if set(change) == {"z"}:
         return
     a = torch.zeros(4, 6)
     with pytest.raises(RuntimeError, match=message):
-        ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)
+        operators.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)
 
 
 def test_raw_operator_refuses_two_devices_and_absurd_sizes():
     p = random_problem((6,), 4, 3)
     with pytest.raises(RuntimeError, match="must be on one device"):
-        ops.planar_forward(p.z, p.u.to("meta"), p.w, p.b, *SOFTPLUS_TANH, True)
+        operators.planar_forward(p.z, p.u.to("meta"), p.w, p.b, *SOFTPLUS_TANH, True)
     steps = 2**62
     u, b = torch.zeros(1, 1).expand(steps, 1), torch.zeros(1).expand(steps)
     with pytest.raises(RuntimeError, match="at most 2\\^40 elements"):
-        ops.planar_forward(torch.zeros(0, 1), u, u, b, *SOFTPLUS_TANH, False)
+        operators.planar_forward(torch.zeros(0, 1), u, u, b, *SOFTPLUS_TANH, False)
 
 
 def test_raw_packed_backward_refuses_other_widths():
     p = random_problem((6,), 4, 3, (6,))
-    a = ops.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)[2]
+    a = operators.planar_forward(*p.inputs, *SOFTPLUS_TANH, True)[2]
     with pytest.raises(RuntimeError, match="packed must have size 28 in dimension 1, got 27"):
-        ops.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, pack(*p.inputs[1:])[:, 1:], a, *SOFTPLUS_TANH)
+        operators.planar_backward_packed(p.grad_z, p.grad_log_det, p.z, pack(*p.inputs[1:])[:, 1:], a, *SOFTPLUS_TANH)
 
 
 def test_raw_backward_refuses_other_pre_activations():
     p = random_problem((6,), 4, 3)
     for a, message in ((torch.zeros(4, 5), "a must have size 6"), (torch.zeros(6, 4).t(), "a must be contiguous")):
         with pytest.raises(RuntimeError, match=message):
-            ops.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)
+            operators.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, *SOFTPLUS_TANH)

@@ -17,11 +17,12 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils.checkpoint import checkpoint
 
 import vvae_fast
-from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse, shapes
+from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS
 
 SLOPE = 0.3
 DTYPES = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)  # of z, u, w, b under autocast
-each_activation = pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 ways = pytest.mark.parametrize("way", ["forward", "inverse"])
 compiled_activations = pytest.mark.parametrize("activation", ["tanh", "elu"])  # a compile takes seconds
 
@@ -165,7 +166,7 @@ def test_forward_mode_of_a_module(amortized, way, activation):
 
 
 @each_activation
-@pytest.mark.parametrize("constraint", shapes.CONSTRAINTS)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_the_flow_under_transforms(activation, constraint):
     """As tests/core/test_inverse.py has it of the inverse."""
     p = random_problem((4,), 2, 3, dtype=torch.float64)
@@ -183,7 +184,7 @@ def test_the_flow_under_transforms(activation, constraint):
 
 
 @pytest.mark.parametrize("params", [(), (3,)])
-@pytest.mark.parametrize("constraint", shapes.CONSTRAINTS)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
 @each_activation
 def test_derivatives_to_second_order(activation, constraint, params):
     """Of the public functions, on the backend that they choose."""

@@ -13,8 +13,9 @@ from test_modules import both
 from torch import nn
 
 import vvae_fast
-from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow, shapes
+from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn import Binomial, Gaussian, mlp_decoder, mlp_encoder
+from vvae_fast.spec import ACTIVATIONS
 
 ways = pytest.mark.parametrize("way", ["forward", "inverse"])
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -40,7 +41,7 @@ def saved_and_loaded(traced):
 
 @both
 @ways
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_trace_has_the_values_and_gradients(amortized, way, activation):
     """Of another batch than the traced one, after saving; and no warning is made."""
     module, inputs = make(amortized, way, activation, torch.float64), inputs_of(amortized, 6, torch.float64, grad=True)

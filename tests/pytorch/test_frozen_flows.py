@@ -1,5 +1,6 @@
 """A flow whose parameters nobody trains: its backward gives dz alone, with the bits that a trained one's has."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, ops
+from vvae_fast import autograd
+from vvae_fast.backends import cpp, operators, selection
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 # Batch, parameter sets, K and D: one set for all rows, a set a row, few and many rows a set; several chunks and spans.
 SHAPES = [
@@ -23,7 +25,7 @@ SHAPES = [
     ((5,), (), 0, 3),
     ((0,), (), 4, 3),
 ]
-FORMULAS = [Formulas(), Formulas("log_softplus", "sigmoid"), Formulas(activation="elu", log_det_eps=1e-3)]
+FORMULAS = [FlowSpec(), FlowSpec("log_softplus", "sigmoid"), FlowSpec(activation="elu", log_det_eps=1e-3)]
 
 
 def packed(u, w, b):
@@ -40,8 +42,7 @@ def gradients(flow, inputs, needed, grads):
 @pytest.fixture
 def asked(monkeypatch):
     """The `params` that the C++ operators are asked for by autograd's Functions; by the node: test_node.py."""
-    monkeypatch.setattr(autograd, "ordinary_planar_flow", autograd.planar_flow)
-    monkeypatch.setattr(autograd, "ordinary_packed_planar_flow", autograd.packed_planar_flow)
+    monkeypatch.setattr(autograd, "run_ordinary", autograd.run)
     asked = []
 
     def recording(operator):
@@ -51,9 +52,10 @@ def asked(monkeypatch):
 
         return call
 
-    backward = [name for name in ops.Operators._fields if "backward" in name]
-    recorded = {name: recording(getattr(ops.OPERATORS["cpp"], name)) for name in backward}
-    monkeypatch.setitem(ops.OPERATORS, "cpp", ops.OPERATORS["cpp"]._replace(**recorded))
+    backward = [name for name in operators.Operators._fields if "backward" in name]
+    recorded = {name: recording(getattr(cpp.CPP.operators, name)) for name in backward}
+    recorder = dataclasses.replace(cpp.CPP, operators=cpp.CPP.operators._replace(**recorded))
+    monkeypatch.setitem(selection._BACKENDS, "cpp", recorder)
     return asked
 
 
@@ -98,14 +100,14 @@ def rows_of(p: Problem) -> Problem:
 def test_the_operators_give_the_same_dz(batch, params, num_steps, dim, dtype):
     p = rows_of(random_problem(batch, num_steps, dim, params, dtype=dtype))
     for formulas in FORMULAS:
-        numbers = formulas.numbers()
-        a = ops.planar_forward(*p.inputs, *numbers, True)[2]
+        numbers = formulas.arguments()
+        a = operators.planar_forward(*p.inputs, *numbers, True)[2]
         saved = (p.grad_z, p.grad_log_det, p.z)
-        check(ops.planar_backward, *saved, *p.inputs[1:], a, *numbers)
+        check(operators.planar_backward, *saved, *p.inputs[1:], a, *numbers)
         if params:
-            check(ops.planar_backward_packed, *saved, packed(*p.inputs[1:]), a, *numbers)
-        a = ops.planar_inverse(*p.inputs, *numbers[:3], True)[2]
-        check(ops.planar_inverse_backward, *saved, *p.inputs[1:], a, *numbers[:3])
+            check(operators.planar_backward_packed, *saved, packed(*p.inputs[1:]), a, *numbers)
+        a = operators.planar_inverse(*p.inputs, *numbers[:3], True)[2]
+        check(operators.planar_inverse_backward, *saved, *p.inputs[1:], a, *numbers[:3])
 
 
 def check(operator, *args):
@@ -117,12 +119,12 @@ def check(operator, *args):
 
 def test_opcheck_without_parameters():
     p = random_problem((6,), 4, 3, (6,))
-    numbers = Formulas().numbers()
-    a = ops.planar_forward(*p.inputs, *numbers, True)[2]
+    numbers = FlowSpec().arguments()
+    a = operators.planar_forward(*p.inputs, *numbers, True)[2]
     saved = (p.grad_z, p.grad_log_det, p.z)
-    torch.library.opcheck(ops.planar_backward, (*saved, *p.inputs[1:], a, *numbers, False))
-    torch.library.opcheck(ops.planar_inverse_backward, (*saved, *p.inputs[1:], a, *numbers[:3], False))
-    torch.library.opcheck(ops.planar_backward_packed, (*saved, packed(*p.inputs[1:]), a, *numbers, False))
+    torch.library.opcheck(operators.planar_backward, (*saved, *p.inputs[1:], a, *numbers, False))
+    torch.library.opcheck(operators.planar_inverse_backward, (*saved, *p.inputs[1:], a, *numbers[:3], False))
+    torch.library.opcheck(operators.planar_backward_packed, (*saved, packed(*p.inputs[1:]), a, *numbers, False))
 
 
 def test_a_frozen_flow_under_the_compiler_and_twice():

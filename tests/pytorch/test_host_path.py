@@ -9,8 +9,10 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, ops, shapes
+from vvae_fast import autograd, shapes
+from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
+from vvae_fast.spec import FlowSpec
 
 
 def packed_flow(z, u, w, b, **options):
@@ -169,14 +171,14 @@ def test_a_refusal_of_the_operators_own_is_passed_on(monkeypatch):
     def fail(*args):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(autograd, "ordinary_planar_flow", fail)
+    monkeypatch.setattr(autograd, "run_ordinary", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         vvae_fast.planar_flow(*random_problem((6,), 4, 3).inputs)
 
 
-def test_formulas_are_checked_once(monkeypatch):
-    p, counted, check = random_problem((6,), 4, 3), [], shapes.check_formulas
-    monkeypatch.setattr(shapes, "check_formulas", lambda formulas: counted.append(formulas) or check(formulas))
+def test_a_spec_is_checked_once(monkeypatch):
+    p, counted, check = random_problem((6,), 4, 3), [], FlowSpec.checked
+    monkeypatch.setattr(FlowSpec, "checked", lambda *args: counted.append(args) or check(*args))
     for _ in range(3):
         vvae_fast.planar_flow(*p.inputs, activation="leaky_relu", slope=0.3125)
     assert len(counted) == 1
@@ -197,9 +199,11 @@ def test_gradients_of_a_tensor_that_left_a_transform():
 def test_without_columns_b_has_its_gradient_still(params, inverse):
     """u and w have no memory then, which must not pass for a frozen flow's."""
     p = Problem(*(torch.randn(s) for s in ((2, 0), (*params, 3, 0), (*params, 3, 0), (*params, 3), (2, 0), (2,))))
-    numbers = shapes.Formulas().numbers()[: 3 if inverse else 4]
+    numbers = FlowSpec().arguments(inverse)
     forward, backward = (
-        (ops.planar_inverse, ops.planar_inverse_backward) if inverse else (ops.planar_forward, ops.planar_backward)
+        (operators.planar_inverse, operators.planar_inverse_backward)
+        if inverse
+        else (operators.planar_forward, operators.planar_backward)
     )
     a = forward(*p.inputs, *numbers, True)[2]
     for junk in (float("nan"), 7.0):

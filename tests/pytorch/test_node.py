@@ -19,9 +19,11 @@ import vvae_fast
 from benchmarks.calls import call_cost
 from benchmarks.flow.cases import Case
 from vvae_fast import autograd, node, shapes
+from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
+from vvae_fast.spec import FlowSpec
 
-NODES, FUNCTIONS = ("vvae::PlanarFlow", "vvae::PackedPlanarFlow"), ("PlanarFlowFunction", "PackedPlanarFlowFunction")
+NODES = ("vvae::PlanarFlow", "vvae::PackedPlanarFlow")
 STEPS, DIM = 4, 3
 
 pytestmark = pytest.mark.skipif(node.load_error is not None, reason=str(node.load_error))
@@ -58,8 +60,7 @@ def functions(monkeypatch):
     """A call makes the same calls take autograd's Functions."""
 
     def use():
-        monkeypatch.setattr(autograd, "ordinary_planar_flow", autograd.planar_flow)
-        monkeypatch.setattr(autograd, "ordinary_packed_planar_flow", autograd.packed_planar_flow)
+        monkeypatch.setattr(autograd, "run_ordinary", autograd.run)
 
     return use
 
@@ -88,7 +89,7 @@ def test_values_and_gradients_are_the_functions_bits(case, dtype, used, function
     functions()
     wanted, other_name = results()
     assert name in NODES
-    assert other_name.removesuffix("Backward") in FUNCTIONS
+    assert other_name == "PlanarFlowFunctionBackward"
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(got, wanted, strict=True))
 
 
@@ -221,7 +222,7 @@ def test_exceptions_of_hooks_and_of_pytorch_pass_as_they_are():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(LookupError, match="of a hook"):
         shared(x)
     with pytest.raises(NotImplementedError, match="Could not run 'vvae_fast::cuda_planar_forward'"):
-        node.planar_flow(*x, (0, 0, 0.2, 0.0), "cuda")
+        autograd.run_by_node(autograd.Call.of(cuda.CUDA, FlowSpec()), *x)
 
 
 def test_outputs_may_be_changed_in_place():
@@ -299,7 +300,7 @@ def test_under_torch_compile_it_is_the_function_that_is_traced():
 
 
 def test_it_serves_the_torch_that_it_was_built_for(monkeypatch):
-    assert node._load() == (node._C_node, None)
+    assert node._load() == (node.extension, None)
     assert vvae_fast.info()["node"] == {"available": True, "reasons": []}
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     extension, reason = node._load()
@@ -324,13 +325,13 @@ def test_the_cost_of_a_call_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(call_cost, "FROZEN", Case(3, 2, 1))
     monkeypatch.setattr(call_cost, "BLOCK_SECONDS", 1e-4)
     monkeypatch.setattr(sys, "argv", ["call_cost.py", "3"])
-    threads, before = torch.get_num_threads(), (node.is_ordinary, autograd.ordinary_planar_flow)
+    threads, before = torch.get_num_threads(), (node.is_ordinary, autograd.run_ordinary)
     try:
         call_cost.main()
     finally:
         gc.enable()
         torch.set_num_threads(threads)
-    assert (node.is_ordinary, autograd.ordinary_planar_flow) == before
+    assert (node.is_ordinary, autograd.run_ordinary) == before
     head, row, frozen = capsys.readouterr().out.splitlines()
     assert head.endswith("one thread; node: available")
     time, ratio = r"[\d.]+ us", r"\([\d.]+x\)"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import Problem
 from torch import Tensor
 
-from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 # 0 and the neighbours of every power of two: where vectors, chunks of steps and tiles of rows begin and end.
 EDGES = sorted({0} | {2**k + off for k in range(11) for off in (-1, 0, 1)})
@@ -59,11 +59,11 @@ def sizes(draw, most_steps: int = 129, dims: tuple[int, int] = (0, 129), most_ro
 
 
 @st.composite
-def formulas(draw, inverse: bool = False) -> Formulas:
+def formulas(draw, inverse: bool = False) -> FlowSpec:
     """Any; with `inverse`, those that an inverse takes."""
     constraint = draw(st.sampled_from([c for c in CONSTRAINTS if not inverse or c != "none"]))
     eps = 0.0 if inverse else draw(st.sampled_from([0.0, 0.0, 1e-4]))
-    return Formulas(constraint, draw(activations), draw(slopes), eps)
+    return FlowSpec(constraint, draw(activations), draw(slopes), eps)
 
 
 class Scales(NamedTuple):

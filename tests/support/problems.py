@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import ops, reference
+from vvae_fast import reference
+from vvae_fast.backends import cpp
+from vvae_fast.spec import FlowSpec
 
 T = TypeVar("T")
 
@@ -75,8 +77,9 @@ def invert(p: Problem, backend: str, **formulas) -> tuple[Tensor, ...]:
 
 def oracle(p: Problem, constraint: str = "softplus", **others) -> tuple[Tensor, ...]:
     """The same from the reference's forward and hand-written adjoint, in the problem's own dtype."""
-    z_K, log_det, _ = reference.planar_forward(*p.inputs, constraint, **others)
-    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, constraint, **others)
+    spec = FlowSpec(constraint, **others)
+    z_K, log_det, _ = reference.planar_forward(*p.inputs, spec)
+    return z_K, log_det, *reference.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, spec)
 
 
 def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list[float]:
@@ -91,11 +94,11 @@ def relative_errors(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list
 
 def on_each_isa(answer: Callable[[], T]) -> dict[str, T]:
     """The answer on each instruction set that this machine has."""
-    previous, answers = ops.isa(), {}
-    for level in ops.isa_levels():
-        ops.set_isa(level)
+    previous, answers = cpp.isa(), {}
+    for level in cpp.isa_levels():
+        cpp.set_isa(level)
         answers[level] = answer()
-    ops.set_isa(previous)
+    cpp.set_isa(previous)
     return answers
 
 

@@ -31,7 +31,7 @@ from vvae_fast.kernels import (
     launch,
     planar,
 )
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LAUNCHING = (
@@ -93,7 +93,7 @@ def resources(compiled) -> dict[str, int]:
 
 def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, *formulas) -> list[tuple]:
     """What forward and backward of one problem launch in the form "direct" or "compact"; for "inverse" what the inverse
-    and its backward do, which are direct. `formulas` are those of `Formulas`."""
+    and its backward do, which are direct. `formulas` are those of `FlowSpec`."""
     _heuristics.is_compact = lambda *problem: form == "compact"
     recorder = Recorder()
     for module in LAUNCHING:
@@ -105,7 +105,7 @@ def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype:
         torch.empty(*sets, num_steps, dim, **new),
         torch.empty(*sets, num_steps, **new),
     )
-    formulas = Formulas(*formulas)
+    formulas = FlowSpec(*formulas)
     if form == "inverse":
         z_0, log_det, a = planar.planar_inverse(z, u, u, b, formulas, True)
         planar.planar_inverse_backward(z_0, log_det, z, u, u, b, a, formulas)

@@ -17,7 +17,7 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is installed
 
 from vvae_fast.kernels import planar
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 
 class Launcher:
@@ -54,7 +54,7 @@ def forward_and_backward(rows: int, dim: int, num_steps: int, amortized: bool, i
     if inverse:
         there, back = planar.planar_inverse, planar.planar_inverse_backward
     for slope in (0.1, 0.2):  # tanh has none
-        formulas = Formulas(slope=slope)
+        formulas = FlowSpec(slope=slope)
         z_K, log_det, a = there(z, u, u, b, formulas, True)
         back(z_K, log_det, z, u, u, b, a, formulas)
 

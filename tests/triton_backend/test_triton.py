@@ -20,16 +20,16 @@ from problems import (
 from test_planar_flow import edge_problem, strided_views
 
 import vvae_fast
-from vvae_fast import ops
+from vvae_fast.backends import operators
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward, launch
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = ops.OPERATORS["triton"]
-FORMULAS = Formulas().numbers()
+TRITON = operators.OPERATORS["triton"]
+FORMULAS = FlowSpec().arguments()
 
 
 ON_DEVICE = {"backend": "triton", "device": DEVICE}

@@ -19,7 +19,7 @@ from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics, _table, launch, planar
 from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,7 +40,7 @@ SHAPES = {  # batch, K, D, params
 
 def compact(p: Problem, constraint: str = "softplus", save: bool = True, **others) -> tuple[torch.Tensor, ...]:
     """z_K, log_det and, if `save`, dz, du, dw, db, straight from the launchers; `others` are more of the formulas."""
-    formulas = Formulas(constraint, **others)
+    formulas = FlowSpec(constraint, **others)
     p = Problem(*(t.to(DEVICE) for t in p))
     batch, dim, num_steps = p.z.shape[:-1], p.z.shape[-1], p.u.shape[-2]
     z, grad_z = (t.reshape(-1, dim) for t in (p.z, p.grad_z))
@@ -170,8 +170,8 @@ def test_packed_gradients(monkeypatch):
     p = Problem(*(t.to(DEVICE) for t in p))
     z, grad_z = (t.reshape(rows, dim) for t in (p.z, p.grad_z))
     packed = torch.cat([p.u.flatten(1), p.w.flatten(1), p.b], 1)
-    _, _, a = planar.planar_forward(z, p.u, p.w, p.b, Formulas(), True)
-    dz, dpacked = planar.planar_backward_packed(grad_z, p.grad_log_det.reshape(rows), z, packed, a, Formulas())
+    _, _, a = planar.planar_forward(z, p.u, p.w, p.b, FlowSpec(), True)
+    dz, dpacked = planar.planar_backward_packed(grad_z, p.grad_log_det.reshape(rows), z, packed, a, FlowSpec())
     _, _, *wanted = oracle(Problem(*(t.cpu() for t in p)))
     wanted_packed = torch.cat([wanted[1].flatten(1), wanted[2].flatten(1), wanted[3]], 1)
     got = (dz.view_as(p.z).cpu(), dpacked.cpu())

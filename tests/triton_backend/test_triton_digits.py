@@ -8,15 +8,17 @@ from problems import oracle, random_problem, relative_errors, run
 from torch import Tensor
 
 import vvae_fast
-from vvae_fast import activations, ops, reference
-from vvae_fast.shapes import Formulas
+from vvae_fast import reference
+from vvae_fast.backends import operators
+from vvae_fast.reference import activations
+from vvae_fast.spec import FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics, direct_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = ops.OPERATORS["triton"]
+TRITON = operators.OPERATORS["triton"]
 
 # NumPy's, which interprets: what is selected against may divide by 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -76,7 +78,7 @@ def test_other_roots_with_a_huge_c(activation, c):
     R = c * torch.tensor([0.25, 1.5] if activation == "sigmoid" else [0.25, -0.25, 1.5, -1.5, -1e-20])
     one = torch.ones(len(R), 1, 1)
     inputs = (t.to(DEVICE) for t in (R[:, None], c * one, one, torch.zeros(len(R), 1)))
-    formulas = Formulas(activation=activation).numbers()[:3]
+    formulas = FlowSpec(activation=activation).arguments(inverse=True)
     _, log_det, a = (t.cpu() for t in TRITON.planar_inverse(*inputs, *formulas, True))
     at = reference.constrain(c * one.double(), one.double(), "softplus")
     x = activations.solve(R.double(), at.c.squeeze(), at.s.squeeze(), activation, 1.0)
@@ -159,7 +161,7 @@ def test_memory_of_the_z_that_the_way_back_takes(monkeypatch, dtype, rows, sets,
     u, b = (u, b) if sets > 1 else (u[0], b[0])
     a = torch.empty(5, rows, dtype=torch.float32, device="meta")
     du, dw, db = torch.empty_like(u), torch.empty_like(u), torch.empty_like(b)
-    direct_backward.launch_direct_backward(z, a[0], z, u, u, a, torch.empty_like(z), du, dw, db, Formulas())
+    direct_backward.launch_direct_backward(z, a[0], z, u, u, a, torch.empty_like(z), du, dw, db, FlowSpec())
     kept = launched[0][10]
     assert kept is dw if wanted is None else kept.shape == wanted
     assert kept.dtype == torch.float32

@@ -15,12 +15,14 @@ from problems import (
 )
 
 import vvae_fast
-from vvae_fast import backends, ops, shapes
+from vvae_fast import shapes
+from vvae_fast.backends import operators, selection
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.math import Activation
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_DEVICE = {"backend": "triton", "device": DEVICE}
@@ -29,9 +31,9 @@ SLOPE = 0.3
 # NumPy's, which interprets: rows that are not there or no numbers have log(0), inf - inf and the like, and go nowhere.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
-PAIRS = list(itertools.product(shapes.ACTIVATIONS, shapes.CONSTRAINTS))
+PAIRS = list(itertools.product(ACTIVATIONS, CONSTRAINTS))
 each_pair = pytest.mark.parametrize(("activation", "constraint"), PAIRS)
-beside_tanh = pytest.mark.parametrize("activation", [name for name in shapes.ACTIVATIONS if name != "tanh"])
+beside_tanh = pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "tanh"])
 
 
 @pytest.fixture(params=["direct", "compact"])
@@ -125,7 +127,7 @@ def test_half_precisions_compute_in_float32(activation, dtype):
         torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-2 if x.dtype == dtype else 1e-6, atol=1e-2)
 
 
-@pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_every_order(activation):
     p = random_problem((2,), 2, 2, scale=0.5, dtype=torch.float64).to(DEVICE)
 
@@ -140,23 +142,23 @@ def test_gradients_of_every_order(activation):
 
 @each_pair
 def test_nothing_is_refused_but_another_device(activation, constraint):
-    formulas = shapes.Formulas(constraint, activation, SLOPE, 1e-4)
-    problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", formulas=formulas)
-    assert backends._BACKENDS["triton"].unsupported(problem) == []
-    assert backends._BACKENDS["triton"].unsupported(problem._replace(device_type="xpu")) == [
+    formulas = FlowSpec(constraint, activation, SLOPE, 1e-4)
+    problem = shapes.Problem(5, 3, 4, 1, False, torch.float32, "cuda", spec=formulas)
+    assert selection._BACKENDS["triton"].unsupported(problem) == []
+    assert selection._BACKENDS["triton"].unsupported(problem._replace(device_type="xpu")) == [
         "the triton backend runs on cuda tensors, got xpu"
     ]
 
 
 def test_only_leaky_relus_slope_is_compiled_for():
-    for activation in shapes.ACTIVATIONS:
-        known = {Activation.of(shapes.Formulas(activation=activation, slope=slope)) for slope in (0.1, 0.2, 1)}
+    for activation in ACTIVATIONS:
+        known = {Activation.of(FlowSpec(activation=activation, slope=slope)) for slope in (0.1, 0.2, 1)}
         assert len(known) == (3 if activation == "leaky_relu" else 1)
 
 
 def test_the_raw_operators_refuse_a_number_without_a_name():
     p = random_problem((4,), 2, 2).to(DEVICE)
-    triton = ops.OPERATORS["triton"]
+    triton = operators.OPERATORS["triton"]
     refused = [(3, 0, r"constraint must be in \[0, 2\], got 3"), (0, -1, r"activation must be in \[0, 4\], got -1")]
     for constraint, activation, message in refused:
         with pytest.raises(ValueError, match=message):

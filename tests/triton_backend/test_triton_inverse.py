@@ -8,18 +8,20 @@ from test_fused_inverse import run as run_inverse
 from test_planar_flow import EDGES, strided_views
 
 import vvae_fast
-from vvae_fast import activations, backends, ops, reference, shapes
-from vvae_fast.shapes import Formulas
+from vvae_fast import reference, shapes
+from vvae_fast.backends import operators, selection
+from vvae_fast.reference import activations
+from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast.kernels import _heuristics, direct_backward, launch, planar
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = ops.OPERATORS["triton"]
-INVERTIBLE = Formulas().numbers()[:3]
+TRITON = operators.OPERATORS["triton"]
+INVERTIBLE = FlowSpec().arguments(inverse=True)
 
-each_activation = pytest.mark.parametrize("activation", shapes.ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def answer(p: Problem, **formulas) -> tuple[torch.Tensor, ...]:
@@ -75,16 +77,16 @@ def test_float32_accuracy(params):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize(
-    ("activation", "constraint"), [*((name, "softplus") for name in shapes.ACTIVATIONS), ("tanh", "log_softplus")]
+    ("activation", "constraint"), [*((name, "softplus") for name in ACTIVATIONS), ("tanh", "log_softplus")]
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of 0 / 0 at a root of 0
 def test_residual_at_the_edges_of_the_constraint(activation, constraint, dtype, bound):
     """One step in one dimension, w = 1 and b = 0: R is z, a set for each row. The bound is relative to max(1, |R|)."""
-    formulas, points = Formulas(constraint, activation), edge_points(dtype)
+    formulas, points = FlowSpec(constraint, activation), edge_points(dtype)
     R, alpha = points.repeat(len(EDGES)), torch.tensor(EDGES, dtype=dtype).repeat_interleave(len(points))
     u, w = alpha[:, None, None], torch.ones(len(R), 1, 1, dtype=dtype)
     inputs = (t.to(DEVICE) for t in (R[:, None], u, w, torch.zeros(len(R), 1, dtype=dtype)))
-    z_0, log_det, a = (t.cpu() for t in TRITON.planar_inverse(*inputs, *formulas.numbers()[:3], True))
+    z_0, log_det, a = (t.cpu() for t in TRITON.planar_inverse(*inputs, *formulas.arguments(inverse=True), True))
     s = reference.constrain(u.double(), w.double(), constraint).s.squeeze()
     x, h = a[0].double(), activations.activate(a[0].double(), activation, formulas.slope).h
     residual = (x - h) + s * h - R.double()
@@ -217,7 +219,7 @@ def test_the_raw_operators_refuse_what_does_not_fit():
 
 def test_what_has_too_many_columns_is_refused_with_the_reason():
     problem = shapes.Problem(5, 2049, 4, 1, False, torch.float32, "cuda", inverse=True)
-    unsupported = backends._BACKENDS["triton"].unsupported
+    unsupported = selection._BACKENDS["triton"].unsupported
     assert unsupported(problem) == ["the triton backend inverts D up to 2048, got 2049"]
     assert unsupported(problem._replace(dim=2048)) == []
     assert unsupported(problem._replace(dim=1025, compute_dtype=torch.float64)) == [

@@ -18,12 +18,12 @@ from vvae_fast.kernels import (
     launch,
     planar,
 )
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec
 
 LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, STEPS, DIM = 8, 3, 4
-LEAKY = Formulas(activation="leaky_relu")  # each of its fields counts
+LEAKY = FlowSpec(activation="leaky_relu")  # each of its fields counts
 
 
 @pytest.fixture(params=["direct", "compact"])
@@ -202,8 +202,8 @@ def test_the_number_of_plans_is_bounded():
 
 def run(p) -> tuple[torch.Tensor, ...]:
     """The operators' outputs and gradients."""
-    z_K, log_det, a = planar.planar_forward(*p.inputs, Formulas(), True)
-    return z_K, log_det, *planar.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, Formulas())
+    z_K, log_det, a = planar.planar_forward(*p.inputs, FlowSpec(), True)
+    return z_K, log_det, *planar.planar_backward(p.grad_z, p.grad_log_det, *p.inputs, a, FlowSpec())
 
 
 def variants(p) -> list:

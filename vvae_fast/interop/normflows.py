@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast import shapes
-from vvae_fast.distributions import flow_options
 from vvae_fast.functional import planar_flow, planar_flow_inverse
 from vvae_fast.interop import _runs
+from vvae_fast.spec import ACTIVATIONS
 
 _SLOPE = 0.2  # normflows' own, for leaky_relu
 _LAYERS = _runs.LayerList("flows", "nf.NormalizingFlow")
@@ -36,8 +36,8 @@ class PlanarStack(_runs.Stack):
         if not len(sizes):
             raise ValueError("shape must have at least one dimension, got (): pass (1,) for scalars")
         self.shape = tuple(shapes.check_size("shape's sizes", size, 1) for size in sizes)
-        if act not in shapes.ACTIVATIONS:
-            raise ValueError(f"act must be one of {shapes.ACTIVATIONS}, got {act!r}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
         self.act = act
         self.u = nn.Parameter(torch.empty(num_steps, *self.shape))
         self.w = nn.Parameter(torch.empty(num_steps, *self.shape))
@@ -71,9 +71,8 @@ class PlanarStack(_runs.Stack):
         if z.shape[len(batch) :] != self.shape:
             raise ValueError(f"z must be [*batch, *shape] with shape = {self.shape}, got {tuple(z.shape)}")
         size = math.prod(self.shape)
-        options = flow_options(self.act, _SLOPE)
         u, w = self.u.reshape(-1, size), self.w.reshape(-1, size)
-        z_K, log_det = flow(z.reshape(*batch, size), u, w, self.b, **options)
+        z_K, log_det = flow(z.reshape(*batch, size), u, w, self.b, activation=self.act, slope=_SLOPE)
         return z_K.reshape(z.shape), log_det
 
     def unfused(self) -> nn.ModuleList:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast import reference, shapes
-from vvae_fast.distributions import CachedPlanar, flow_options
+from vvae_fast.distributions import CachedPlanar
 from vvae_fast.interop._runs import Layer, check_rows, check_state_dict, is_class, without_drawing
+from vvae_fast.spec import FlowSpec
 
 try:  # Pyro's conditional distributions take nothing but its own class, and its users ask for these
     from pyro.distributions import TransformModule as _ModuleBase
@@ -21,7 +22,7 @@ class _PyroPlanar(CachedPlanar):
     """Pyro's formulas: tanh, and u constrained."""
 
     def __init__(self, cache_size: int = 1) -> None:
-        super().__init__(flow_options("tanh"), cache_size)
+        super().__init__(FlowSpec().options(), cache_size)
 
     def u_hat(self, u: Tensor, w: Tensor) -> Tensor:
         """The u_hat [*params, D] with w . u_hat > -1 that the flow uses, for u and w [*params, D]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vvae_fast import shapes
 from vvae_fast.functional import planar_flow
 from vvae_fast.interop import _runs
+from vvae_fast.spec import FlowSpec
 
 _LOG_DET_EPS = 1e-4  # pythae's log(|det| + 1e-4)
 _ACTIVATIONS = ("linear", "tanh", "elu")  # pythae's
@@ -75,7 +76,7 @@ class PlanarStack(_runs.Stack):
         dim, num_steps = shapes.check_size("dim", dim, 1), shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
-        shapes.check_formulas(shapes.Formulas("none", activation, log_det_eps=log_det_eps))
+        FlowSpec("none", activation, log_det_eps=log_det_eps).checked()
         self.input_dim, self.activation, self.log_det_eps = dim, activation, log_det_eps
         self.w = nn.Parameter(torch.empty(num_steps, dim))
         self.u = nn.Parameter(torch.empty(num_steps, dim))
@@ -167,7 +168,7 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     least 0.
     """
     _LAYERS.of(model)
-    shapes.check_formulas(shapes.Formulas("none", log_det_eps=log_det_eps))
+    FlowSpec("none", log_det_eps=log_det_eps).checked()
     _LAYERS.fuse(model, _facts, lambda layer, act, _: PlanarStack(layer.u.shape[1], 1, act, log_det_eps=log_det_eps))
     return model
 

@@ -5,17 +5,16 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from vvae_fast import config, ops
+from vvae_fast import config
 from vvae_fast.kernels import _heuristics, launch
-from vvae_fast.shapes import Formulas, Problem
+from vvae_fast.shapes import Problem
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -52,28 +51,6 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 @functools.cache
-def _planar() -> ModuleType:
-    from vvae_fast.kernels import planar
-
-    return planar
-
-
-_DEVICES = ("cuda", "cpu") if interpreted else ("cuda",)
-
-
-_formulas_of = functools.lru_cache(256)(Formulas.of_numbers)
-
-
-def implementation(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """What the operator of that name does: planar.py's function takes `Formulas` where an operator takes numbers."""
-    names = [argument.name for argument in getattr(ops.OPERATORS["triton"], name)._schema.arguments]
-    first, end = names.index("constraint"), names.index("save" if "save" in names else "params")
-
-    def implement(*args) -> tuple[Tensor, ...]:
-        return getattr(_planar(), name)(*args[:first], _formulas_of(*args[first:end]), *args[end:])
-
-    return implement
-
-
-for _name in ops.Operators._fields:
-    torch.library.impl(getattr(ops.OPERATORS["triton"], _name).name(), _DEVICES, implementation(_name))
+def find_planar() -> ModuleType:
+    """planar.py, which has the operators."""
+    return importlib.import_module("vvae_fast.kernels.planar")

@@ -21,7 +21,7 @@ from vvae_fast.kernels.launch import (
     unit_columns,
 )
 from vvae_fast.kernels.math import Activation, activate, adjoint_parts, constrain, constrain_backward, unit
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec as Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_slices", "num_blocks"])

@@ -26,7 +26,7 @@ from vvae_fast.kernels.launch import (
 )
 from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
 from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec as Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])

@@ -22,7 +22,7 @@ from vvae_fast.kernels.launch import (
 )
 from vvae_fast.kernels.math import Activation, activate, constrain, log_abs_determinant
 from vvae_fast.kernels.root import solve
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec as Formulas
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets"])

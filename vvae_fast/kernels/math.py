@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec as Formulas
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

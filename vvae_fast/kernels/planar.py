@@ -5,13 +5,13 @@ Shapes as in vvae_fast/ops.py. With no rows or no steps there is nothing to laun
 
 from torch import Tensor
 
-from vvae_fast import ops, shapes
+from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
 from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.kernels.direct_backward import launch_direct_backward
 from vvae_fast.kernels.direct_forward import launch_direct_forward
-from vvae_fast.shapes import Formulas
+from vvae_fast.spec import FlowSpec as Formulas
 
 
 def planar_forward(
@@ -61,7 +61,7 @@ def planar_backward_packed(
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
     dpacked = packed.new_empty(packed.shape)
-    parts, gradients = (ops.unpack(t, num_steps, dim) for t in (packed, dpacked))
+    parts, gradients = (shapes.unpack(t, num_steps, dim) for t in (packed, dpacked))
     dz = _backward(grad_z, grad_log_det, z, *parts, a, *gradients, formulas, params)
     return dz, *((dpacked,) if params else _nothing(z, 1))
 

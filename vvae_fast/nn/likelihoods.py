@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.shapes import HALVES, as_float, check_size, full_precision, untraced
+from vvae_fast.shapes import HALVES, check_size, full_precision, untraced
+from vvae_fast.spec import as_float
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 # Operations of autograd's graph: those that give probabilities or their logarithms, and those that only move numbers.

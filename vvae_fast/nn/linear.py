@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.autograd import needs_plain_torch
+from vvae_fast.backends import needs_plain_torch
 
 _LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
 

@@ -10,19 +10,18 @@ from vvae_fast import reference
 from vvae_fast.backends import check_name
 from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.linear import Linear
-from vvae_fast.ops import unpack
 from vvae_fast.shapes import (
     HALVES,
-    Formulas,
     as_index,
     autocasts,
-    check_formulas,
     check_size,
     compute_dtype,
     full_precision,
     is_trailing,
+    unpack,
     untraced,
 )
+from vvae_fast.spec import DEFAULT, DEFAULT_SLOPE, FlowSpec
 
 # The w . u at which u_hat = 0: with it the flow starts as the identity, docs/math.md (25), (32).
 _IDENTITY_ALPHA = {
@@ -39,7 +38,7 @@ def _identity_u(w: Tensor, constraint: str) -> Tensor:
 
 
 class _Planar(nn.Module):
-    """What both modules share: the sizes, the formulas, the backend, and what follows from a set of parameters."""
+    """What both modules share: the sizes, the spec, the backend, and what follows from a set of parameters."""
 
     def __init__(
         self, dim: int, num_steps: int, activation: str, slope: float, constraint: str, backend: str | None
@@ -47,19 +46,14 @@ class _Planar(nn.Module):
         super().__init__()
         self.dim = check_size("dim", dim, 1)
         self.num_steps = check_size("num_steps", num_steps, 0)
-        self.slope = check_formulas(Formulas(constraint, activation, slope)).slope
+        self.slope = FlowSpec(constraint, activation, slope).checked().slope
         if backend is not None:
             check_name(backend)
         self.activation, self.constraint, self.backend = activation, constraint, backend
 
     def _options(self) -> dict[str, Any]:
         """The keyword arguments of `planar_flow`."""
-        return {
-            "activation": self.activation,
-            "slope": self.slope,
-            "constraint": self.constraint,
-            "backend": self.backend,
-        }
+        return FlowSpec(self.constraint, self.activation, self.slope).options() | {"backend": self.backend}
 
     @untraced
     def _check_z(self, z: Tensor, like: Tensor) -> None:
@@ -83,7 +77,7 @@ class _Planar(nn.Module):
 
     def _repr(self, **sizes: int) -> str:
         """The sizes, and the options that differ from their defaults."""
-        defaults = {**Formulas()._asdict(), "backend": None}
+        defaults = {**DEFAULT.options(), "backend": None}
         changed = {name: x for name, x in self._options().items() if x != defaults[name]}
         return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
 
@@ -119,7 +113,7 @@ class PlanarFlow(_Planar):
         num_steps: int,
         *,
         activation: str = "tanh",
-        slope: float = 0.2,
+        slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
         backend: str | None = None,
     ) -> None:
@@ -206,7 +200,7 @@ class AmortizedPlanarFlow(_Planar):
         context_dim: int,
         *,
         activation: str = "tanh",
-        slope: float = 0.2,
+        slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
         backend: str | None = None,
     ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import vvae_fast
 from vvae_fast import backends
+from vvae_fast.backends import selection
 from vvae_fast.train.data import LIKELIHOODS, Dataset, summary
 from vvae_fast.train.density import FitConfig
 from vvae_fast.train.energies import ENERGIES
@@ -250,8 +251,8 @@ def _out(arguments: argparse.Namespace) -> Path:
 def _check_backend() -> None:
     """Raises RunError, with the reasons, where VVAE_FAST_BACKEND asks for a backend that cannot run."""
     try:
-        backends.check_name(backends.environment_name, "the backend")
-        with vvae_fast.use_backend(backends.environment_name):
+        backends.check_name(selection.environment_name, "the backend")
+        with vvae_fast.use_backend(selection.environment_name):
             pass
     except (ValueError, RuntimeError) as error:
         raise RunError(f"VVAE_FAST_BACKEND: {error}; unset it or choose another") from error

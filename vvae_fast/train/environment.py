@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vvae_fast import backends
 from vvae_fast._version import __version__
+from vvae_fast.backends import selection
 
 PACKAGES = ("torch", "lightning", "numpy", "scikit-learn")
 
@@ -26,7 +26,7 @@ def describe_environment(compile_mode: str | None = None) -> dict[str, object]:
         "processor": processor_name(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
-        "backend": backends.environment_name,
+        "backend": selection.environment_name,
         "compile": compile_mode,
     }
 

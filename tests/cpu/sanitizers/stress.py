@@ -14,8 +14,8 @@ import threading
 import torch
 
 import vvae_fast
-from vvae_fast import ops
-from vvae_fast.shapes import ACTIVATIONS, CONSTRAINTS, Formulas
+from vvae_fast.backends import cpp, operators
+from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 # rows, sets (None: shared), K, D. Each form and where it changes, a tile that is not full, D that fill no vector, rows
 # that several threads share in one pass (shared), side by side over sets, and one set after another.
@@ -40,19 +40,19 @@ def problem(size: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
     return [(0.5 * torch.randn(shape, generator=g)).to(dtype) for shape in shapes]
 
 
-def call_all(p: list[torch.Tensor], formulas: Formulas) -> list[torch.Tensor]:
+def call_all(p: list[torch.Tensor], formulas: FlowSpec) -> list[torch.Tensor]:
     """What the five operators give for one problem, and for its parameters as views of a head's output."""
     z, u, w, b, grad_z, grad_log_det = p
-    numbers = formulas.numbers()
-    z_K, log_det, a = ops.planar_forward(z, u, w, b, *numbers, True)
-    outputs = [z_K, log_det, a, *ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)]
-    outputs.append(ops.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers, False)[0])  # dz alone
+    numbers = formulas.arguments()
+    z_K, log_det, a = operators.planar_forward(z, u, w, b, *numbers, True)
+    outputs = [z_K, log_det, a, *operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers)]
+    outputs.append(operators.planar_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers, False)[0])  # dz alone
     if u.dim() == 3:
         packed = torch.cat([u.flatten(-2), w.flatten(-2), b], -1)
-        outputs += ops.planar_backward_packed(grad_z, grad_log_det, z, packed, a, *numbers)
+        outputs += operators.planar_backward_packed(grad_z, grad_log_det, z, packed, a, *numbers)
     if formulas.constraint != "none":
-        z_0, log_det, a = ops.planar_inverse(z, u, w, b, *numbers[:3], True)
-        grads = ops.planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers[:3])
+        z_0, log_det, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
+        grads = operators.planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers[:3])
         outputs += [z_0, log_det, a, *grads]
     return outputs
 
@@ -75,7 +75,7 @@ def cases(part: int, parts: int) -> list[tuple]:
     """Sizes, dtypes and formulas; each activation and constraint meets each form."""
     names = itertools.cycle(itertools.product(ACTIVATIONS, CONSTRAINTS))
     everything = [
-        (size, dtype, Formulas(constraint, activation))
+        (size, dtype, FlowSpec(constraint, activation))
         for size in SIZES
         for dtype in (torch.float32, torch.float64)
         for activation, constraint in itertools.islice(names, 2)
@@ -124,19 +124,19 @@ def stress(options: argparse.Namespace) -> list[str]:
 
 def switch(options: argparse.Namespace) -> list[str]:
     """Threads that call while one changes the instruction set: each call takes one or the other as a whole."""
-    levels = ops.isa_levels()
-    p, formulas = problem(SIZES[4], torch.float64), Formulas()
+    levels = cpp.isa_levels()
+    p, formulas = problem(SIZES[4], torch.float64), FlowSpec()
     wanted = []
     for level in levels:
-        ops.set_isa(level)
+        cpp.set_isa(level)
         wanted.append(call_all(p, formulas))
 
     def work(number: int) -> None:
         for i in range(20):
             if number == 0:
-                ops.set_isa(levels[i % len(levels)])
+                cpp.set_isa(levels[i % len(levels)])
             else:
-                z_K, log_det, _ = ops.planar_forward(*p[:4], *formulas.numbers(), True)
+                z_K, log_det, _ = operators.planar_forward(*p[:4], *formulas.arguments(), True)
                 if not any(same([z_K, log_det], answer[:2]) for answer in wanted):
                     raise ValueError("an answer of no instruction set")
 
@@ -145,7 +145,7 @@ def switch(options: argparse.Namespace) -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", default=ops.isa(), choices=ops.isa_levels())
+    parser.add_argument("--isa", default=cpp.isa(), choices=cpp.isa_levels())
     parser.add_argument("--python-threads", type=int, default=4)
     parser.add_argument("--openmp-threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
@@ -155,12 +155,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def find_problems(options: argparse.Namespace) -> list[str]:
     """What was wrong with an answer, in words; the threads and the instruction set are put back."""
-    isa, threads = ops.isa(), torch.get_num_threads()
-    ops.set_isa(options.isa)
+    isa, threads = cpp.isa(), torch.get_num_threads()
+    cpp.set_isa(options.isa)
     try:
         return stress(options) + switch(options)
     finally:
-        ops.set_isa(isa)
+        cpp.set_isa(isa)
         torch.set_num_threads(threads)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vvae_fast import _measured
+from vvae_fast.backends import _measured
 from vvae_fast.shapes import Problem
 
 # The ends of the classes; what is larger than the last is in the last.

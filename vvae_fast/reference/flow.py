@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vvae_fast.activations import activate, log_abs_determinant, solve, step_adjoint
+from vvae_fast.reference.activations import activate, log_abs_determinant, solve, step_adjoint
+from vvae_fast.spec import DEFAULT, FlowSpec
 
 LEAST_ALPHA = {torch.float32: -87.0, torch.float64: -708.0}  # that s holds, docs/math.md (38)
 
@@ -81,23 +82,16 @@ def constrain_backward(
 
 
 def planar_forward(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    constraint: str = "softplus",
-    activation: str = "tanh",
-    slope: float = 0.2,
-    log_det_eps: float = 0.0,
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_K [*batch, D], log_det [*batch] and the pre-activations a [K, *batch], docs/math.md (1) to (3)."""
-    p = constrain(u, w, constraint)
+    p = constrain(u, w, spec.constraint)
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     pre_activations = []
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
-        act = activate(a, activation, slope)
-        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], p.sunk[..., k], log_det_eps)
+        act = activate(a, spec.activation, spec.slope)
+        log_det = log_det + log_abs_determinant(act, p.c[..., k], p.s[..., k], p.sunk[..., k], spec.log_det_eps)
         z = z + p.u_hat[..., k, :] * act.h[..., None]  # [*batch, D]
         pre_activations.append(a)
     a = torch.stack(pre_activations) if pre_activations else log_det.new_empty((0, *log_det.shape))
@@ -105,67 +99,50 @@ def planar_forward(
 
 
 def planar_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    constraint: str = "softplus",
-    activation: str = "tanh",
-    slope: float = 0.2,
-    log_det_eps: float = 0.0,
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec = DEFAULT
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz [*batch, D], du and dw [*params, K, D], db [*params, K]: the adjoint of `planar_forward`, docs/math.md (16).
 
     Written in differentiable operations, so that it serves double backward too.
     """
-    p = constrain(u, w, constraint)
+    p = constrain(u, w, spec.constraint)
     z_before, activated = [], []
     for k in range(u.shape[-2]):
         a = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
-        act = activate(a, activation, slope)
+        act = activate(a, spec.activation, spec.slope)
         z_before.append(z)
         activated.append(act)
         z = z + p.u_hat[..., k, :] * act.h[..., None]
 
     g = grad_z  # [*batch, D]  dL/dz_k
-    v, dw, db, gamma = [], [], [], []
+    of_v, of_dw, of_db, of_gamma = [], [], [], []  # of the steps, the last one first
     for k in reversed(range(u.shape[-2])):
         act = activated[k]
         c, s, unit = p.c[..., k], p.s[..., k], p.unit[..., k]
         e = (g * p.u_hat[..., k, :]).sum(-1)  # [*batch]
-        delta, gamma_k = step_adjoint(e, grad_log_det, act, c, s, unit, log_det_eps)  # [*batch]
+        delta, gamma_k = step_adjoint(e, grad_log_det, act, c, s, unit, spec.log_det_eps)  # [*batch]
         params = w[..., k, :].shape
-        v.append((g * act.h[..., None]).sum_to_size(params))
-        dw.append((z_before[k] * delta[..., None]).sum_to_size(params))
-        db.append(delta.sum_to_size(params[:-1]))
-        gamma.append(gamma_k.sum_to_size(params[:-1]))
+        of_v.append((g * act.h[..., None]).sum_to_size(params))
+        of_dw.append((z_before[k] * delta[..., None]).sum_to_size(params))
+        of_db.append(delta.sum_to_size(params[:-1]))
+        of_gamma.append(gamma_k.sum_to_size(params[:-1]))
         g = g + delta[..., None] * w[..., k, :]
-    if not v:
+    if not of_v:
         return g, torch.zeros_like(u), torch.zeros_like(w), torch.zeros_like(b)
-    v, dw = (torch.stack(x[::-1], -2) for x in (v, dw))  # [*params, K, D]
-    db, gamma = (torch.stack(x[::-1], -1) for x in (db, gamma))  # [*params, K]
-    du, dw_constraint = constrain_backward(v, gamma, u, w, p, constraint)
+    v, dw = (torch.stack(x[::-1], -2) for x in (of_v, of_dw))  # [*params, K, D]
+    db, gamma = (torch.stack(x[::-1], -1) for x in (of_db, of_gamma))  # [*params, K]
+    du, dw_constraint = constrain_backward(v, gamma, u, w, p, spec.constraint)
     return g, du, dw + dw_constraint, db
 
 
-def planar_inverse(
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    constraint: str = "softplus",
-    activation: str = "tanh",
-    slope: float = 0.2,
-) -> tuple[Tensor, Tensor]:
+def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec = DEFAULT) -> tuple[Tensor, Tensor]:
     """z_0 [*batch, D] from z_K, and the log_det [*batch] of this inverse map, docs/math.md (17), (18)."""
-    p = constrain(u, w, constraint)
+    p = constrain(u, w, spec.constraint)
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     for k in reversed(range(u.shape[-2])):
         c, s = p.c[..., k], p.s[..., k]
         rhs = (z * w[..., k, :]).sum(-1) + b[..., k]  # [*batch]
-        act = activate(solve(rhs, c, s, activation, slope), activation, slope)
+        act = activate(solve(rhs, c, s, spec.activation, spec.slope), spec.activation, spec.slope)
         log_det = log_det - log_abs_determinant(act, c, s, p.sunk[..., k])
         z = z - p.u_hat[..., k, :] * act.h[..., None]
     return z, log_det

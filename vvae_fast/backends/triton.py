@@ -1,0 +1,20 @@
+"""The Triton kernels of vvae_fast/kernels, which the first call imports, as PyTorch's operators."""
+
+import torch
+
+from vvae_fast import kernels
+from vvae_fast.backends import operators
+from vvae_fast.backends.base import Backend
+
+TRITON = Backend(
+    "triton",
+    operators.OPERATORS["triton"],
+    kernels.unavailable,
+    kernels.unsupported,
+    takes_halves=lambda problem: not problem.inverse,
+    is_automatic=lambda problem: problem.device_type != "cpu",  # where kernels are interpreted
+)
+
+_DEVICES = ("cuda", "cpu") if kernels.interpreted else ("cuda",)
+for _operator, _function in zip(TRITON.operators, operators.in_python(kernels.find_planar), strict=True):
+    torch.library.impl(_operator.name(), _DEVICES, _function)
