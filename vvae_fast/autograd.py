@@ -30,36 +30,33 @@ class Call(NamedTuple):
     differentiable_backward: Operator  # the reference's
     arguments: tuple[int | float, ...]  # of the operators, `FlowSpec.arguments`
     num_steps: int | None  # K where the parameters are packed
+    node: Operator | None  # what serves an ordinary call in their place, called with the tensors and these arguments
+    node_arguments: tuple[int | float | str, ...]
 
     @classmethod
     def of(cls, backend: Backend, spec: FlowSpec, inverse: bool = False, num_steps: int | None = None) -> "Call":
         """The call of a spec that was checked."""
         names = ("planar_inverse", "planar_inverse_backward") if inverse else ("planar_forward", "planar_backward")
         forward, backward = names if num_steps is None else ("planar_forward", "planar_backward_packed")
+        arguments = spec.arguments(inverse)
+        told = (*arguments, PREFIXES.get(backend.name, ""))
         return cls(
             backend,
             getattr(backend.operators, forward),
             getattr(backend.operators, backward),
             getattr(REFERENCE.operators, backward),
-            spec.arguments(inverse),
+            arguments,
             num_steps,
+            None if inverse else node.planar_flow if num_steps is None else node.packed_planar_flow,
+            told if num_steps is None else (num_steps, *told),
         )
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
-def ordinary_call(
-    backend: Backend,
-    constraint: str,
-    activation: str,
-    slope: float,
-    log_det_eps: float,
-    inverse: bool = False,
-    num_steps: int | None = None,
-) -> Call:
+def ordinary_call(backend: Backend, inverse: bool, num_steps: int | None, *spec: Any) -> Call:
     """The call of a spec that nobody has checked: it is, once for all equal arguments. Raises a TypeError, too,
     for what cannot be a key."""
-    spec = FlowSpec(constraint, activation, slope, log_det_eps).checked(inverse)
-    return Call.of(backend, spec, inverse, num_steps)
+    return Call.of(backend, FlowSpec(*spec).checked(inverse), inverse, num_steps)
 
 
 class PlanarFlowFunction(torch.autograd.Function):
@@ -75,25 +72,25 @@ class PlanarFlowFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, _, *needed = ctx.needs_input_grad
-        nothing = [None] * len(needed)
+        call, with_params = ctx.call, True in ctx.needs_input_grad[2:]
         if grad_z is None and grad_log_det is None:
-            return None, None, *nothing
-        call, (z, *params, a) = ctx.call, ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        z, *params, a = ctx.saved_tensors
         if grad_z is None:
             grad_z = torch.zeros_like(z)
         if grad_log_det is None:
             grad_log_det = z.new_zeros(z.shape[:-1], dtype=shapes.compute_dtype(z.dtype))
-        with_params, differentiable = any(needed), torch.is_grad_enabled()  # create_graph=True: and once more
+        differentiable = torch.is_grad_enabled()  # create_graph=True
         backward = call.differentiable_backward if differentiable else call.backward
         if differentiable or (z.dim() == 2 and params[0].dim() > 1):
             dz, *gradients = backward(grad_z, grad_log_det, z, *params, a, *call.arguments, with_params)
-            return None, dz, *(gradients if with_params else nothing)
-        rows = grad_z.reshape(-1, z.shape[-1]), grad_log_det.reshape(-1), z.reshape(-1, z.shape[-1])
-        dz, *gradients = backward(*rows, *_flat_params(params), a, *call.arguments, with_params)
-        if with_params:
-            gradients = [gradient.view(t.shape) for gradient, t in zip(gradients, params, strict=True)]
-        return None, dz.view(z.shape), *(gradients if with_params else nothing)
+        else:
+            rows = grad_z.reshape(-1, z.shape[-1]), grad_log_det.reshape(-1), z.reshape(-1, z.shape[-1])
+            dz, *gradients = backward(*rows, *_flat_params(params), a, *call.arguments, with_params)
+            dz = dz.view(z.shape)
+            if with_params:
+                gradients = [gradient.view(t.shape) for gradient, t in zip(gradients, params, strict=True)]
+        return None, dz, *(gradients if with_params else (None,) * len(params))
 
 
 # PlanarFlowFunction.apply without its detour through torch.func, of which `needs_plain_torch` has found none at work.
@@ -111,27 +108,9 @@ def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     return z_out, log_det
 
 
-def run_by_node(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
-    """`run` of an ordinary call, and no inverse: z_K [R, D] and log_det [R]."""
-    prefix = PREFIXES[call.backend.name]
-    if call.num_steps is None:
-        return node.extension.planar_flow(z, *params, *call.arguments, prefix)
-    return node.extension.packed_planar_flow(z, *params, call.num_steps, *call.arguments, prefix)
-
-
-run_ordinary = run if node.load_error else run_by_node
-
-
-def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
-    """`shapes.are_ordinary`, where neither plain torch operations have to serve nor torch.compile looks on."""
-    return not (_is_compiling() or forward_ad._current_level >= 0) and node.is_ordinary(z, u, w, b)
-
-
-def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
-    """`shapes.is_ordinary_packed`, on the same terms."""
-    return not (_is_compiling() or forward_ad._current_level >= 0) and node.is_ordinary_packed(
-        z, packed, num_steps, dim
-    )
+def is_observed() -> bool:
+    """Whether torch.compile or forward-mode AD looks on, which the checks of node.py do not see."""
+    return _is_compiling() or forward_ad._current_level >= 0
 
 
 def reference_backward(

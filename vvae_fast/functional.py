@@ -1,8 +1,11 @@
 """The functional interface: `planar_flow` and `planar_flow_inverse`."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from vvae_fast import autograd, backends, shapes
+from vvae_fast import autograd, backends, node, shapes
+from vvae_fast.backends.base import Backend
 from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
 _REFUSALS = RuntimeError, TypeError, ValueError
@@ -46,16 +49,8 @@ def planar_flow(
         ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
         RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
     """
-    if autograd.is_ordinary(z, u, w, b):
-        try:
-            chosen = backends.select_ordinary(z, u, backend)
-            if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps)
-                return autograd.run_ordinary(call, z, u, w, b)
-        except _REFUSALS:
-            _explain(z, (u, w, b), FlowSpec(constraint, activation, slope, log_det_eps), backend)
-            raise
-    return _flow(z, (u, w, b), FlowSpec(constraint, activation, slope, log_det_eps), backend)
+    spec = constraint, activation, slope, log_det_eps
+    return _flow(node.is_ordinary, z, (u, w, b), spec, backend)
 
 
 def packed_planar_flow(
@@ -73,18 +68,8 @@ def packed_planar_flow(
     """`planar_flow` for parameters as a linear head computes them: packed [*params, K (2 D + 1)] holds the K rows of u
     [D], then those of w, then b. Neither they nor their gradient are copied. Results and errors are `planar_flow`'s.
     """
-    if autograd.is_ordinary_packed(z, packed, num_steps, dim):
-        try:
-            chosen = backends.select_ordinary(z, packed, backend, num_steps=num_steps)
-            if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, constraint, activation, slope, log_det_eps, False, num_steps)
-                return autograd.run_ordinary(call, z, packed)
-        except _REFUSALS:
-            params = shapes.unpack(packed, num_steps, dim)
-            _explain(z, params, FlowSpec(constraint, activation, slope, log_det_eps), backend)
-            raise
-    params = shapes.unpack(packed.detach(), num_steps, dim)
-    return _flow(z, params, FlowSpec(constraint, activation, slope, log_det_eps), backend, packed=packed)
+    spec = constraint, activation, slope, log_det_eps
+    return _flow(node.is_ordinary_packed, z, (packed,), spec, backend, sizes=(num_steps, dim))
 
 
 def planar_flow_inverse(
@@ -106,43 +91,53 @@ def planar_flow_inverse(
     In float32 the root of each step is right for w . u from -80 to 1e34, its gradients from -40: below, z_0 or its
     gradient leaves the range of float32 itself, growing as 1 / softplus(w . u) and its square.
     """
-    if autograd.is_ordinary(z, u, w, b):
-        try:
-            chosen = backends.select_ordinary(z, u, backend, inverse=True)
-            if not chosen.is_plain:
-                call = autograd.ordinary_call(chosen, constraint, activation, slope, 0.0, True)
-                return autograd.run(call, z, u, w, b)
-        except _REFUSALS:
-            _explain(z, (u, w, b), FlowSpec(constraint, activation, slope), backend, inverse=True)
-            raise
-    return _flow(z, (u, w, b), FlowSpec(constraint, activation, slope), backend, inverse=True)
+    spec = constraint, activation, slope, 0.0
+    return _flow(node.is_ordinary, z, (u, w, b), spec, backend, inverse=True)
 
 
 def _flow(
+    is_ordinary: Callable[..., bool],
     z: Tensor,
-    params: tuple[Tensor, Tensor, Tensor],
-    spec: FlowSpec,
+    params: tuple[Tensor, ...],
+    spec: tuple[str, str, float, float],
     backend: str | None,
     inverse: bool = False,
-    packed: Tensor | None = None,
+    sizes: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """A call whose arguments are checked: of u, w and b, or of the tensor in which they are packed."""
-    problem = shapes.check(z, *params, spec, inverse)
-    chosen = backends.select(problem, backend)
-    call = autograd.Call.of(chosen, problem.spec, inverse, None if packed is None else problem.num_steps)
-    inputs = (z, *params) if packed is None else (z, packed)
-    alike = all(t.dtype == z.dtype for t in params)
+    """A call of u, w and b, or of the tensor in which they are packed with the sizes K and D. What is ordinary has no
+    checks but the operators' own."""
+    num_steps = sizes[0] if sizes else None
+    if not autograd.is_observed() and is_ordinary(z, *params, *sizes):
+        try:
+            chosen = backends.select_ordinary(z, params[0], backend, inverse, num_steps)
+            if not chosen.is_plain:
+                call = autograd.ordinary_call(chosen, inverse, num_steps, *spec)
+                if node.serves and call.node is not None:
+                    return call.node(z, *params, *call.node_arguments)
+                return autograd.run(call, z, *params)
+        except _REFUSALS:
+            try:  # in the words of the checks, which may find nothing
+                _check(z, params, spec, backend, inverse, sizes)
+            except _REFUSALS as reason:
+                raise reason from None
+            raise
+    problem, chosen, alike = _check(z, params, spec, backend, inverse, sizes)
+    call = autograd.Call.of(chosen, problem.spec, inverse, num_steps)
     if alike and (z.dtype == problem.compute_dtype or chosen.takes_halves(problem)):
-        return autograd.run(call, *inputs)
-    z_out, log_det = autograd.run(call, *(t.to(problem.compute_dtype) for t in inputs))
+        return autograd.run(call, z, *params)
+    z_out, log_det = autograd.run(call, *(t.to(problem.compute_dtype) for t in (z, *params)))
     return z_out.to(z.dtype), log_det
 
 
-def _explain(
-    z: Tensor, params: tuple[Tensor, Tensor, Tensor], spec: FlowSpec, backend: str | None, inverse: bool = False
-) -> None:
-    """Raises what is wrong with a call that was refused, in the words of the checks, which may find nothing."""
-    try:
-        backends.select(shapes.check(z, *params, spec, inverse), backend)
-    except _REFUSALS as reason:
-        raise reason from None
+def _check(
+    z: Tensor,
+    params: tuple[Tensor, ...],
+    spec: tuple[str, str, float, float],
+    backend: str | None,
+    inverse: bool,
+    sizes: tuple[int, ...],
+) -> tuple[shapes.Problem, Backend, bool]:
+    """The problem, who runs it, and whether all dtypes are alike. Raises what is wrong with the call."""
+    u, w, b = shapes.unpack(params[0].detach(), *sizes) if sizes else params
+    problem = shapes.check(z, u, w, b, FlowSpec(*spec), inverse)
+    return problem, backends.select(problem, backend), z.dtype == u.dtype == w.dtype == b.dtype

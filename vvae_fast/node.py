@@ -31,18 +31,15 @@ extension, load_error = _load()
 
 
 def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
-    """The check of a call that neither torch.func, nor torch.jit.trace, nor torch.export looks at."""
-
-    def check(*args: Any) -> bool:
-        if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-            return False
-        return not torch.compiler.is_compiling() and are_ordinary(*args)
-
-    return check
+    """The check of a call that neither torch.func nor torch.jit.trace looks at."""
+    transforms_are_active, tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    return lambda *args: not transforms_are_active() and tracing_state() is None and are_ordinary(*args)
 
 
+serves = extension is not None
+planar_flow, packed_planar_flow = (extension.planar_flow, extension.packed_planar_flow) if serves else (None, None)
 is_ordinary, is_ordinary_packed = (
     (extension.is_ordinary, extension.is_ordinary_packed)
-    if extension is not None
+    if serves
     else (unobserved(shapes.are_ordinary), unobserved(shapes.is_ordinary_packed))
 )

@@ -13,6 +13,7 @@ from vvae_fast.spec import DEFAULT, FlowSpec
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
+_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, such as torch.export's
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _set_tracing_state = torch._C._set_tracing_state  # type: ignore[attr-defined]  # not in PyTorch's stubs
@@ -52,7 +53,7 @@ def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 def are_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
     """Whether z is [R, D] and u [K, D] or [R, K, D], of one dtype of full precision with w and b: what nearly every
     call passes. Of what `check` refuses, the operators refuse all else."""
-    if not (isinstance(z, Tensor) and isinstance(u, Tensor) and isinstance(w, Tensor) and isinstance(b, Tensor)):
+    if not (type(z) in _PLAIN and type(u) in _PLAIN and type(w) in _PLAIN and type(b) in _PLAIN):
         return False
     dtype, rank = z.dtype, u.ndim
     return (
@@ -67,8 +68,8 @@ def are_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
 def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
     """The same for z [R, D] and packed [R, K (2 D + 1)]."""
     return (
-        isinstance(z, Tensor)
-        and isinstance(packed, Tensor)
+        type(z) in _PLAIN
+        and type(packed) in _PLAIN
         and z.dtype is packed.dtype
         and (z.dtype is torch.float32 or z.dtype is torch.float64)
         and type(num_steps) is int is type(dim)

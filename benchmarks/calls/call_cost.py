@@ -18,7 +18,7 @@ import vvae_fast
 from benchmarks.flow.cases import Case
 from benchmarks.flow.contestants import no_op
 from benchmarks.flow.measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
-from vvae_fast import autograd, node, shapes
+from vvae_fast import node, shapes
 from vvae_fast.backends import cpp
 
 CASES = [Case(1, 1, 1), Case(100, 2, 8), Case(100, 40, 16), Case(128, 40, 80)]
@@ -30,12 +30,12 @@ WARM_UP = 3  # rounds
 @contextlib.contextmanager
 def by_function() -> Iterator[None]:
     """Ordinary calls take the Function in Python."""
-    with_node = node.is_ordinary, autograd.run_ordinary
-    node.is_ordinary, autograd.run_ordinary = node.unobserved(shapes.are_ordinary), autograd.run
+    with_node = node.is_ordinary, node.serves
+    node.is_ordinary, node.serves = node.unobserved(shapes.are_ordinary), False
     try:
         yield
     finally:
-        node.is_ordinary, autograd.run_ordinary = with_node
+        node.is_ordinary, node.serves = with_node
 
 
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:

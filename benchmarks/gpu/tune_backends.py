@@ -38,7 +38,7 @@ Clock = Callable[[str, Call], float]  # seconds of a call of the backend
 
 
 class Shape(NamedTuple):
-    """The largest problem of a class of `_preference`."""
+    """The largest problem of a class of `gpu_choice`."""
 
     parameters: str  # "shared" or "amortized"
     dim: int

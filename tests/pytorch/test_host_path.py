@@ -9,7 +9,7 @@ import torch
 from problems import Problem, random_problem
 
 import vvae_fast
-from vvae_fast import autograd, shapes
+from vvae_fast import autograd, node, shapes
 from vvae_fast.backends import operators
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
@@ -132,7 +132,7 @@ def test_refusals_and_results_are_those_of_checked_calls(flow, monkeypatch):
     cases += itertools.product(("narrow", "no columns"), ("shared", "narrow w"), OPTIONS)
     cases += [("good", "shared", {"slope": 1.0}), ("good", "shared", {"slope": True})]  # equal, and one is no number
     quick = [outcome(flow, Z[z], *PARAMS[params], **options) for z, params, options in cases]
-    monkeypatch.setattr(autograd, "is_ordinary", lambda *args: False)
+    monkeypatch.setattr(node, "is_ordinary", lambda *args: False)
     for (z, params, options), got in zip(cases, quick, strict=True):
         wanted = outcome(flow, Z[z], *PARAMS[params], **options)
         if isinstance(wanted[0], torch.Tensor) and wanted[0].device.type != "meta":
@@ -156,7 +156,7 @@ def test_packed_refusals_and_results_are_those_of_checked_calls(monkeypatch):
     cases += itertools.product(("good", "rank 3"), ("good",), sizes, [{}, {"activation": "relu"}])
     cases += itertools.product(("good", "narrow"), ("good",), sizes[:1], OPTIONS)
     quick = [outcome(packed_planar_flow, Z[z], packed[p], *size, **options) for z, p, size, options in cases]
-    monkeypatch.setattr(autograd, "is_ordinary_packed", lambda *args: False)
+    monkeypatch.setattr(node, "is_ordinary_packed", lambda *args: False)
     for (z, p, size, options), got in zip(cases, quick, strict=True):
         wanted = outcome(packed_planar_flow, Z[z], packed[p], *size, **options)
         if isinstance(wanted[0], torch.Tensor) and wanted[0].device.type != "meta":
@@ -171,7 +171,8 @@ def test_a_refusal_of_the_operators_own_is_passed_on(monkeypatch):
     def fail(*args):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(autograd, "run_ordinary", fail)
+    monkeypatch.setattr(node, "serves", False)
+    monkeypatch.setattr(autograd, "run", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         vvae_fast.planar_flow(*random_problem((6,), 4, 3).inputs)
 

@@ -19,7 +19,6 @@ import vvae_fast
 from benchmarks.calls import call_cost
 from benchmarks.flow.cases import Case
 from vvae_fast import autograd, node, shapes
-from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.spec import FlowSpec
 
@@ -60,7 +59,7 @@ def functions(monkeypatch):
     """A call makes the same calls take autograd's Functions."""
 
     def use():
-        monkeypatch.setattr(autograd, "run_ordinary", autograd.run)
+        monkeypatch.setattr(node, "serves", False)
 
     return use
 
@@ -222,7 +221,7 @@ def test_exceptions_of_hooks_and_of_pytorch_pass_as_they_are():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(LookupError, match="of a hook"):
         shared(x)
     with pytest.raises(NotImplementedError, match="Could not run 'vvae_fast::cuda_planar_forward'"):
-        autograd.run_by_node(autograd.Call.of(cuda.CUDA, FlowSpec()), *x)
+        node.planar_flow(*x, *FlowSpec().arguments(), "cuda_")
 
 
 def test_outputs_may_be_changed_in_place():
@@ -271,13 +270,13 @@ class Subclass(torch.Tensor):
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 def test_a_call_that_something_looks_at_is_not_ordinary():
     inputs = problem(False)[0]
-    assert autograd.is_ordinary(*inputs)
-    assert autograd.is_ordinary(inputs[0], *map(torch.nn.Parameter, inputs[1:]))
-    assert not autograd.is_ordinary(inputs[0].as_subclass(Subclass), *inputs[1:])
+    assert node.is_ordinary(*inputs)
+    assert node.is_ordinary(inputs[0], *map(torch.nn.Parameter, inputs[1:]))
+    assert not node.is_ordinary(inputs[0].as_subclass(Subclass), *inputs[1:])
     seen = []
 
     def look(z):
-        seen.append(autograd.is_ordinary(z, *inputs[1:]))
+        seen.append(not autograd.is_observed() and node.is_ordinary(z, *inputs[1:]))
         return z.sum()
 
     torch.func.grad(look)(inputs[0])
@@ -325,13 +324,13 @@ def test_the_cost_of_a_call_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(call_cost, "FROZEN", Case(3, 2, 1))
     monkeypatch.setattr(call_cost, "BLOCK_SECONDS", 1e-4)
     monkeypatch.setattr(sys, "argv", ["call_cost.py", "3"])
-    threads, before = torch.get_num_threads(), (node.is_ordinary, autograd.run_ordinary)
+    threads, before = torch.get_num_threads(), (node.is_ordinary, node.serves)
     try:
         call_cost.main()
     finally:
         gc.enable()
         torch.set_num_threads(threads)
-    assert (node.is_ordinary, autograd.run_ordinary) == before
+    assert (node.is_ordinary, node.serves) == before
     head, row, frozen = capsys.readouterr().out.splitlines()
     assert head.endswith("one thread; node: available")
     time, ratio = r"[\d.]+ us", r"\([\d.]+x\)"

@@ -137,7 +137,7 @@ def _fastest(problem: Problem) -> Backend:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"planar flows run on the slow reference: {cpp.load_error}", RuntimeWarning, stacklevel=5)
+    warnings.warn(f"planar flows run on the slow reference: {cpp.load_error}", RuntimeWarning, stacklevel=6)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:

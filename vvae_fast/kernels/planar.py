@@ -1,6 +1,6 @@
 """The operators of the Triton backend: arguments checked, outputs made, the form chosen, kernels launched.
 
-Shapes as in vvae_fast/ops.py. With no rows or no steps there is nothing to launch.
+Shapes as in backends/operators.py. With no rows or no steps there is nothing to launch.
 """
 
 from torch import Tensor
