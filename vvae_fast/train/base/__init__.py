@@ -1,0 +1,1 @@
+"""What every command rests on: files, paths, printing, progress."""

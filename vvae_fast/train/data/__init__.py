@@ -1,0 +1,1 @@
+"""Data sets, arrays and batches."""

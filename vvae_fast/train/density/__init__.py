@@ -1,0 +1,1 @@
+"""Planar flows fitted to 2-D energies: the command `density`."""

@@ -1,0 +1,1 @@
+"""Several runs compared: the command `compare`, studies in YAML files, their plots."""
