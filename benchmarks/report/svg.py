@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from vvae_fast.train.files import replacing
+from vvae_fast.train.base.files import replacing
 
 _HASHED = re.compile(r"\b[a-z][0-9a-f]{10}\b")
 

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from benchmarks.flow.loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
 from benchmarks.study.study_results import EPOCHS, FOLDER, OURS
-from vvae_fast.train import processes
-from vvae_fast.train.compare import Model
-from vvae_fast.train.data import Dataset, load_dataset, make_loaders
-from vvae_fast.train.environment import describe_environment
-from vvae_fast.train.files import make_folder, write_json
-from vvae_fast.train.networks import build_optimizer, build_vae
-from vvae_fast.train.objective import free_energy
-from vvae_fast.train.runconfig import VANILLA, RunConfig
-from vvae_fast.train.study import load_study
+from vvae_fast.train.base.environment import describe_environment
+from vvae_fast.train.base.files import make_folder, write_json
+from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
+from vvae_fast.train.run import processes
+from vvae_fast.train.run.networks import build_optimizer, build_vae
+from vvae_fast.train.run.objective import free_energy
+from vvae_fast.train.run.runconfig import VANILLA, RunConfig
+from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.studies import load_study
 
 LOOPS = {OURS: None, PLAIN: plain_loop, REFERENCE: reference_loop}
 

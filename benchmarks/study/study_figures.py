@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import svg
 from benchmarks.study.study_results import VANILLA_MODEL, Results
-from vvae_fast.train.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
 VANILLA_COLOR = "#7f8c8d"

@@ -14,8 +14,8 @@ from benchmarks.report.report import table
 from benchmarks.study import study_figures
 from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, read_all
 from benchmarks.study.study_text import conclusions, findings, introduction, limitations
-from vvae_fast.train.compare import Model
-from vvae_fast.train.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.study.compare import Model
 
 PAGE = ROOT / "docs" / "results.md"
 PUBLISHED = FOLDER / "published.yaml"

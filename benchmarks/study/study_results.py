@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vvae_fast.train.compare import RESULTS, Model
-from vvae_fast.train.runconfig import VANILLA
-from vvae_fast.train.study import Study, load_study
+from vvae_fast.train.run.runconfig import VANILLA
+from vvae_fast.train.study.compare import RESULTS, Model
+from vvae_fast.train.study.studies import Study, load_study
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"

@@ -2,8 +2,8 @@
 
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
-from vvae_fast.train.compare import Model
-from vvae_fast.train.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.study.compare import Model
 
 
 def introduction(studies: list[Results]) -> str:

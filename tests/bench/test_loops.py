@@ -20,9 +20,9 @@ from benchmarks.flow.contestants import COMPILED, LOOPS, NO_LEAF, baselines, our
 from benchmarks.flow.measure import Refused, Stage, make_gradients, make_inputs
 from benchmarks.report import results
 from benchmarks.study import epochs, study_results
-from vvae_fast.train.compare import Model
-from vvae_fast.train.data import load_dataset
-from vvae_fast.train.study import load_study
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.studies import load_study
 
 CPU = torch.device("cpu")
 SHARED = [loops.step_by_step, loops.products_first]

@@ -11,7 +11,7 @@ from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report import svg
 from benchmarks.study import study_report, study_results, study_text
 from benchmarks.study.study_results import Spread, Unusable
-from vvae_fast.train.compare import Model
+from vvae_fast.train.study.compare import Model
 
 STUDIES = study_results.read_all()
 

@@ -8,8 +8,8 @@ import torch
 import vvae_fast
 from vvae_fast.backends import selection
 from vvae_fast.train import cli
+from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.files import RunError
 
 
 def small(*more: str) -> list[str]:

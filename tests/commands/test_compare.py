@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vvae_fast.train.cli import main
-from vvae_fast.train.compare import RECORD
+from vvae_fast.train.study.compare import RECORD
 
 PLOTS = ("elbo.png", "reconstructions.png", "samples.png", "posterior.png")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from vvae_fast import PlanarFlow
-from vvae_fast.train import density_runs
+from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.density import BOX, FitConfig, Restart, divergence, fit, log_density, make_grid, train
-from vvae_fast.train.density_plots import plot_fits
-from vvae_fast.train.energies import ENERGIES
-from vvae_fast.train.files import RunError
+from vvae_fast.train.density import runs as density_runs
+from vvae_fast.train.density.energies import ENERGIES
+from vvae_fast.train.density.figure import plot_fits
+from vvae_fast.train.density.fit import BOX, FitConfig, Restart, divergence, fit, log_density, make_grid, train
 
 ROOT = Path(__file__).parents[2]
 SMALL = FitConfig("U1", num_steps=2, iterations=40, restarts=2, batch_size=64)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from vvae_fast.train import cli, memory, output, runs
+from vvae_fast.train import cli
+from vvae_fast.train.base import memory, output
 from vvae_fast.train.cli import main
+from vvae_fast.train.run import runs
 
 OPTIONS = "--epochs 2 --batch-size 40 --latent-dim 2 --hidden 3 --steps 1 --num-samples 2"
 SMALL = [*OPTIONS.split(), "--seeds", "0", "1"]
@@ -113,7 +115,7 @@ def test_what_an_encoding_lacks(monkeypatch):
 
 
 def test_results_are_written_before_anything_is_printed_or_drawn(data, tmp_path, monkeypatch):
-    from vvae_fast.train import compare
+    from vvae_fast.train.study import compare
 
     class Stop(Exception):
         pass
@@ -171,7 +173,7 @@ def test_a_kernel_that_finds_no_memory_is_known():
     """The real error of the compiled kernels, in a process that may take only a little more than it has."""
     program = """
 import resource, torch, vvae_fast
-from vvae_fast.train.memory import is_out_of_memory
+from vvae_fast.train.base.memory import is_out_of_memory
 torch.set_num_threads(1)
 z, u, w, b = torch.zeros(30_000_000, 2), torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1)
 vvae_fast.planar_flow(z[:9], u, w, b)

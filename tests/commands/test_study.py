@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.compare import Model
-from vvae_fast.train.data import load_dataset
-from vvae_fast.train.files import RunError
-from vvae_fast.train.networks import build_vae
-from vvae_fast.train.runconfig import RunConfig, is_config
-from vvae_fast.train.study import load_study
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.run.networks import build_vae
+from vvae_fast.train.run.runconfig import RunConfig, is_config
+from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.studies import load_study
 
 yaml = pytest.importorskip("yaml")
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vvae_fast.train.data import DataError, Dataset, load_dataset, make_loaders
-from vvae_fast.train.idx import read_idx
+from vvae_fast.train.data.idx import read_idx
+from vvae_fast.train.data.sets import DataError, Dataset, load_dataset, make_loaders
 
 TRAIN_FILE, TEST_FILE = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
 

@@ -11,12 +11,12 @@ from torch import distributions as dist
 from torch import nn
 
 from vvae_fast.nn import VAE, Gaussian, Standardised, mlp_decoder, mlp_encoder
-from vvae_fast.train import runs
 from vvae_fast.train.cli import main
-from vvae_fast.train.data import DataError, Dataset, load_dataset, make_loaders
-from vvae_fast.train.networks import FAN_IN, build_optimizer, build_vae
-from vvae_fast.train.runconfig import RunConfig, data_digest
-from vvae_fast.train.statistics import statistics
+from vvae_fast.train.data.sets import DataError, Dataset, load_dataset, make_loaders
+from vvae_fast.train.data.statistics import statistics
+from vvae_fast.train.run import runs
+from vvae_fast.train.run.networks import FAN_IN, build_optimizer, build_vae
+from vvae_fast.train.run.runconfig import RunConfig, data_digest
 
 SCALES = np.logspace(-3, 6, 10)
 
@@ -116,7 +116,7 @@ def test_a_table_has_them_by_column_and_images_together(monkeypatch):
     mean, std = statistics(x, "x")
     np.testing.assert_allclose(mean, x.mean(0))
     np.testing.assert_allclose(std, x.std(0))
-    monkeypatch.setattr("vvae_fast.train.statistics.CHUNK", 170)
+    monkeypatch.setattr("vvae_fast.train.data.statistics.CHUNK", 170)
     np.testing.assert_allclose(statistics(x, "x")[1], x.std(0))
     images = x.reshape(600, 2, 5)
     mean, std = statistics(images, "x")

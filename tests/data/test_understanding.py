@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from vvae_fast.train import data
 from vvae_fast.train.cli import main
-from vvae_fast.train.data import DataError, describe, load_dataset, make_loaders, summary
+from vvae_fast.train.data import sets as data
+from vvae_fast.train.data.sets import DataError, describe, load_dataset, make_loaders, summary
 
 IMAGES = np.random.RandomState(0).randn(20, 4, 5)
 COUNTS = np.arange(60).reshape(20, 3) % 7

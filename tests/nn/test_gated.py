@@ -15,9 +15,9 @@ from vvae_fast.nn.gated import (
     gated_mlp_decoder,
     gated_mlp_encoder,
 )
-from vvae_fast.train.data import Dataset, load_dataset
-from vvae_fast.train.files import RunError
-from vvae_fast.train.networks import build_optimizer, build_vae
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.data.sets import Dataset, load_dataset
+from vvae_fast.train.run.networks import build_optimizer, build_vae
 
 
 def images(*counts: int) -> Dataset:

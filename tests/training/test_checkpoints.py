@@ -10,8 +10,9 @@ import torch
 from test_outcomes import dataset as dataset
 from test_outcomes import make_config, timeless
 
-from vvae_fast.train import checkpoints, runs, seal
-from vvae_fast.train.files import RunError
+from vvae_fast.train.base import seal
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.run import checkpoints, runs
 
 
 @pytest.fixture(scope="module")

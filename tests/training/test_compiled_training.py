@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
 
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train import compiling, runs
+from vvae_fast.train.base.files import read_json
 from vvae_fast.train.cli import main
-from vvae_fast.train.data import load_dataset
-from vvae_fast.train.files import read_json
-from vvae_fast.train.runconfig import RunConfig, data_digest
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.run import compiling, runs
+from vvae_fast.train.run.runconfig import RunConfig, data_digest
 
 TOLERANCE = 1e-4  # nats
 OPTIONS = "--epochs 1 --batch-size 40 --latent-dim 2 --hidden 5 --num-samples 5 --compile"

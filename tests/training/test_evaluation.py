@@ -5,9 +5,9 @@ import torch
 
 from vvae_fast import VAE, AmortizedPlanarFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder
-from vvae_fast.train import evaluation, processes
-from vvae_fast.train.data import Dataset
-from vvae_fast.train.evaluation import evaluate
+from vvae_fast.train.data.sets import Dataset
+from vvae_fast.train.run import evaluation, processes
+from vvae_fast.train.run.evaluation import evaluate
 
 ACTIVE, ROWS = 3, 730  # the last batch is a smaller one
 

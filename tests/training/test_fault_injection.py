@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vvae_fast.train import files
+from vvae_fast.train.base import files
 from vvae_fast.train.cli import main
 
 SMALL = "--epochs 2 --batch-size 40 --latent-dim 2 --hidden 3 --steps 1 --num-samples 2"

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from vvae_fast.nn.vae import ElboTerms
-from vvae_fast.train import density_runs, outcome, runs
+from vvae_fast.train.base import outcome
+from vvae_fast.train.base.files import DivergedError, RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.data import load_dataset
-from vvae_fast.train.density import make_grid
-from vvae_fast.train.files import DivergedError, RunError
-from vvae_fast.train.plots import plot_curves
-from vvae_fast.train.runconfig import RunConfig, data_digest
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.density import runs as density_runs
+from vvae_fast.train.density.fit import make_grid
+from vvae_fast.train.run import runs
+from vvae_fast.train.run.runconfig import RunConfig, data_digest
+from vvae_fast.train.study.plots import plot_curves
 
 SMALL = ["--batch-size", "40", "--latent-dim", "2", "--hidden", "3", "--steps", "1", "--num-samples", "2"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vvae_fast import config
-from vvae_fast.train import processes
 from vvae_fast.train.cli import main
+from vvae_fast.train.run import processes
 
 TOLERANCE = 1e-4  # nats
 # 80 training rows: the last batch has 1 row, and one of two processes none of it. 10 rows to validate, 10 to test.

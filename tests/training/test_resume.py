@@ -15,7 +15,7 @@ OPTIONS = "train --epochs 5 --warmup-epochs 2 --batch-size 20 --latent-dim 3 --h
 # The process kills itself before the second of an epoch's four batches.
 PROGRAM = """
 import os, signal, sys
-from vvae_fast.train import module
+from vvae_fast.train.run import module
 from vvae_fast.train.cli import main
 
 step = module.VAEModule.training_step

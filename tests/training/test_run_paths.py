@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vvae_fast.train import paths
+from vvae_fast.train.base import paths
+from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.files import RunError
 
 SMALL = "--epochs 1 --batch-size 40 --latent-dim 2 --hidden 3 --steps 1 --num-samples 2"
 OPTIONS = ["train", *SMALL.split()]
@@ -108,7 +108,7 @@ def test_data_root_config_and_checkpoints_are_paths_too(home, capsys):
 
 def test_a_relative_path_in_a_study_starts_at_its_file(home, tmp_path, monkeypatch):
     pytest.importorskip("yaml")
-    from vvae_fast.train.study import load_study
+    from vvae_fast.train.study.studies import load_study
 
     text = (Path(__file__).parents[2] / "configs/digits.yaml").read_text()
     Path("study.yaml").write_text(text.replace("data: digits", "data: data/x.npy"))

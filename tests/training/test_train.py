@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from vvae_fast.nn.vae import ElboTerms
-from vvae_fast.train import checkpoints, folder, runs
-from vvae_fast.train.data import load_dataset
-from vvae_fast.train.files import RunError, read_json, write_json
-from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
-from vvae_fast.train.runconfig import RunConfig, data_digest
+from vvae_fast.train.base.files import RunError, read_json, write_json
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.run import checkpoints, folder, runs
+from vvae_fast.train.run.objective import free_energy, kl_weight, lr_factor
+from vvae_fast.train.run.runconfig import RunConfig, data_digest
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import vvae_fast
 from vvae_fast import backends
 from vvae_fast.backends import selection
-from vvae_fast.train.data import LIKELIHOODS, Dataset, summary
-from vvae_fast.train.density import FitConfig
-from vvae_fast.train.energies import ENERGIES
-from vvae_fast.train.files import RunError
-from vvae_fast.train.idx import DataError
-from vvae_fast.train.memory import is_out_of_memory, telling_memory
-from vvae_fast.train.numbers import MOST_SEED, as_int, as_positive_float
-from vvae_fast.train.output import guarded
-from vvae_fast.train.paths import resolve, resolve_data, resolve_out
-from vvae_fast.train.runconfig import CHOICES, GATED_CONV, RunConfig
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.base.memory import is_out_of_memory, telling_memory
+from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
+from vvae_fast.train.base.output import guarded
+from vvae_fast.train.base.paths import resolve, resolve_data, resolve_out
+from vvae_fast.train.data.idx import DataError
+from vvae_fast.train.data.sets import LIKELIHOODS, Dataset, summary
+from vvae_fast.train.density.energies import ENERGIES
+from vvae_fast.train.density.fit import FitConfig
+from vvae_fast.train.run.runconfig import CHOICES, GATED_CONV, RunConfig
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
 EXIT_CODES = (
@@ -72,7 +72,7 @@ def _with_study(
     parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None
 ) -> argparse.Namespace:
     """The arguments once more, with what the study's file says in place of the options' defaults."""
-    from vvae_fast.train.study import load_study
+    from vvae_fast.train.study.studies import load_study
 
     study = load_study(first.config, first.root)
     first.parser.set_defaults(study=study, seeds=study.seeds, **study.settings)
@@ -80,7 +80,7 @@ def _with_study(
 
 
 def _tell_leftovers() -> None:
-    from vvae_fast.train import processes
+    from vvae_fast.train.run import processes
 
     found = processes.leftovers()
     if found:
@@ -123,8 +123,9 @@ def _one_line(value: object) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from vvae_fast.train import outcome, processes
-    from vvae_fast.train.compare import compare, models_to_compare
+    from vvae_fast.train.base import outcome
+    from vvae_fast.train.run import processes
+    from vvae_fast.train.study.compare import compare, models_to_compare
 
     _check_backend()
     if arguments.study is not None and (arguments.steps or arguments.shared):
@@ -139,11 +140,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from vvae_fast.train import outcome, processes
-    from vvae_fast.train.compare import Model, print_table
-    from vvae_fast.train.folder import remove_run
-    from vvae_fast.train.progress import Progress
-    from vvae_fast.train.runs import run
+    from vvae_fast.train.base import outcome
+    from vvae_fast.train.base.progress import Progress
+    from vvae_fast.train.run import processes
+    from vvae_fast.train.run.folder import remove_run
+    from vvae_fast.train.run.runs import run
+    from vvae_fast.train.study.compare import Model, print_table
 
     _check_backend()
     model = Model(arguments.model, 0 if arguments.model == "vanilla" else arguments.steps)
@@ -166,12 +168,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from vvae_fast.train import processes
-    from vvae_fast.train.checkpoints import load_checkpoint
-    from vvae_fast.train.data import LikelihoodError, load_dataset
-    from vvae_fast.train.module import CHECKPOINT_KEY
-    from vvae_fast.train.runconfig import data_digest
-    from vvae_fast.train.runs import evaluate, vae_of_checkpoint
+    from vvae_fast.train.data.sets import LikelihoodError, load_dataset
+    from vvae_fast.train.run import processes
+    from vvae_fast.train.run.checkpoints import load_checkpoint
+    from vvae_fast.train.run.module import CHECKPOINT_KEY
+    from vvae_fast.train.run.runconfig import data_digest
+    from vvae_fast.train.run.runs import evaluate, vae_of_checkpoint
 
     _check_backend()
     checkpoint = load_checkpoint(arguments.checkpoint)
@@ -200,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _density(arguments: argparse.Namespace) -> int:
-    from vvae_fast.train.density_runs import density
+    from vvae_fast.train.density.runs import density
 
     _check_backend()
     options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
@@ -212,8 +214,8 @@ def _density(arguments: argparse.Namespace) -> int:
 
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int) -> tuple[RunConfig, Dataset]:
     """The RunConfig that the arguments ask for, and its data."""
-    from vvae_fast.train.data import load_dataset
-    from vvae_fast.train.runconfig import data_digest
+    from vvae_fast.train.data.sets import load_dataset
+    from vvae_fast.train.run.runconfig import data_digest
 
     data = resolve_data(arguments.data, arguments.root)
     dataset = load_dataset(data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vvae_fast.train.files import RunError
+from vvae_fast.train.base.files import RunError
 
 # What torch's allocator for the CPU, C++'s own, and the kernels' outputs say: each a plain RuntimeError.
 PHRASES = ("allocate memory", "bad_alloc", "aoti_torch_empty_strided", "CUBLAS_STATUS_ALLOC_FAILED")

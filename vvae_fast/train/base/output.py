@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from vvae_fast.train.extras import require
+from vvae_fast.train.base.extras import require
 
 PLAIN = "vvae_fast.plain"  # the name of the codecs' error handler
 PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # where the encoding lacks them

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from vvae_fast.train.files import RunError
+from vvae_fast.train.base.files import RunError
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 ARRAY_SUFFIXES = (".npy", ".npz")

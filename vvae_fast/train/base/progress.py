@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from vvae_fast.train import outcome
-from vvae_fast.train.extras import require
-from vvae_fast.train.output import make_console
+from vvae_fast.train.base import outcome
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.output import make_console
 
 LINE_SECONDS = 5.0
 ROUTINE = ("training", "evaluating")  # any other stage is news, told at once

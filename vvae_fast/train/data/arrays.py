@@ -14,8 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from vvae_fast.train.extras import require
-from vvae_fast.train.idx import DataError
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.data.idx import DataError
 
 if TYPE_CHECKING:
     import numpy as np

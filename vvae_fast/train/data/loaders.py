@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vvae_fast.train.extras import require
+from vvae_fast.train.base.extras import require
 
 # Separates the streams of random numbers that one seed feeds.
 ORDER_STREAM, BITS_STREAM = 0, 1

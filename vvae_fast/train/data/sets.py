@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from vvae_fast.shapes import check_size
-from vvae_fast.train.arrays import SPLITS, read_arrays, too_large
-from vvae_fast.train.extras import require
-from vvae_fast.train.idx import DataError, read_idx
-from vvae_fast.train.loaders import BinarizedRows, EpochSampler, EvalLoader, StaticRows, TrainLoader
-from vvae_fast.train.statistics import statistics
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.data.arrays import SPLITS, read_arrays, too_large
+from vvae_fast.train.data.idx import DataError, read_idx
+from vvae_fast.train.data.loaders import BinarizedRows, EpochSampler, EvalLoader, StaticRows, TrainLoader
+from vvae_fast.train.data.statistics import statistics
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vvae_fast.train.extras import require
-from vvae_fast.train.idx import DataError
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.data.idx import DataError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.planar import PlanarFlow
-from vvae_fast.train.density import Divergence, FitConfig, log_density, make_grid
-from vvae_fast.train.energies import ENERGIES
-from vvae_fast.train.plots import SEED, make_figure, save_figure
+from vvae_fast.train.density.energies import ENERGIES
+from vvae_fast.train.density.fit import Divergence, FitConfig, log_density, make_grid
+from vvae_fast.train.study.plots import SEED, make_figure, save_figure
 
 VIEW, PIXELS = 5.0, 200  # the pictures' z in [-5, 5]^2, pixels a side
 BINS = 80  # a side, of the samples' histogram

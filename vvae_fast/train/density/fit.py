@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.planar import PlanarFlow
-from vvae_fast.train.energies import ENERGIES, Energy
-from vvae_fast.train.files import DivergedError
+from vvae_fast.train.base.files import DivergedError
+from vvae_fast.train.density.energies import ENERGIES, Energy
 
 BOX, POINTS = 8.0, 1024  # the quadrature's: z in [-8, 8]^2, points a side
 MASS_ERROR = 1e-3  # a grid that misses more of q does not resolve it

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from vvae_fast.nn.planar import PlanarFlow
-from vvae_fast.train.density import BOX, POINTS, Divergence, FitConfig, Restart, fit, make_grid
-from vvae_fast.train.density_plots import plot_fits
-from vvae_fast.train.energies import TAPER_START, TAPER_WIDTH
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import DivergedError, RunError, check_equal, make_folder, read_json, write_json
-from vvae_fast.train.folder import locked
-from vvae_fast.train.memory import telling_memory
-from vvae_fast.train.output import make_console
-from vvae_fast.train.progress import Progress
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import DivergedError, RunError, check_equal, make_folder, read_json, write_json
+from vvae_fast.train.base.memory import telling_memory
+from vvae_fast.train.base.output import make_console
+from vvae_fast.train.base.progress import Progress
+from vvae_fast.train.density.energies import TAPER_START, TAPER_WIDTH
+from vvae_fast.train.density.figure import plot_fits
+from vvae_fast.train.density.fit import BOX, POINTS, Divergence, FitConfig, Restart, fit, make_grid
+from vvae_fast.train.run.folder import locked
 
 RESULTS, FIGURE = "results.json", "figure.png"
 QUADRATURE = {"box": BOX, "points": POINTS, "taper_start": TAPER_START, "taper_width": TAPER_WIDTH}

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from vvae_fast.train import seal
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, replacing
-from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR
-from vvae_fast.train.runconfig import are_plans, is_config, is_history
+from vvae_fast.train.base import seal
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import RunError, replacing
+from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR
+from vvae_fast.train.run.runconfig import are_plans, is_config, is_history
 
 callbacks = require("lightning.pytorch.callbacks")
 io: Any = require("lightning.pytorch.plugins.io")

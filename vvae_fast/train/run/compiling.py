@@ -8,9 +8,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train import processes
-from vvae_fast.train.files import RunError
-from vvae_fast.train.memory import is_out_of_memory
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.base.memory import is_out_of_memory
+from vvae_fast.train.run import processes
 
 DEFAULT, CUDA_GRAPHS = "default", "reduce-overhead"  # torch.compile's modes
 WITHOUT = "leave --compile out to train without it"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE, ElboTerms
-from vvae_fast.train import processes
-from vvae_fast.train.data import Dataset, make_loaders
+from vvae_fast.train.data.sets import Dataset, make_loaders
+from vvae_fast.train.run import processes
 
 EVALUATION_BATCH = 100  # rows
 ELBO_SAMPLES = 50  # posterior samples a test row for -ELBO, KL, reconstruction and active units

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vvae_fast.train import outcome
-from vvae_fast.train.checkpoints import BEST, LAST, PREVIOUS, load_last
-from vvae_fast.train.files import RunError, check_equal, read_json
-from vvae_fast.train.module import CHECKPOINT_KEY
-from vvae_fast.train.runconfig import (
+from vvae_fast.train.base import outcome
+from vvae_fast.train.base.files import RunError, check_equal, read_json
+from vvae_fast.train.run.checkpoints import BEST, LAST, PREVIOUS, load_last
+from vvae_fast.train.run.module import CHECKPOINT_KEY
+from vvae_fast.train.run.runconfig import (
     ADDED,
     RECORD,
     RESULT_KEYS,

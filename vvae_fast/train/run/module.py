@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE, ElboTerms
-from vvae_fast.train import processes
-from vvae_fast.train.extras import require
-from vvae_fast.train.networks import build_optimizer
-from vvae_fast.train.objective import free_energy, kl_weight, lr_factor
-from vvae_fast.train.runconfig import RunConfig
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.run import processes
+from vvae_fast.train.run.networks import build_optimizer
+from vvae_fast.train.run.objective import free_energy, kl_weight, lr_factor
+from vvae_fast.train.run.runconfig import RunConfig
 
 lightning: Any = require("lightning.pytorch")
 

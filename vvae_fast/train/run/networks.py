@@ -17,10 +17,10 @@ from vvae_fast.nn.likelihoods import Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train.data import GAUSSIAN, Dataset
-from vvae_fast.train.files import RunError
-from vvae_fast.train.runconfig import ADAMAX, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
-from vvae_fast.train.statistics import statistics
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.data.sets import GAUSSIAN, Dataset
+from vvae_fast.train.data.statistics import statistics
+from vvae_fast.train.run.runconfig import ADAMAX, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
 
 FAN_IN = 1024  # inputs of a linear layer from which on its learning rate falls
 

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from vvae_fast.nn.vae import ElboTerms
-from vvae_fast.train.runconfig import COSINE
+from vvae_fast.train.run.runconfig import COSINE
 
 
 def kl_weight(epoch: int, warmup_epochs: int) -> float:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vvae_fast import config
-from vvae_fast.train.files import RunError
+from vvae_fast.train.base.files import RunError
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError
-from vvae_fast.train.module import CHECKPOINT_KEY
-from vvae_fast.train.networks import build_optimizer
-from vvae_fast.train.runconfig import RunConfig
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.run.module import CHECKPOINT_KEY
+from vvae_fast.train.run.networks import build_optimizer
+from vvae_fast.train.run.runconfig import RunConfig
 
 callbacks = require("lightning.pytorch.callbacks")
 

@@ -7,8 +7,8 @@ import zlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from vvae_fast.train import outcome
-from vvae_fast.train.data import SPLITS, Dataset
+from vvae_fast.train.base import outcome
+from vvae_fast.train.data.sets import SPLITS, Dataset
 
 VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
 MODELS = (VANILLA, AMORTIZED, SHARED)

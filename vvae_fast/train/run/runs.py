@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train import compiling, outcome, processes
-from vvae_fast.train.checkpoints import (
+from vvae_fast.train.base import outcome
+from vvae_fast.train.base.environment import describe_environment
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import RunError, make_folder, write_json
+from vvae_fast.train.base.memory import telling_memory
+from vvae_fast.train.data.sets import Dataset, describe, make_loaders
+from vvae_fast.train.run import compiling, processes
+from vvae_fast.train.run.checkpoints import (
     BEST,
     AtomicCheckpointIO,
     checkpoint_callbacks,
@@ -24,12 +30,8 @@ from vvae_fast.train.checkpoints import (
     load_last,
     origin,
 )
-from vvae_fast.train.data import Dataset, describe, make_loaders
-from vvae_fast.train.environment import describe_environment
-from vvae_fast.train.evaluation import evaluate
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, make_folder, write_json
-from vvae_fast.train.folder import (
+from vvae_fast.train.run.evaluation import evaluate
+from vvae_fast.train.run.folder import (
     CONFIG,
     CSV,
     ENVIRONMENT,
@@ -40,11 +42,10 @@ from vvae_fast.train.folder import (
     load_result,
     locked,
 )
-from vvae_fast.train.memory import telling_memory
-from vvae_fast.train.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.networks import build_vae
-from vvae_fast.train.resuming import differs, for_lightning
-from vvae_fast.train.runconfig import COSINE, SCORES, RunConfig
+from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
+from vvae_fast.train.run.networks import build_vae
+from vvae_fast.train.run.resuming import differs, for_lightning
+from vvae_fast.train.run.runconfig import COSINE, SCORES, RunConfig
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vvae_fast.train import compiling, outcome, processes
-from vvae_fast.train.data import Dataset, describe, summary
-from vvae_fast.train.environment import describe_environment
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, make_folder, read_json, write_json
-from vvae_fast.train.folder import check_folder, check_same, remove_run
-from vvae_fast.train.output import make_console
-from vvae_fast.train.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
-from vvae_fast.train.progress import Progress
-from vvae_fast.train.runconfig import AMORTIZED, RECORD, SHARED, VANILLA, RunConfig
-from vvae_fast.train.runs import load_best, run
+from vvae_fast.train.base import outcome
+from vvae_fast.train.base.environment import describe_environment
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import RunError, make_folder, read_json, write_json
+from vvae_fast.train.base.output import make_console
+from vvae_fast.train.base.progress import Progress
+from vvae_fast.train.data.sets import Dataset, describe, summary
+from vvae_fast.train.run import compiling, processes
+from vvae_fast.train.run.folder import check_folder, check_same, remove_run
+from vvae_fast.train.run.runconfig import AMORTIZED, RECORD, SHARED, VANILLA, RunConfig
+from vvae_fast.train.run.runs import load_best, run
+from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vvae_fast.nn.vae import VAE
-from vvae_fast.train.data import Dataset
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import replacing
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import replacing
+from vvae_fast.train.data.sets import Dataset
 
 SEED = 0  # of what the plots draw
 NUM_IMAGES = 12

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vvae_fast.train.compare import Model
-from vvae_fast.train.data import LIKELIHOODS, SPLITS, Dataset
-from vvae_fast.train.extras import require
-from vvae_fast.train.files import RunError, read_text
-from vvae_fast.train.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
-from vvae_fast.train.paths import resolve_data
-from vvae_fast.train.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import RunError, read_text
+from vvae_fast.train.base.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
+from vvae_fast.train.base.paths import resolve_data
+from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS, Dataset
+from vvae_fast.train.run.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
+from vvae_fast.train.study.compare import Model
 
 Read = TypeVar("Read")
 
