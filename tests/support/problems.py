@@ -197,3 +197,14 @@ def saved_for_backward(p: Problem, backend: str) -> int:
         outputs = vvae_fast.planar_flow(*inputs, backend=backend)  # kept: a freed storage's address may come again
     del outputs
     return sum(saved.values())
+
+
+def assert_rows_are_strangers(flow: Callable, amortized: bool, dtype: torch.dtype) -> None:
+    """The bits of a row of 150 are those that it has alone, among others, or in another order."""
+    rows = 150
+    p = random_problem((rows,), 37, 10, (rows,) if amortized else (), dtype=dtype)
+    whole, order = flow(*p.inputs, backend="cpp"), torch.randperm(rows)
+    for keep in (order, order[:1], order[:63], torch.arange(77, 140)):
+        params = tuple(t[keep] if amortized else t for t in p.inputs[1:])
+        for x, y in zip(flow(p.z[keep], *params, backend="cpp"), whole, strict=True):
+            assert torch.equal(x, y[keep])

@@ -1,22 +1,21 @@
 """How runs end: diverged, stopped, extended; what the table, the files and the exit code say of it."""
 
-import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
+import small_runs
 import torch
+from small_runs import without_times
 
 from vvae_fast.nn.vae import ElboTerms
 from vvae_fast.train.base import outcome
 from vvae_fast.train.base.files import DivergedError, RunError
 from vvae_fast.train.cli import main
-from vvae_fast.train.data.sets import load_dataset
 from vvae_fast.train.density import runs as density_runs
 from vvae_fast.train.density.fit import make_grid
 from vvae_fast.train.run import runs
-from vvae_fast.train.run.runconfig import RunConfig, data_digest
 from vvae_fast.train.study.plots import plot_curves
 
 SMALL = ["--batch-size", "40", "--latent-dim", "2", "--hidden", "3", "--steps", "1", "--num-samples", "2"]
@@ -192,24 +191,8 @@ def test_plots_survive_any_history(tmp_path, values, beside):
     assert (tmp_path / "elbo.png").stat().st_size > 1000
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    digits = load_dataset("digits")
-    return dataclasses.replace(digits, train=digits.train[:120], val=digits.val[:40], test=digits.test[:30])
-
-
-def make_config(dataset, **changes) -> RunConfig:
-    settings = {
-        **{"model": "amortized", "num_steps": 2, "seed": 3, "data": "digits", "data_digest": data_digest(dataset)},
-        **{"epochs": 2, "batch_size": 50, "latent_dim": 3, "hidden": (7,), "lr": 1e-2},
-        **{"warmup_epochs": 1, "patience": 0, "num_samples": 20},
-    }
-    return RunConfig(**{**settings, **changes})
-
-
-def timeless(result: dict) -> dict:
-    history = [{key: value for key, value in record.items() if key != "seconds"} for record in result["history"]]
-    return {**result, "seconds_per_epoch": None, "history": history}
+def make_config(dataset, **changes):
+    return small_runs.make_config(dataset, **{"epochs": 2, "warmup_epochs": 1, **changes})
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -226,10 +209,10 @@ def test_more_epochs_go_on_with_a_finished_run(dataset, tmp_path, schedule):
         assert ("not a run of 5" in stages[0]) == (schedule == "cosine")
         assert stages[1:] == ["training"] * 3 + ["evaluating"]
         assert extended[-1]["history"][:2] == first["history"], "nothing is repeated"
-    assert timeless(extended[0]) == timeless(extended[1])
+    assert without_times(extended[0]) == without_times(extended[1])
     assert extended[0]["earlier_plans"] == [{"epochs": 2, "until": 2}]
     assert (extended[0]["epochs_done"], extended[0]["epochs_planned"]) == (5, 5)
-    same = timeless({**extended[0], "earlier_plans": []}) == timeless(whole)
+    same = without_times({**extended[0], "earlier_plans": []}) == without_times(whole)
     assert same == (schedule == "constant")
     with pytest.raises(RunError, match="epochs is 5 there, 2 here"):
         runs.run(short, dataset, tmp_path / "a")
@@ -246,7 +229,7 @@ def test_an_extended_run_that_is_interrupted_goes_on(dataset, tmp_path):
     resumed = runs.run(make_config(dataset, epochs=7), dataset, tmp_path / "a")
     runs.run(make_config(dataset, epochs=2), dataset, tmp_path / "b")
     straight = runs.run(make_config(dataset, epochs=7), dataset, tmp_path / "b")
-    assert timeless(resumed) == timeless(straight)
+    assert without_times(resumed) == without_times(straight)
 
 
 def test_the_first_plan_leaves_no_patience(dataset, tmp_path, monkeypatch):
@@ -290,6 +273,6 @@ def test_a_moved_run_keeps_its_best(dataset, tmp_path):
         runs.run(config, dataset, tmp_path / "a", interrupt)
     (tmp_path / "a").rename(tmp_path / "b")
     moved = runs.run(config, dataset, tmp_path / "b")
-    assert timeless(moved) == timeless(runs.run(config, dataset, tmp_path / "whole"))
+    assert without_times(moved) == without_times(runs.run(config, dataset, tmp_path / "whole"))
     assert moved["best_epoch"] == outcome.best_epoch(moved["history"])
     assert not (tmp_path / "a").exists()

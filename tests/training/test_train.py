@@ -4,33 +4,13 @@ import math
 
 import pytest
 import torch
+from small_runs import make_config, without_times
 
 from vvae_fast.nn.vae import ElboTerms
 from vvae_fast.train.base.files import RunError, read_json, write_json
-from vvae_fast.train.data.sets import load_dataset
 from vvae_fast.train.run import checkpoints, folder, runs
 from vvae_fast.train.run.objective import free_energy, kl_weight, lr_factor
 from vvae_fast.train.run.runconfig import RunConfig, data_digest
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    digits = load_dataset("digits")
-    return dataclasses.replace(digits, train=digits.train[:120], val=digits.val[:40], test=digits.test[:30])
-
-
-def make_config(dataset, **changes) -> RunConfig:
-    settings = {
-        **{"model": "amortized", "num_steps": 2, "seed": 3, "data": "digits", "data_digest": data_digest(dataset)},
-        **{"epochs": 4, "batch_size": 50, "latent_dim": 3, "hidden": (7,), "lr": 1e-2},
-        **{"warmup_epochs": 0, "patience": 0, "num_samples": 20},
-    }
-    return RunConfig(**{**settings, **changes})
-
-
-def without_times(result: dict) -> dict:
-    history = [{key: value for key, value in record.items() if key != "seconds"} for record in result["history"]]
-    return {key: value for key, value in result.items() if key != "seconds_per_epoch"} | {"history": history}
 
 
 def weights(path) -> dict:
