@@ -75,10 +75,6 @@ def vae(flow: nn.Module | None = None, likelihood: str | Likelihood = "bernoulli
     return vvae_fast.VAE(mlp_encoder(6, 5), mlp_decoder(2, 5, outputs), 2, flow, likelihood)
 
 
-class PythaeConfig:
-    input_dim, activation = (2,), "tanh"
-
-
 z, u, w, b = torch.zeros(4, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3)
 many = torch.zeros(4, 3, 2)  # sets of u or w
 x = torch.zeros(4, 6)
@@ -96,7 +92,7 @@ normflows.PlanarStack(2, 3)
 pyro.Planar(2)
 pyro.PlanarStack(2, 3)
 pyro.conditional_planar(2, 5, [4])
-pythae.PlanarFlow(PythaeConfig())
+pythae.PlanarFlow(pythae.PlanarFlowConfig((2,)))
 pythae.PlanarStack(2, 3)
 """
 MISTAKES = """
