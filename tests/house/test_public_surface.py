@@ -1,5 +1,5 @@
-"""The public surface is what public_surface.txt says: names, signatures, defaults, state_dicts, options, operators and
-messages. A change of it is a decision: users' programs, scripts and files depend on each line.
+"""The public surface is what public_surface.txt says: names, signatures, defaults, state_dicts, pickles, options,
+operators and messages. A change of it is a decision: users' programs, scripts and files depend on each line.
 
 This command makes the list anew, from the root of the repository:
 
@@ -10,6 +10,8 @@ import argparse
 import ast
 import importlib
 import inspect
+import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -75,6 +77,11 @@ def vae(flow: nn.Module | None = None, likelihood: str | Likelihood = "bernoulli
     return vvae_fast.VAE(mlp_encoder(6, 5), mlp_decoder(2, 5, outputs), 2, flow, likelihood)
 
 
+def layers(name: str, *layers: nn.Module) -> nn.Module:
+    """What interop's functions take for another package's model."""
+    return nn.ModuleDict({name: nn.ModuleList(layers)})
+
+
 z, u, w, b = torch.zeros(4, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3)
 many = torch.zeros(4, 3, 2)  # sets of u or w
 x = torch.zeros(4, 6)
@@ -86,14 +93,21 @@ vae()
 vae(PlanarFlow(2, 3))
 vae(AmortizedPlanarFlow(2, 3, 5))
 vae(None, Gaussian(), 12)
+vae(None, Binomial(3))
 vae(None, Standardised(x[0], x[0] + 1, Gaussian(log_var=0.0)))
 normflows.Planar((2,))
 normflows.PlanarStack(2, 3)
+normflows.from_normflows(layers("flows", normflows.Planar((2,)), normflows.Planar((2,))))
 pyro.Planar(2)
 pyro.PlanarStack(2, 3)
 pyro.conditional_planar(2, 5, [4])
 pythae.PlanarFlow(pythae.PlanarFlowConfig((2,)))
 pythae.PlanarStack(2, 3)
+pythae.from_pythae(layers("net", pythae.PlanarStack(2, 2), pythae.PlanarStack(2, 1)))
+"""
+TRANSFORMS = """
+PlanarTransform(u, w, b)
+PlanarTransform(u, w, b).inv
 """
 MISTAKES = """
 planar_flow([0.0], u, w, b)
@@ -184,13 +198,26 @@ pythae.from_pythae(nn.Identity())
 """
 
 
+def programs(text: str) -> list[str]:
+    return text.strip().splitlines()
+
+
 def state_dicts() -> Iterator[str]:
     """Keys and shapes, and the names of public attributes."""
-    for name in MODELS.split("\n")[1:-1]:
+    for name in programs(MODELS):
         model = eval(name, NAMES)
         yield from (f"{name}: {key} {[*tensor.shape]}" for key, tensor in model.state_dict().items())
         attributes = sorted(key for key in vars(model).keys() - vars(nn.Module()) if not key.startswith("_"))
         yield f"{name} has {', '.join(attributes) or 'no attributes'}"
+
+
+def names_in_pickles() -> Iterator[str]:
+    """Modules and names, private ones too, that a model saved whole has to find when it is loaded."""
+    found = set()
+    for program in (*programs(MODELS), *programs(TRANSFORMS)):
+        steps = pickletools.genops(pickle.dumps(eval(program, NAMES), protocol=2))  # torch.save's
+        found |= {argument for step, argument, _ in steps if step.name == "GLOBAL"}
+    yield from sorted(name.replace(" ", ".") for name in found if name.startswith("vvae_fast."))
 
 
 def options() -> Iterator[str]:
@@ -233,7 +260,7 @@ def keys_of_info() -> Iterator[str]:
 
 def messages() -> Iterator[str]:
     """What each wrong call raises."""
-    for mistake in MISTAKES.split("\n")[1:-1]:
+    for mistake in programs(MISTAKES):
         try:
             eval(mistake, NAMES)
         except (IndexError, NotImplementedError, TypeError, ValueError) as error:
@@ -245,6 +272,7 @@ def messages() -> Iterator[str]:
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     **{name: partial(names_of, name) for name in MODULES},
     "state_dicts and attributes": state_dicts,
+    "names in pickles": names_in_pickles,
     "command line": options,
     "torch.ops.vvae_fast": operators,
     "environment variables": environment_variables,
