@@ -31,15 +31,15 @@ class Call(NamedTuple):
     arguments: tuple[int | float, ...]  # of the operators, `FlowSpec.arguments`
     num_steps: int | None  # K where the parameters are packed
     node: Operator | None  # what serves an ordinary call in their place, called with the tensors and these arguments
-    node_arguments: tuple[int | float | str, ...]
+    node_arguments: tuple[int | float | str | None, ...]
 
     @classmethod
     def of(cls, backend: Backend, spec: FlowSpec, inverse: bool = False, num_steps: int | None = None) -> "Call":
         """The call of a spec that was checked."""
         names = ("planar_inverse", "planar_inverse_backward") if inverse else ("planar_forward", "planar_backward")
         forward, backward = names if num_steps is None else ("planar_forward", "planar_backward_packed")
-        arguments = spec.arguments(inverse)
-        told = (*arguments, PREFIXES.get(backend.name, ""))
+        arguments, prefix = spec.arguments(inverse), PREFIXES.get(backend.name)
+        by_node = node.planar_flow if num_steps is None else node.packed_planar_flow
         return cls(
             backend,
             getattr(backend.operators, forward),
@@ -47,8 +47,8 @@ class Call(NamedTuple):
             getattr(REFERENCE.operators, backward),
             arguments,
             num_steps,
-            None if inverse else node.planar_flow if num_steps is None else node.packed_planar_flow,
-            told if num_steps is None else (num_steps, *told),
+            None if inverse or prefix is None else by_node,
+            (*arguments, prefix) if num_steps is None else (num_steps, *arguments, prefix),
         )
 
 
