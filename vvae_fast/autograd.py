@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE
@@ -16,7 +15,7 @@ from vvae_fast.backends.base import Backend
 from vvae_fast.backends.operators import PREFIXES, Operator
 from vvae_fast.spec import FlowSpec
 
-_is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
+_is_compiling = torch.compiler.is_dynamo_compiling
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -106,11 +105,6 @@ def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
                 return (PlanarFlowFunction.apply if _is_compiling() else _apply)(call, z, *params)
     z_out, log_det, _ = _forward(call, z, params, save=False)
     return z_out, log_det
-
-
-def is_observed() -> bool:
-    """Whether torch.compile or forward-mode AD looks on, which the checks of node.py do not see."""
-    return _is_compiling() or forward_ad._current_level >= 0
 
 
 def reference_backward(
