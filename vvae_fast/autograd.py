@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE
@@ -16,7 +15,7 @@ from vvae_fast.backends.base import Backend
 from vvae_fast.backends.operators import PREFIXES, Operator
 from vvae_fast.spec import FlowSpec
 
-_is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
+_is_compiling = torch.compiler.is_dynamo_compiling
 _unsafe_view = torch.ops.aten._unsafe_view.default  # a Function's outputs that are views allow no change in place
 
 
@@ -31,15 +30,15 @@ class Call(NamedTuple):
     arguments: tuple[int | float, ...]  # of the operators, `FlowSpec.arguments`
     num_steps: int | None  # K where the parameters are packed
     node: Operator | None  # what serves an ordinary call in their place, called with the tensors and these arguments
-    node_arguments: tuple[int | float | str, ...]
+    node_arguments: tuple[int | float | str | None, ...]
 
     @classmethod
     def of(cls, backend: Backend, spec: FlowSpec, inverse: bool = False, num_steps: int | None = None) -> "Call":
         """The call of a spec that was checked."""
         names = ("planar_inverse", "planar_inverse_backward") if inverse else ("planar_forward", "planar_backward")
         forward, backward = names if num_steps is None else ("planar_forward", "planar_backward_packed")
-        arguments = spec.arguments(inverse)
-        told = (*arguments, PREFIXES.get(backend.name, ""))
+        arguments, prefix = spec.arguments(inverse), PREFIXES.get(backend.name)
+        by_node = node.planar_flow if num_steps is None else node.packed_planar_flow
         return cls(
             backend,
             getattr(backend.operators, forward),
@@ -47,8 +46,8 @@ class Call(NamedTuple):
             getattr(REFERENCE.operators, backward),
             arguments,
             num_steps,
-            None if inverse else node.planar_flow if num_steps is None else node.packed_planar_flow,
-            told if num_steps is None else (num_steps, *told),
+            None if inverse or prefix is None else by_node,
+            (*arguments, prefix) if num_steps is None else (num_steps, *arguments, prefix),
         )
 
 
@@ -106,11 +105,6 @@ def run(call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
                 return (PlanarFlowFunction.apply if _is_compiling() else _apply)(call, z, *params)
     z_out, log_det, _ = _forward(call, z, params, save=False)
     return z_out, log_det
-
-
-def is_observed() -> bool:
-    """Whether torch.compile or forward-mode AD looks on, which the checks of node.py do not see."""
-    return _is_compiling() or forward_ad._current_level >= 0
 
 
 def reference_backward(

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vvae_fast import autograd, backends, node, shapes
 from vvae_fast.backends.base import Backend
 from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
+_is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
 _REFUSALS = RuntimeError, TypeError, ValueError
 
 
@@ -107,7 +110,8 @@ def _flow(
     """A call of u, w and b, or of the tensor in which they are packed with the sizes K and D. What is ordinary has no
     checks but the operators' own."""
     num_steps = sizes[0] if sizes else None
-    if not autograd.is_observed() and is_ordinary(z, *params, *sizes):
+    # torch.compile and forward-mode AD look on without a trace that is_ordinary would see.
+    if not (_is_compiling() or forward_ad._current_level >= 0) and is_ordinary(z, *params, *sizes):
         try:
             chosen = backends.select_ordinary(z, params[0], backend, inverse, num_steps)
             if not chosen.is_plain:

@@ -1,4 +1,4 @@
-"""The optional extension vvae_fast._C_node: an ordinary call of the flow, see `shapes.are_ordinary`, in C++ with its
+"""The optional extension vvae_fast._C_node: an ordinary call of the flow, see `shapes.is_ordinary`, in C++ with its
 autograd node.
 
 It gives the same bits as `autograd`'s Functions and costs less to call, and calling is most of what a small flow costs.
@@ -6,7 +6,6 @@ libtorch's C++ interface changes from release to release, so the extension serve
 other; where it does not serve, `autograd` does.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,18 +27,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 extension, load_error = _load()
-
-
-def unobserved(are_ordinary: Callable[..., bool]) -> Callable[..., bool]:
-    """The check of a call that neither torch.func nor torch.jit.trace looks at."""
-    transforms_are_active, tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-    return lambda *args: not transforms_are_active() and tracing_state() is None and are_ordinary(*args)
-
-
 serves = extension is not None
 planar_flow, packed_planar_flow = (extension.planar_flow, extension.packed_planar_flow) if serves else (None, None)
-is_ordinary, is_ordinary_packed = (
-    (extension.is_ordinary, extension.is_ordinary_packed)
-    if serves
-    else (unobserved(shapes.are_ordinary), unobserved(shapes.is_ordinary_packed))
-)
+_checks = extension if serves else shapes
+is_ordinary, is_ordinary_packed = _checks.is_ordinary, _checks.is_ordinary_packed

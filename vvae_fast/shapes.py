@@ -13,6 +13,7 @@ from vvae_fast.spec import DEFAULT, FlowSpec
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
+_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass, such as torch.export's
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -38,7 +39,7 @@ def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @functools.wraps(check)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        state = torch._C._get_tracing_state()
+        state = _tracing_state()
         if state is None:
             return check(*args, **kwargs)
         _set_tracing_state(None)
@@ -50,9 +51,12 @@ def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return wrapped
 
 
-def are_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
-    """Whether z is [R, D] and u [K, D] or [R, K, D], of one dtype of full precision with w and b: what nearly every
-    call passes. Of what `check` refuses, the operators refuse all else."""
+def is_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
+    """Whether z is [R, D] and u [K, D] or [R, K, D], of one dtype of full precision with w and b, and neither
+    torch.func nor torch.jit.trace looks on: nearly every call. Of what `check` refuses, the operators refuse all else.
+    """
+    if _transforms_are_active() or _tracing_state() is not None:
+        return False
     if not (type(z) in _PLAIN and type(u) in _PLAIN and type(w) in _PLAIN and type(b) in _PLAIN):
         return False
     dtype, rank = z.dtype, u.ndim
@@ -68,7 +72,9 @@ def are_ordinary(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
 def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> bool:
     """The same for z [R, D] and packed [R, K (2 D + 1)]."""
     return (
-        type(z) in _PLAIN
+        not _transforms_are_active()
+        and _tracing_state() is None
+        and type(z) in _PLAIN
         and type(packed) in _PLAIN
         and z.dtype is packed.dtype
         and (z.dtype is torch.float32 or z.dtype is torch.float64)

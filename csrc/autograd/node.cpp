@@ -83,7 +83,7 @@ const How& how_of(int64_t constraint, int64_t activation, double slope, double l
   return *first;
 }
 
-// Views of packed [R, K (2 D + 1)], as ops.unpack's: u, w [R, K, D] and b [R, K].
+// Views of packed [R, K (2 D + 1)], as shapes.unpack's: u, w [R, K, D] and b [R, K].
 std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t steps, int64_t dim) {
   const auto part = [&](int64_t start, int64_t size) { return packed.narrow(1, start, size); };
   return {part(0, steps * dim).unflatten(1, {steps, dim}), part(steps * dim, steps * dim).unflatten(1, {steps, dim}),
@@ -277,7 +277,7 @@ const Tensor* plain(pybind11::handle object) {
 
 bool is_full_precision(const Tensor& z) { return z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble; }
 
-// shapes.are_ordinary, of a call that nobody observes.
+// shapes.is_ordinary, of a call that nobody observes.
 bool is_ordinary(pybind11::handle z_, pybind11::handle u_, pybind11::handle w_, pybind11::handle b_) {
   if (is_observed()) return false;
   const Tensor *z = plain(z_), *u = plain(u_), *w = plain(w_), *b = plain(b_);
@@ -307,8 +307,8 @@ PYBIND11_MODULE(_C_node, m) {
   m.doc() = "An ordinary call of the flow, as a node of libtorch's engine.";
   m.def("is_ordinary", &vvae::is_ordinary, "Whether planar_flow takes z, u, w, b.");
   m.def("is_ordinary_packed", &vvae::is_ordinary_packed, "Whether packed_planar_flow takes z, packed, steps, dim.");
-  m.def("planar_flow", wrap_pybind_function_no_gil(&vvae::planar_flow), "autograd.planar_flow of an ordinary call.");
+  m.def("planar_flow", wrap_pybind_function_no_gil(&vvae::planar_flow), "autograd.run of an ordinary call.");
   m.def("packed_planar_flow", wrap_pybind_function_no_gil(&vvae::packed_planar_flow),
-        "autograd.packed_planar_flow of an ordinary call.");
+        "autograd.run of an ordinary call with packed parameters.");
   m.def("torch_version", [] { return VVAE_FAST_TORCH_VERSION; }, "The torch that this module serves.");
 }
