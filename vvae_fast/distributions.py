@@ -207,7 +207,7 @@ class PlanarTransform(CachedPlanar):
             x or y, except a write through `.data`. What was drawn without gradients is computed again where gradients
             are wanted.
 
-    Raises TypeError or ValueError where u, w, b or a name do not fit, as `planar_flow`; NotImplementedError where an
+    Raises TypeError or ValueError if u, w, b or a name do not fit, as `planar_flow`; NotImplementedError if an
     inverse is asked for that is not guaranteed.
     """
 

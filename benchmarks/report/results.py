@@ -278,7 +278,7 @@ def _compact(row: Row) -> dict[str, object]:
 
 
 def read(path: Path) -> Results:
-    """What `write` wrote; Unreadable where it is not that."""
+    """What `write` wrote; Unreadable if it is not that."""
     try:
         found = json.loads(path.read_text())
         header = {name: found["header"][name] for name in HEADER} | found["header"]

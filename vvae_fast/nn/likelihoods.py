@@ -56,7 +56,7 @@ class Likelihood:
             [*samples, *batch], float32 for the half precisions.
 
         Raises:
-            ValueError: where the shapes do not fit; the sample dimensions are the only broadcast.
+            ValueError: if the shapes do not fit; the sample dimensions are the only broadcast.
         """
         self._check_shapes(x, params)
         return self._log_prob(full_precision(x), full_precision(params))
@@ -70,12 +70,12 @@ class Likelihood:
         raise NotImplementedError
 
     def check_data(self, x: Tensor) -> None:
-        """Raise ValueError where x (any shape) holds a value of zero probability, by default NaN and inf."""
+        """Raise ValueError if x (any shape) holds a value of zero probability, by default NaN and inf."""
         if not x.isfinite().all():
             self._refuse(x, "finite numbers", "clean them")
 
     def check_batch(self, x: Tensor, params: Tensor) -> None:
-        """`check_data`, and ValueError where the decoder's outputs params are not what the likelihood takes."""
+        """`check_data`, and ValueError if the decoder's outputs params are not what the likelihood takes."""
         self.check_data(x)
         if self.takes_logits and (squashed := _squashed_by(params)):
             raise ValueError(

@@ -103,7 +103,7 @@ class PlanarFlow(_Planar):
     log_det [*batch] in nats); `flow.inverse(z)` maps back, with the log_det of the inverse. activation, slope,
     constraint and backend are those of `planar_flow`. A flow in half precision takes z in its own dtype or in float32.
 
-    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size, or where one of the
+    Raises TypeError or ValueError if dim (at least 1) or num_steps (at least 0) is not a size, or where one of the
     others is no name or out of range.
     """
 
@@ -156,7 +156,7 @@ class PlanarFlow(_Planar):
         """The flow of step k alone; k < 0 counts from the end. Its parameters have gradients of their own and this
         flow's memory, so that training either changes both.
 
-        Raises IndexError where there is no such step, TypeError where k is no int.
+        Raises IndexError if there is no such step, TypeError if k is no int.
         """
         k = as_index("k", k)
         if not -self.num_steps <= k < self.num_steps:
@@ -189,7 +189,7 @@ class AmortizedPlanarFlow(_Planar):
     maps back. activation, slope, constraint and backend are those of `planar_flow`. A flow in half precision takes the
     context in its own dtype, z in that or in float32.
 
-    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or where
+    Raises TypeError or ValueError if dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or where
     one of the others is no name or out of range.
     """
 

@@ -60,8 +60,8 @@ class VAE(nn.Module):
             gives mean and log_var itself.
 
     Raises:
-        ValueError: where F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
-        TypeError: where encoder, decoder or flow is not a module, or a dimension is not an int.
+        ValueError: if F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
+        TypeError: if encoder, decoder or flow is not a module, or a dimension is not an int.
 
     In half precision, `vae.bfloat16()` or `vae.half()`, x has that dtype, and so do what `sample` and `reconstruct`
     return and the features; mean, log_var, noise, z, parameters of the likelihood and everything in nats are float32.
@@ -69,7 +69,7 @@ class VAE(nn.Module):
 
     Methods that draw samples take a `generator` on the module's device, by default torch's global one.
 
-    The first batch that is trained on, outside torch.compile, is checked by `Likelihood.check_batch`: ValueError where
+    The first batch that is trained on, outside torch.compile, is checked by `Likelihood.check_batch`: ValueError if
     its values cannot be drawn from the likelihood, or where it takes logits and the decoder ends with a sigmoid.
     """
 
@@ -121,7 +121,7 @@ class VAE(nn.Module):
             ElboTerms of [B] each.
 
         Raises:
-            ValueError, TypeError: where x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
+            ValueError, TypeError: if x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
         """
         num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
