@@ -19,7 +19,7 @@ BOTTLENECK = 7  # height and width of the smallest feature maps
 
 
 class GatedLinear(nn.Module):
-    """x [*batch, in_features] -> a(x) * sigmoid(g(x)) [*batch, out_features]; a and g are the halves of one product."""
+    """x [*batch, in_features] -> a(x) * sigmoid(g(x)) [*batch, out_features]; one product computes both a and g."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -83,7 +83,7 @@ def gated_mlp_decoder(*widths: int) -> MLP:
 
 
 def gated_conv_encoder() -> MLP:
-    """x [B, 784] or [B, 28, 28] -> features [B, 256]: five 5x5 gated convolutions, then one over all that is left."""
+    """x [B, 784] or [B, 28, 28] -> features [B, 256]: five 5x5 gated convolutions, then one over the whole 7x7 map."""
     layers = [
         nn.Flatten(),
         nn.Unflatten(1, (1, *CONV_IMAGE)),

@@ -11,7 +11,7 @@ from vvae_fast.shapes import check_size
 
 
 class MLP(nn.Sequential):
-    """Linear layers with activations between; `in_features` and `out_features` say what it takes and gives."""
+    """Linear layers with activations between them; `in_features` and `out_features` are their sizes at both ends."""
 
     def __init__(self, *layers: nn.Module, in_features: int, out_features: int):
         super().__init__(*layers)
