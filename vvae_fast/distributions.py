@@ -17,12 +17,12 @@ from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
 
 class _Call(NamedTuple):
-    """One call, and what has to be unchanged for it to hold."""
+    """One call, and everything that must be unchanged for it to be valid."""
 
     x: Tensor
     y: Tensor
     log_det: Tensor  # [*batch]
-    tensors: tuple[Tensor, ...]  # x, y and the sources; held, so that another tensor cannot pass for one of them
+    tensors: tuple[Tensor, ...]  # x, y and the sources; kept alive, so that no new tensor gets the same id
     versions: tuple[tuple[int, int, bool], ...]
     values: tuple[Tensor, ...]  # of the sources
     mode: tuple[object, ...]
@@ -40,9 +40,9 @@ class _Inverse(_InverseTransform):
 
 
 class CachedPlanar(Transform):
-    """What every planar transform shares: broadcasting, the inverse, and a cache that a change of anything empties.
+    """The base of all planar transforms: broadcasting, the inverse, and a cache that any change empties.
 
-    A subclass gives `options`, the arguments of `planar_flow` by name, `_params()`, and `_sources()`.
+    A subclass defines `options`, the keyword arguments of `planar_flow`, `_params()`, and `_sources()`.
     """
 
     domain = constraints.real_vector
@@ -58,11 +58,11 @@ class CachedPlanar(Transform):
         raise NotImplementedError
 
     def _sources(self) -> tuple[Tensor, ...] | None:
-        """The tensors that the parameters are computed from; None where they are unknown, and so nothing is cached."""
+        """The tensors that the parameters are computed from; None if they are unknown, and then nothing is cached."""
         raise NotImplementedError
 
     def _mode(self) -> tuple[object, ...]:
-        """What else the result depends on."""
+        """Everything else that the result depends on."""
         return tuple(self.options.values())
 
     @property
@@ -84,7 +84,7 @@ class CachedPlanar(Transform):
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]  # torch's is an attribute
-        """Whether an inverse is guaranteed: neither with constraint "none" nor with leaky_relu and a slope above 1."""
+        """Whether an inverse is guaranteed: not with constraint "none", and not with leaky_relu and a slope above 1."""
         return self._why_not_bijective() is None
 
     def _why_not_bijective(self) -> ValueError | None:
@@ -95,7 +95,7 @@ class CachedPlanar(Transform):
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y [*batch, D] for x, whose batch dimensions are broadcast with those of the parameters."""
+        """y [*batch, D] for x; the batch dimensions of x are broadcast with those of the parameters."""
         call = self._cached(x=x)
         if call is not None:
             return call.y
@@ -147,7 +147,7 @@ class CachedPlanar(Transform):
         return torch.Size((*_broadcast_batch(name, shape, u), shape[-1]))
 
     def _cached(self, **given: Tensor) -> _Call | None:
-        """The last call, where x, y or both are its own tensors and nothing has changed since."""
+        """The last call, if x, y or both are its own tensors and nothing has changed since."""
         call = self._cached_call
         if call is None or any(tensor is not getattr(call, name) for name, tensor in given.items()):
             return None
@@ -159,7 +159,7 @@ class CachedPlanar(Transform):
             return None
         if not _still(tensors[2:], call.values):
             return None
-        # A call under no_grad has no graph: its answer would be a constant to the parameters.
+        # A call under no_grad has no graph: for the parameters its answer would be a constant.
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return None if wants_grad and not call.with_grad else call
 
@@ -176,11 +176,11 @@ class CachedPlanar(Transform):
         )
 
     def clear_cache(self) -> None:
-        """Forgets the last call, and what its graph holds; Pyro's distributions call it."""
+        """Forgets the last call, with the memory of its graph; Pyro's distributions call it."""
         self._cached_call = None
 
     def _watched(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...] | None:
-        """What must not change; None where a change would leave no trace."""
+        """The tensors that must not change; None if a change would leave no trace."""
         if torch.compiler.is_compiling() or needs_plain_torch():
             return None
         sources = self._sources()
@@ -189,8 +189,8 @@ class CachedPlanar(Transform):
         return x, y, *sources
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy makes an inverse of its own, and graphs can be neither copied nor pickled. The base class's
-        # __getstate__ does not serve: Pyro replaces it.
+        # A copy makes its own inverse, and graphs can be neither copied nor pickled. The base class's __getstate__
+        # cannot be used, because Pyro replaces it.
         return {**self.__dict__, "_inv": None, "_cached_call": None}
 
 
@@ -198,17 +198,16 @@ class PlanarTransform(CachedPlanar):
     """K planar steps as a transform of torch.distributions: `TransformedDistribution(base, PlanarTransform(u, w, b))`.
 
     Args:
-        u, w: [*params, K, D], and b: [*params, K], tensors or parameters, held and not copied. *params are batch
-            dimensions of the distribution and broadcast with those of a sample, as torch's transforms do.
-        activation, slope, constraint: as `planar_flow`'s. `bijective` is False for constraint="none": no inverse is
-            guaranteed, and only a sample's own log_prob is known, with cache_size=1.
-        cache_size: 1 keeps x, y and log_det of the last call, so that the log_prob of a sample inverts nothing; 0, the
-            default, keeps nothing. Any change of u, w or b empties the cache, whoever makes it, and so does a change of
-            x or y, except a write through `.data`. What was drawn without gradients is computed again where gradients
-            are wanted.
+        u, w: [*params, K, D], and b: [*params, K], tensors or parameters, referenced and not copied. *params are batch
+            dimensions of the distribution, and broadcast with those of a sample, as in torch's transforms.
+        activation, slope, constraint: as in `planar_flow`. `bijective` is False for constraint="none": no inverse is
+            guaranteed, and only the log_prob of a sample is known, with cache_size=1.
+        cache_size: 1 keeps x, y and log_det of the last call, so that the log_prob of a sample needs no inverse; 0, the
+            default, keeps nothing. Any change of u, w or b empties the cache, and so does a change of x or y, except a
+            write through `.data`. If gradients are needed, a sample drawn without them is computed again.
 
-    Raises TypeError or ValueError where u, w, b or a name do not fit, as `planar_flow`; NotImplementedError where an
-    inverse is asked for that is not guaranteed.
+    Raises TypeError or ValueError if u, w, b or a name do not fit, as `planar_flow` does; NotImplementedError for an
+    inverse that is not guaranteed.
     """
 
     def __init__(
@@ -232,7 +231,7 @@ class PlanarTransform(CachedPlanar):
     def _sources(self) -> tuple[Tensor, ...]:
         return self.u, self.w, self.b
 
-    def __eq__(self, other: object) -> bool:  # and so no hash: the values may change
+    def __eq__(self, other: object) -> bool:  # no hash, because the values may change
         return (
             isinstance(other, PlanarTransform)
             and self.options == other.options
@@ -245,14 +244,14 @@ class PlanarTransform(CachedPlanar):
 
 
 def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, Any]) -> None:
-    """Raises `planar_flow`'s errors where parameters or names do not fit one another, before there is a sample."""
+    """Raises `planar_flow`'s errors if parameters or names do not fit each other, before there is a sample."""
     if not isinstance(u, Tensor):
         raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
     if u.dim() < 2:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D], got {tuple(u.shape)}")
     if u.shape[-1] < 1:
         raise ValueError(f"u must have shape [K, D] or [*params, K, D] with D >= 1, got {tuple(u.shape)}")
-    dtype = u.dtype if u.dtype in shapes.DTYPES else torch.float32  # u's own is refused by u's name
+    dtype = u.dtype if u.dtype in shapes.DTYPES else torch.float32  # any other dtype is rejected with u's name
     shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1]), dtype=dtype), u, w, b, FlowSpec(**options))
 
 
@@ -273,7 +272,7 @@ def _broadcast_batch(name: str, shape: torch.Size, u: Tensor) -> torch.Size:
 
 
 def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [*batch, D] and parameters [*params, K, D] such that *params ends *batch, by broadcasting both."""
+    """x [*batch, D] and parameters [*params, K, D], broadcast so that *params are the trailing dimensions of *batch."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     _check_dim(name, x.shape, u)
@@ -287,14 +286,14 @@ def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:
-    """A write in place raises a version, and module.to() moves the memory."""
+    """Versions and addresses: a write in place raises a version, and module.to() moves the memory."""
     return tuple((t._version, t.data_ptr(), t.requires_grad) for t in tensors)
 
 
 def _still(tensors: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> bool:
     """Whether the tensors have these values: PyTorch's fused optimizers and Pyro's ClippedAdam raise no version."""
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
-        return True  # comparing would wait for the GPU, which a capture forbids
+        return True  # a comparison would wait for the GPU, which a capture forbids
     return all(t.is_meta or torch.equal(t, value) for t, value in zip(tensors, values, strict=True))
 
 

@@ -101,7 +101,7 @@ def in_graphs(group: Training, backends: list[str]) -> list[str]:
 
 @cache
 def training_step(name: str, group: Training, device: torch.device, backends: tuple[str, ...]) -> Callable[[], None]:
-    """One Adam step of a checked model; raises Refused where its loss or gradients differ from the reference's."""
+    """One Adam step of a checked model; raises Refused if its loss or gradients differ from the reference's."""
     flow, in_graph = flows(list(backends))[name.removesuffix(GRAPH)], name.endswith(GRAPH)
     model, x = make_model(flow, device), make_data(device, group.rows)
     if name.startswith(("vvae_fast", *LOOPED)):

@@ -149,7 +149,7 @@ class Stage:
         self._prepared: dict[str, Prepared | Refused] = {}
 
     def prepared(self, contestant: Contestant, seconds: float = math.inf) -> Prepared:
-        """The contestant, built and checked once; Refused where it is missing, fails, gives another answer or takes
+        """The contestant, built and checked once; Refused if it is missing, fails, gives another answer or takes
         longer than `seconds` for that."""
         if contestant.name not in self._prepared:
             try:

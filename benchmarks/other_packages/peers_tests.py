@@ -85,7 +85,7 @@ def find(peer: Peer, paths: list[Path]) -> Path | None:
 
 
 def run(peer: Peer, file: Path) -> dict[str, dict[str, str]]:
-    """The outcome and the message of each of the file's tests. Raises RuntimeError where pytest runs none of them."""
+    """The outcome and the message of each of the file's tests. Raises RuntimeError if pytest runs none of them."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"peer": peer.package, "root": str(file.parents[peer.above]), "outcomes": f"{folder}/outcomes.json"}
         Path(folder, "pytest.ini").write_text("[pytest]\n")  # neither the peer's options nor ours

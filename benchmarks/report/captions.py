@@ -4,37 +4,40 @@ from benchmarks.flow.contestants import GRAPH
 from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report.results import Results
 
-NOISY = 1.5  # a contestant's slowest round over its fastest, from which on its time is marked
-LEAST_FLOOR = 2e-6  # seconds, a function call: a ratio to less says nothing
+NOISY = 1.5  # a time is marked if the contestant's slowest round took more than this many times its fastest
+LEAST_FLOOR = 2e-6  # seconds of a function call; a ratio to a smaller floor has no meaning
 
 NO_GPU = "Not measured on a GPU."
 BACKEND_CAPTION = "Both: forward and backward, by the clock. Forward, backward: each alone, on the device."
 
 RATIOS = (
     f"in parentheses: how many times as fast as the {PLAIN}, the median of the rounds' ratios. "
-    f"The {PLAIN} is the fastest that was found in twenty lines of PyTorch (benchmarks/flow/loops.py), the {REFERENCE} "
-    "this package's own, for any input."
+    f"The {PLAIN} is the fastest that was found in twenty lines of PyTorch (benchmarks/flow/loops.py). The {REFERENCE} "
+    "is this package's own loop, for any input."
 )
-NO_RATIOS = f"this run has no {PLAIN}, which the ratios are to."
+NO_RATIOS = f"without ratios, since this run has no {PLAIN}."
 MARK = f" `~`: the slowest round took more than {NOISY} times the fastest."
-CPU_TIMES = (
+FLOOR = (
     "The floor is the time that the memory traffic or the arithmetic alone takes, docs/math.md (19), at the bandwidth "
-    "of the copy of z timed in the same rounds and the rate of that run's best matrix product. The no-op clones z and "
-    "does no other work: it is what autograd costs by itself. Times are medians of the rounds' medians; "
 )
-CPU_LEAST = f" The last column has no ratio where the floor is under {1e6 * LEAST_FLOOR:.0f} us, a function call."
+CPU_TIMES = (
+    f"{FLOOR}of the copy of z timed in the same rounds and the rate of that run's best matrix product. The no-op only "
+    "clones z: its time is the cost of autograd. Times are medians of the rounds' medians; "
+)
+CPU_LEAST = (
+    f" The last column has no ratio if the floor is under {1e6 * LEAST_FLOOR:.0f} us, the time of a function call."
+)
 GPU_TIMES = (
-    "Times are by the clock, of calls in a row until the device has done the last: medians of the rounds' medians; "
+    "Times are by the clock, for calls in a row until the device has done the last: medians of the rounds' medians; "
 )
 GPU_FLOOR = (
-    " The floor is the time that the memory traffic or the arithmetic alone "
-    "takes, docs/math.md (19), at the bandwidth of a copy of 512 MiB timed in the same rounds and the larger rate of "
-    "that run's float32 matrix products: by fused multiply-adds, or a third of that in TF32. The last column divides "
-    "the time on the device alone (events around a call that was queued, its inputs in no cache) by the floor; it has "
-    f"no ratio where that is under {1e6 * LEAST_FLOOR:.0f} us. The no-op clones z and does no other work."
+    f" {FLOOR}of a copy of 512 MiB timed in the same rounds and the rate of that run's float32 matrix products: by "
+    "fused multiply-adds, or a third of the rate in TF32, whichever is larger. The last column divides the time on the "
+    "device alone by the floor. That time is between events around a queued call whose inputs are in no cache. The column has "
+    f"no ratio if the floor is under {1e6 * LEAST_FLOOR:.0f} us. The no-op only clones z."
 )
-FLOOR_CAPTION = "Time over the floor, in parentheses the time:"
-GPU_FLOOR_CAPTION = "Time on the device over the floor, in parentheses the time:"
+FLOOR_CAPTION = "Time divided by the floor; the time in parentheses:"
+GPU_FLOOR_CAPTION = "Time on the device divided by the floor; the time in parentheses:"
 
 
 def on_gpu(run: Results) -> bool:
@@ -58,25 +61,25 @@ def compile_times(run: Results) -> str:
     if not seconds:
         return ""
     took = f"took {min(seconds):.0f} to {max(seconds):.0f} s to compile a shape, not counted above"
-    return f"torch.compile is given the {run.header['compiled']}, and {took}."
+    return f"torch.compile compiled the {run.header['compiled']}. It {took}."
 
 
 def step_caption(run: Results) -> str:
-    """The batch sizes are those that a run has."""
+    """It names the batch sizes that the run has."""
     steps = [row for row in run.rows if row.pass_ == "step"]
     others = "".join(f", and {rows} where the column says so" for rows in sorted({row.rows for row in steps} - {100}))
     compiled = any(row.contestant.startswith("torch.compile") for row in steps)
     in_graphs = any(row.contestant.endswith(GRAPH) for row in steps)
     return (
-        f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: median of the rounds, "
-        "smallest to largest."
-        + " torch.compile: of the flow, the rest as in the others." * compiled
-        + " CUDA graph: of the whole step." * in_graphs
+        f"784-400-40, B = 100{others}, as a ratio to the vanilla step of the same round: the median of the rounds, and "
+        "in parentheses the smallest and the largest."
+        + " torch.compile: only the flow is compiled." * compiled
+        + " CUDA graph: the whole step is one graph." * in_graphs
     )
 
 
 def memory_caption(run: Results) -> str:
     return (
-        "Saved: bytes that the forward saves for the backward, beside the inputs, which the caller holds anyway. "
-        f"Peak: of a forward and backward, above the inputs ({run.header['peak_bytes_method']})."
+        "Saved: bytes that the forward saves for the backward, without the inputs, which the caller holds anyway. "
+        f"Peak: bytes of a forward and backward, above the inputs ({run.header['peak_bytes_method']})."
     )

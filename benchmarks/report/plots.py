@@ -41,12 +41,12 @@ def lines(run: Results, chosen: Callable[[Row], bool], x: str, y: str) -> Points
 
 
 def key(label: str) -> str:
-    """Under which a label's colour, marker and place are found."""
+    """The key of a label's colour, marker and place."""
     return "vvae_fast" if label.startswith("vvae_fast") and label not in COLORS else label
 
 
 def draw(ax: Axes, found: Points, scale: float, hollow: bool = False) -> None:
-    """One line a contestant on logarithmic axes."""
+    """One line for each contestant, on logarithmic axes."""
     for name, points in found.items():
         ours = key(name).startswith("vvae_fast")
         style = {"color": COLORS.get(key(name)), "linewidth": 2.4 if ours else 1.3}

@@ -88,7 +88,7 @@ def title(row: Row) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Time, how many times as fast as the plain loop in the same rounds, and ~ where the rounds disagree."""
+    """Time, how many times as fast as the plain loop in the same rounds, and ~ if the rounds disagree."""
     if row is None:
         return ""
     if row.median is None:
@@ -97,7 +97,7 @@ def cell(row: Row | None) -> str:
 
 
 def speedup(row: Row) -> str:
-    """Over the base; empty for itself, and where it was not timed."""
+    """How many times as fast as the base; empty for the base itself, and if the base was not timed."""
     return "" if row.to_base is None or row.base == row.contestant else f" ({ratio(1 / row.to_base)})"
 
 
@@ -106,7 +106,7 @@ def noisy(rounds: list[float]) -> bool:
 
 
 def floor_ratio(row: Row) -> str:
-    """Time over the floor, where the floor is more than a function call."""
+    """Time over the floor, if the floor is more than a function call."""
     return ratio(row.to_floor) if row.floor and row.floor >= LEAST_FLOOR else "-"
 
 
@@ -119,7 +119,7 @@ def where_from(run: Results) -> str:
 
 
 def time_table(run: Results, pass_: str, names: tuple[str, ...] | list[str]) -> str:
-    """A line for each case: ours, the no-op, the peers, and how far ours is from the floor."""
+    """A line for each case: ours, the no-op, the peers, and our time over the floor."""
     others = ["no-op", *PEERS]
     others = [name for name in others if any(name in pick(run, pass_, case) for case in names)]
     lines = []
@@ -153,7 +153,7 @@ def _step_cell(row: Row | None) -> str:
 
 
 def backend_table(run: Results) -> str:
-    """A line for each case, three columns for each backend and form that was timed; "" where that is one."""
+    """A line for each case, three columns for each backend and form that was timed; "" if there is only one."""
     timed = [row for row in run.rows if row.role in ("ours", "form") and row.median and row.pass_ in PASSES]
     names = list(dict.fromkeys(row.contestant for row in timed))
     if len(names) < 2:
@@ -203,7 +203,9 @@ def where_not_fastest(run: Results) -> str:
     missing = [name for name in PEERS if name not in timed]
     but = f" Not timed at all in it: {', '.join(missing)}." if missing else ""
     if not lost:
-        return f"vvae_fast is the fastest in all {compared} comparisons of that run (passes of cases with a peer).{but}"
+        return (
+            f"vvae_fast is the fastest in all {compared} comparisons of that run (a pass of a case with a peer).{but}"
+        )
     return f"vvae_fast is not the fastest in {len(lost)} of {compared} comparisons of that run: {'; '.join(lost)}.{but}"
 
 
@@ -218,12 +220,12 @@ def floor_table(run: Results) -> str:
 
 
 def _floor_cell(row: Row) -> str:
-    """The ratio and the time that it is of, on a GPU the device's alone."""
+    """The ratio and the time; on a GPU those of the device alone."""
     return f"{floor_ratio(row)} ({duration(row.median)}{'~' * noisy(row.round_medians)})" if row.median else cell(row)
 
 
 def memory_sentence(run: Results) -> str:
-    """What the forward saves, in the largest case and where the plain loop was measured too."""
+    """The bytes that the forward saves, in the largest case and in one that the plain loop ran too."""
     found = [pick(run, "memory", case) for case in cases(run, "memory")]
     found = [rows for rows in found if OURS in rows and rows[OURS].saved_bytes and not rows[OURS].amortized]
     if not found:
@@ -290,7 +292,7 @@ def machine_page(run: Results) -> str:
 
 
 def readme_section(run: Results, machine: str) -> str:
-    """What stands between the README's markers, for one machine."""
+    """The text between the README's markers, for one machine."""
     folder = f"benchmarks/results/{machine}"
     parts = [
         f"{where_from(run)}. Forward + backward, float32, constraint included. {time_caption(run)}",
@@ -318,7 +320,7 @@ def with_section(readme: str, runs: dict[str, Results]) -> str:
 
 def main(folder: Path = results.FOLDER, readme: Path = ROOT / "README.md") -> int:
     """Rewrites the machines' pages and plots and the README's section from the newest full results."""
-    from benchmarks.report import plots  # matplotlib is no need of the tables
+    from benchmarks.report import plots  # the tables need no matplotlib
 
     try:
         runs = {machine: results.read(path) for machine, path in results.newest(folder=folder).items()}

@@ -26,19 +26,19 @@ from benchmarks.flow.measure import COPY, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
-HEADER = (  # what the report needs of it
+HEADER = (  # the entries that the report needs
     *("kind", "date", "seconds", "device", "machine", "threads", "isa", "torch", "commit", "dirty", "compiled"),
     *("matrix_product_flops_per_second", "peak_bytes_method", "versions"),
 )
 
 
 class Unreadable(Exception):
-    """A file of results is truncated, or of another version; the message names it."""
+    """A file of results is cut short, or of another version; the message names it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant in one pass of a case; where status is not "ok" it says why there are no numbers."""
+    """One contestant in one pass of a case. A status other than "ok" says why there are no numbers."""
 
     case: str
     pass_: str  # forward, backward, forward+backward, step, memory
@@ -50,20 +50,20 @@ class Row:
     num_steps: int | None
     amortized: bool | None
     dtype: str
-    median: float | None = None  # of the rounds' medians; device events on a GPU, but for a training step
-    p10: float | None = None  # of all calls, as is p90
+    median: float | None = None  # of the rounds' medians; by device events on a GPU, except for a training step
+    p10: float | None = None  # over all calls, like p90
     p90: float | None = None
-    host_median: float | None = None  # by the clock: on a GPU of calls in a row, until the device is done
+    host_median: float | None = None  # by the clock; on a GPU for calls in a row, until the device is done
     calls: int | None = None
-    page_faults: float | None = None  # a call
+    page_faults: float | None = None  # per call
     round_medians: list[float] = field(default_factory=list)
-    host_round_medians: list[float] = field(default_factory=list)  # where they are others
+    host_round_medians: list[float] = field(default_factory=list)  # if they differ from round_medians
     floor: float | None = None
     to_floor: float | None = None
     fastest_peer: str | None = None
     to_fastest_peer: float | None = None  # host_median over the fastest peer's: below 1 is faster
     base: str | None = None  # the vanilla step, or the plain loop
-    base_ratios: list[float] = field(default_factory=list)  # of each round by the clock, over the base's in the same
+    base_ratios: list[float] = field(default_factory=list)  # each round's time by the clock over the base's
     to_base: float | None = None  # their median
     compile_seconds: float | None = None
     saved_bytes: int | None = None
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def wall(self) -> float | None:
-        """By the clock: what a user waits."""
+        """Time by the clock: how long a user waits."""
         return self.host_median or self.median
 
     @property
@@ -144,7 +144,7 @@ def _row(run: Run, group, pass_: str, name: str, role: str) -> Row:
 
 
 def _floor(run: Run, group, pass_: str, found: list[Row]) -> float | None:
-    """Seconds; the copy was timed in the same rounds."""
+    """Seconds of the floor; the copy was timed in the same rounds."""
     copies = [row.median for row in found if row.contestant == COPY and row.median]
     if not copies or group.dtype not in run.rates:
         return None
@@ -178,8 +178,8 @@ def _rounded(x: float | None) -> float | None:
 
 
 def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> dict[str, object]:
-    """Where, when and with what the run was made; kind is full, quick or partial, `commit` as in `git describe --always
-    --dirty` for a copy of the files that git knows nothing of."""
+    """Where, when and with what the run was made. kind is full, quick or partial. `commit` is the output of
+    `git describe --always --dirty`, for a copy that has no .git."""
     cuda = run.device.type == "cuda"
     info = vvae_fast.info()
     status = _git("status", "--porcelain", "--untracked-files=no")
@@ -212,7 +212,7 @@ def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> di
 
 
 def _copy_bandwidth(run: Run) -> float | None:
-    """The best of the run: on a GPU every case copies as much."""
+    """The best of the run; on a GPU every case copies the same number of bytes."""
     found = [
         run.copy_bytes[group] / median(median(block) for block in timing.rounds)
         for (group, _, name), timing in run.timings.items()
@@ -241,7 +241,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this checkout; None where there is none."""
+    """The output of git in this checkout; None if git fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -262,7 +262,9 @@ def write(run: Results, folder: Path = FOLDER) -> Path:
     version = str(h["torch"]).replace("+", "-")
     path = folder / slug(h) / f"{prefix}torch-{version}-{h['commit']}{'-dirty' * bool(h['dirty'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join(json.dumps(_compact(row)) for row in run.rows)  # a row a line: diffs stay readable
+    body = ",\n".join(
+        json.dumps(_compact(row)) for row in run.rows
+    )  # one line for each row, so that diffs stay readable
     path.write_text(f'{{"header": {json.dumps(h, indent=1)},\n"rows": [\n{body}\n]}}\n')
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
@@ -278,7 +280,7 @@ def _compact(row: Row) -> dict[str, object]:
 
 
 def read(path: Path) -> Results:
-    """What `write` wrote; Unreadable where it is not that."""
+    """A run that `write` wrote; raises Unreadable for any other file."""
     try:
         found = json.loads(path.read_text())
         header = {name: found["header"][name] for name in HEADER} | found["header"]
@@ -292,7 +294,7 @@ def read(path: Path) -> Results:
 
 
 def committed(folder: Path = FOLDER) -> list[Path]:
-    """The full runs that git tracks; all that are there where there is no git."""
+    """The full runs that git tracks; without git, all that are there."""
     listed = _git("ls-files", "--full-name", "results")
     found = sorted(folder.glob("*/torch-*.json"))
     return found if listed is None else [path for path in found if path.as_posix().endswith(tuple(listed.split()))]

@@ -45,7 +45,7 @@ def timing(results: Results) -> str:
         return "The seconds were not measured."
     unmeasured = "" if results.has_seconds(PLAIN) else f" Those with the {PLAIN} were not measured."
     machine = results.epochs["environment"]
-    where = machine["gpu"] or f"one thread of {machine['processor']}, its own time"
+    where = machine["gpu"] or f"CPU time of one thread of {machine['processor']}"
     return f"Medians of {results.epochs['rounds']} alternating rounds in one process, {where}.{unmeasured}"
 
 
@@ -78,7 +78,7 @@ def section(results: Results, published: list[dict]) -> str:
         f"## {TITLES.get(name, name)}",
         f"Protocol, [configs/{name}.yaml](../configs/{name}.yaml): {results.study.protocol}. Seeds {seeds}. {where}.",
         model_table(results),
-        "Test set, nats a data point, mean ± standard deviation over the seeds. s / epoch: of training with this "
+        "Test set, nats per data point, mean ± standard deviation over the seeds. s / epoch: training time with this "
         f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "
         "package's own loop. " + timing(results),
         f"![-ELBO, NLL and gap against K](results/{name}.svg)",
@@ -86,7 +86,7 @@ def section(results: Results, published: list[dict]) -> str:
     ]
     if published:
         parts += [
-            "What others report for these models, under protocols of their own: not to be compared line by line.",
+            "These numbers were published for similar models under other protocols: do not compare them line by line.",
             published_table(results, published),
         ]
     return "\n\n".join(parts)

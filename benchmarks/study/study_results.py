@@ -75,7 +75,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 def read(folder: Path, config: Path) -> Results:
-    """The results in a folder, of the study in a file. Raises Unusable where they are not its, or incomplete."""
+    """The results in a folder, of the study in a file. Raises Unusable if they are not its, or incomplete."""
     study = load_study(config)
     content = json.loads((folder / RESULTS).read_text())
     for name, value in study.settings.items():

@@ -10,23 +10,24 @@ def introduction(studies: list[Results]) -> str:
     *names, last = [f"`{results.study.name}`" for results in studies]
     return f"""# Vanilla VAE against flow VAE: results
 
-The vanilla VAE has a diagonal Gaussian posterior. The others push it through K planar steps (Rezende & Mohamed 2015),
-whose parameters all data points share, or which the encoder gives for each data point (amortized). The studies here
-are {", ".join(names)} and {last}; [study.md](study.md) says how to run them. Figure 3 of
-Rezende & Mohamed, flows on four energies, is in [density.md](density.md).
+The vanilla VAE has a diagonal Gaussian posterior. The other models move its samples through K planar steps
+(Rezende & Mohamed 2015). The parameters of the steps are shared by all data points, or the encoder computes them for
+each data point (amortized). The studies here are {", ".join(names)} and {last};
+[study.md](study.md) says how to run them. Figure 3 of Rezende & Mohamed, flows on four energies, is in
+[density.md](density.md).
 
-`make results` writes this page from the files in [results](results): of each study the `results.json` that
-`vvae-fast compare` wrote, and the `epochs.json` of `benchmarks/study/epochs.py`. None of these numbers is typed in;
-those of others are in `published.yaml`.
+`make results` writes this page from the files in [results](results). Each study has the `results.json` that
+`vvae-fast compare` wrote, and the `epochs.json` that `benchmarks/study/epochs.py` wrote. No number here is typed by
+hand, except those that others published, in `published.yaml`.
 
 - -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
-  posterior. Their difference, the gap, says how tight the bound is. Less is better.
-- KL: of the posterior from the prior, a part of -ELBO.
-- Active units: dimensions of z_K, which the decoder is given, whose posterior mean has a variance above 0.01 over the
-  test set (Burda et al. 2016). The mean is estimated twice, from halves of 50 samples: the covariance of the two is
-  that variance without the samples' own. A planar step moves z along no axis: behind a flow all dimensions of z_K may
-  be active where few directions are used.
-- A difference is called clear where its mean over the seeds is more than {CLEAR:g} standard deviations of the seeds'
+  posterior. Their difference, the gap, says how tight the bound is. Smaller is better.
+- KL: divergence of the posterior from the prior, a part of -ELBO.
+- Active units: dimensions of z_K, the decoder's input, whose posterior mean has a variance above 0.01 over the
+  test set (Burda et al. 2016). The mean is estimated twice, from two halves of 50 samples. The covariance of the two
+  estimates is that variance, without the variance of the samples. Planar steps do not move z along the axes, so with
+  a flow all dimensions of z_K may be active although few directions are used.
+- A difference is called clear if its mean over the seeds is more than {CLEAR:g} standard deviations of the seeds'
   differences."""
 
 
@@ -78,7 +79,7 @@ def _where_the_gain_is(results: Results) -> str:
     neg_elbo, nll, gap = (results.difference(model, key) for key in ("neg_elbo", "nll", "gap"))
     return (
         f"The best amortized flow, K = {model.num_steps}, changes -ELBO by {neg_elbo.text(sign=True)} nats: "
-        f"{nll.text(sign=True)} by a better model (NLL) and {gap.text(sign=True)} by the bound's gap, "
+        f"{nll.text(sign=True)} come from a better model (NLL), {gap.text(sign=True)} from the bound's gap, "
         f"which is {results.score(VANILLA_MODEL, 'gap').text()} without a flow."
     )
 
@@ -94,7 +95,7 @@ def _cost(results: Results) -> str:
         ours, loop = (results.seconds(model, backend) for backend in (OURS, PLAIN))
         beside = f" ({loop / vanilla:.1f} times with the {PLAIN})" if loop else ""
         parts.append(f"{kind} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
-    return f"An epoch takes, against one of the vanilla VAE: {'; '.join(parts)}."
+    return f"An epoch takes, compared with the vanilla VAE: {'; '.join(parts)}."
 
 
 def limitations(studies: list[Results]) -> str:
@@ -104,16 +105,16 @@ def limitations(studies: list[Results]) -> str:
     epochs = "; ".join(f"{x.study.name}: {x.study.settings['epochs']:,}" for x in studies)
     return f"""## Limitations
 
-- The budgets are small (epochs, {epochs}): models trained for longer may differ less, or otherwise.
-- Importance sampling overestimates the NLL, the more so the worse the posterior fits and the fewer the samples
-  ({samples}): a part of a difference in NLL may be one of the estimates.
-- The deviations are those of few seeds ({seeds}), of initialisation, order and noise. They do not hold the error of a
-  finite test set; all models meet the same one.
-- One learning rate serves all models of a study; it was not tuned for each of them.
-- An amortized flow's head adds parameters (see the tables); a vanilla VAE with as many was not trained.
-- The prior is a standard normal and the decoder factorises over pixels, in all of them.
-- Protocol 2 in full, [mnist_mlp](../configs/mnist_mlp.yaml), and the convolutional protocol of van den Berg et al.
-  (2018), [mnist_conv](../configs/mnist_conv.yaml), run the same way on a GPU: no results of theirs are here."""
+- The budgets are small (epochs, {epochs}). Models that train longer may differ less, or in another way.
+- Importance sampling overestimates the NLL, more so if the posterior fits badly or the samples are few ({samples}).
+  A part of a difference in NLL may come from these estimates.
+- The deviations come from few seeds ({seeds}), for initialisation, order and noise. They do not contain the error of a
+  finite test set, which is the same for all models.
+- All models of a study use one learning rate. It was not tuned for each model.
+- An amortized flow's head adds parameters (see the tables). No vanilla VAE with as many parameters was trained.
+- In all models the prior is a standard normal, and the decoder factorises over pixels.
+- The full MNIST protocol, [mnist_mlp](../configs/mnist_mlp.yaml), and the convolutional protocol of van den Berg et al.
+  (2018), [mnist_conv](../configs/mnist_conv.yaml), run the same way on a GPU. This page has no results of them."""
 
 
 def conclusions(studies: list[Results]) -> str:

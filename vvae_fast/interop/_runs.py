@@ -41,7 +41,7 @@ class LayerList(NamedTuple):
     example: str
 
     def of(self, model: nn.Module) -> nn.ModuleList:
-        """The model's list. Raises TypeError where it has none."""
+        """The model's list. Raises TypeError if it has none."""
         layers = getattr(model, self.attribute, None)
         if not isinstance(layers, nn.ModuleList):
             raise TypeError(
@@ -204,13 +204,13 @@ def _stacked(layers: nn.ModuleList, prefix: str) -> Iterator[tuple[str, list[str
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raises TypeError where it is no mapping: a module is passed by mistake."""
+    """Raises TypeError if it is no mapping: a module is passed by mistake."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of names and tensors, got {type(state_dict).__name__}")
 
 
 def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
-    """Raises TypeError where one of a state_dict's entries is no tensor, ValueError where its shape is not `wanted`."""
+    """Raises TypeError if one of a state_dict's entries is no tensor, ValueError if its shape is not `wanted`."""
     for name, row in rows.items():
         if not isinstance(row, Tensor):
             raise TypeError(f"state_dict's {name} must be a torch.Tensor, got {type(row).__name__}")

@@ -26,7 +26,7 @@ class PlanarStack(_runs.Stack):
         num_steps: K, at least 1.
         act: an activation of `planar_flow`; "leaky_relu" has normflows' slope 0.2.
 
-    Raises TypeError or ValueError where shape, num_steps or act is not one of these.
+    Raises TypeError or ValueError if shape, num_steps or act is not one of these.
     """
 
     def __init__(self, shape: int | Sequence[int], num_steps: int, act: str = "tanh") -> None:
@@ -88,7 +88,7 @@ class Planar(PlanarStack):
     """normflows' `Planar(shape, act="tanh", u=None, w=None, b=None)`: u, w [1, *shape] and b [1], its state_dict.
 
     `planar(z)` maps z [*batch, *shape] to (z, log_det [*batch] in nats); `planar.inverse(z)` maps back, for every
-    activation. Works inside a normflows model. Raises TypeError where u, w or b is no floating tensor, ValueError where
+    activation. Works inside a normflows model. Raises TypeError if u, w or b is no floating tensor, ValueError if
     one has another shape, and as PlanarStack.
     """
 
@@ -122,7 +122,7 @@ def from_normflows(model: nn.Module) -> nn.Module:
     requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are new, with the
     values of the old ones: make the optimizer afterwards. Lists inside other flows are not searched.
 
-    Raises TypeError where model has no ModuleList `flows`, such as nf.NormalizingFlow has.
+    Raises TypeError if model has no ModuleList `flows`, such as nf.NormalizingFlow has.
     """
     _LAYERS.fuse(model, _facts, lambda layer, act: PlanarStack(layer.u.shape[1:], 1, act))
     return model
@@ -136,7 +136,7 @@ def to_normflows_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads the state_dict of the normflows model, as before `from_normflows`, into the fused one.
 
-    Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
+    Raises ValueError if a step is missing, RuntimeError as load_state_dict does.
     """
     _LAYERS.load_unfused_state_dict(model, state_dict)
 

@@ -65,7 +65,7 @@ class PlanarStack(_PlanarModule):
     For `TransformedDistribution` and `pyro.module`: maps x [*batch, D]; log_prob of its own samples comes from the
     cache, of any other point from the inverse. Initialised as Pyro initialises each step.
 
-    Raises TypeError or ValueError where input_dim or num_steps, both at least 1, is not a size.
+    Raises TypeError or ValueError if input_dim or num_steps, both at least 1, is not a size.
     """
 
     def __init__(self, input_dim: int, num_steps: int, *, cache_size: int = 1) -> None:
@@ -90,7 +90,7 @@ class PlanarStack(_PlanarModule):
     def load_pyro_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
         """Loads `{prefix}{k}.bias` [1], `.u` and `.w` [D] of K of Pyro's transforms; other prefixes are left alone.
 
-        Raises ValueError where a step is missing, has another shape or there is one more, TypeError where state_dict is
+        Raises ValueError if a step is missing, has another shape or there is one more, TypeError if state_dict is
         none.
         """
         check_state_dict(state_dict)
@@ -115,7 +115,7 @@ class Planar(_PlanarModule):
     """Pyro's `Planar(input_dim)`: bias [1], u and w [D], its state_dict, and an inverse.
 
     Maps x [*batch, D]; log_prob of its own samples comes from the cache, of any other point from the inverse.
-    Raises TypeError or ValueError where input_dim is no size of at least 1.
+    Raises TypeError or ValueError if input_dim is no size of at least 1.
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
@@ -190,7 +190,7 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
 
     A ComposeTransform's `parts` and a ModuleList are such lists. The parameters are new: make the optimizer afterwards.
 
-    Raises TypeError where a transform is no planar one, ValueError where there is none or their sizes differ.
+    Raises TypeError if a transform is no planar one, ValueError if there is none or their sizes differ.
     """
     if not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list of planar transforms, got {type(transforms).__name__}")
@@ -225,8 +225,8 @@ def planar(input_dim: int) -> Planar:
 def conditional_planar(input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None) -> ConditionalPlanar:
     """Pyro's helper: `ConditionalPlanar` of Pyro's DenseNN, which maps a context [*params, context_dim].
 
-    hidden_dims are the sizes of its hidden layers, 10 input_dim twice by default. Raises TypeError or ValueError where
-    a size is none of at least 1, ImportError where Pyro is not installed.
+    hidden_dims are the sizes of its hidden layers, 10 input_dim twice by default. Raises TypeError or ValueError if
+    a size is none of at least 1, ImportError if Pyro is not installed.
     """
     from pyro.nn import DenseNN
 

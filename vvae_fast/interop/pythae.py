@@ -65,7 +65,7 @@ class PlanarStack(_runs.Stack):
 
     log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|.
 
-    Raises TypeError or ValueError where dim or num_steps, both at least 1, is not a size, activation none of "linear",
+    Raises TypeError or ValueError if dim or num_steps, both at least 1, is not a size, activation none of "linear",
     "tanh", "elu", or log_det_eps no number of at least 0.
     """
 
@@ -125,8 +125,8 @@ class PlanarFlow(PlanarStack, _Base):
     Args:
         model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
 
-    Raises an AttributeError that is a ValueError too where input_dim is None, TypeError where it is no shape, and as
-    PlanarStack; ImportError where it is to be saved or loaded without pythae.
+    Raises an AttributeError that is a ValueError too where input_dim is None, TypeError if it is no shape, and as
+    PlanarStack; ImportError if it is to be saved or loaded without pythae.
     """
 
     def __init__(self, model_config: Any) -> None:
@@ -144,7 +144,7 @@ class PlanarFlow(PlanarStack, _Base):
     def save(self, dir_path: str) -> None:
         """Writes pythae's model.pt, model_config.json and environment.json into a folder, which is made where missing.
 
-        Raises TypeError where model_config is none of pythae's.
+        Raises TypeError if model_config is none of pythae's.
         """
         if _Base is not _WithoutPythae and not hasattr(self.model_config, "save_json"):
             got = type(self.model_config).__name__
@@ -164,7 +164,7 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
     log_det_eps=0.0 in place of pythae's 1e-4 gives the exact log|det|, which differs by at most 1e-4 / |det| nats a
     step, and is infinite where a determinant is 0.
 
-    Raises TypeError where model has no ModuleList `net`, TypeError or ValueError where log_det_eps is no number of at
+    Raises TypeError if model has no ModuleList `net`, TypeError or ValueError if log_det_eps is no number of at
     least 0.
     """
     _LAYERS.of(model)
@@ -181,7 +181,7 @@ def to_pythae_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads the state_dict of pythae's model, as before `from_pythae`, into the fused one.
 
-    Raises ValueError where a step is missing, RuntimeError as load_state_dict does.
+    Raises ValueError if a step is missing, RuntimeError as load_state_dict does.
     """
     _LAYERS.load_unfused_state_dict(model, state_dict)
 

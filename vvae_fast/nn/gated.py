@@ -19,7 +19,7 @@ BOTTLENECK = 7  # height and width of the smallest feature maps
 
 
 class GatedLinear(nn.Module):
-    """x [*batch, in_features] -> a(x) * sigmoid(g(x)) [*batch, out_features]; a and g are the halves of one product."""
+    """x [*batch, in_features] -> a(x) * sigmoid(g(x)) [*batch, out_features]; one product computes both a and g."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -63,7 +63,7 @@ def gated_mlp_encoder(*widths: int) -> MLP:
     """x [B, *data] -> features [B, widths[-1]]: flattens, then a gated layer for each width after the first.
 
     Raises:
-        ValueError, TypeError: where widths (data dimensions, hidden widths) are not at least two positive ints.
+        ValueError, TypeError: if widths (data dimensions, hidden widths) are not at least two positive ints.
     """
     widths = check_widths("gated_mlp_encoder", widths)
     layers = [GatedLinear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths)]
@@ -74,7 +74,7 @@ def gated_mlp_decoder(*widths: int) -> MLP:
     """z [N, widths[0]] -> likelihood parameters [N, widths[-1]]: gated layers, and a plain linear one at the end.
 
     Raises:
-        ValueError, TypeError: where widths are not at least two positive ints.
+        ValueError, TypeError: if widths are not at least two positive ints.
     """
     widths = check_widths("gated_mlp_decoder", widths)
     *hidden, last = pairwise(widths)
@@ -83,7 +83,7 @@ def gated_mlp_decoder(*widths: int) -> MLP:
 
 
 def gated_conv_encoder() -> MLP:
-    """x [B, 784] or [B, 28, 28] -> features [B, 256]: five 5x5 gated convolutions, then one over all that is left."""
+    """x [B, 784] or [B, 28, 28] -> features [B, 256]: five 5x5 gated convolutions, then one over the whole 7x7 map."""
     layers = [
         nn.Flatten(),
         nn.Unflatten(1, (1, *CONV_IMAGE)),
@@ -102,7 +102,7 @@ def gated_conv_decoder(latent_dim: int, num_params: int = 1) -> MLP:
     """z [N, latent_dim] -> likelihood parameters [N, num_params * 784]: gated transposed convolutions, a plain 1x1 one.
 
     Raises:
-        ValueError, TypeError: where latent_dim or num_params is not a positive int.
+        ValueError, TypeError: if latent_dim or num_params is not a positive int.
     """
     latent_dim, num_params = check_size("latent_dim", latent_dim, 1), check_size("num_params", num_params, 1)
     layers = [

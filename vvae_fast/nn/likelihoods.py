@@ -1,10 +1,10 @@
-"""Decoder likelihoods p(x | z): what the decoder's outputs mean, in nats and in log-space throughout.
+"""Decoder likelihoods p(x | z): the meaning of the decoder's outputs, in nats and always in log-space.
 
 Every likelihood works on flat data: x is [*batch, P] and the decoder's outputs are params [*samples, *batch,
 num_params * P], where leading sample dimensions share x. VAE flattens images for you.
 
-Data are not checked in log_prob, which runs every training step and would stall a GPU; `check_batch` does it, which VAE
-calls for the first batch that it trains on.
+log_prob does not check data: it runs at every training step, and a check would make it wait for the GPU. VAE calls
+`check_batch` for the first batch that it trains on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vvae_fast.shapes import HALVES, check_size, full_precision, untraced
 from vvae_fast.spec import as_float
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
-# Operations of autograd's graph: those that give probabilities or their logarithms, and those that only move numbers.
+# Operations in autograd's graph: those that return probabilities or their logarithms, and those that only move numbers.
 SQUASHING = {
     f"{name}Backward0": name.lower() for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Softmax", "LogSoftmax")
 }
@@ -29,16 +29,16 @@ SAME_VALUES = {
     *("UnsqueezeBackward0", "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0"),
     *("ExpandBackward0", "AliasBackward0", "SliceBackward0"),
 }
-_NO_REDUCTION = 0  # PyTorch's number for it
+_NO_REDUCTION = 0  # PyTorch's number for reduction="none"
 
 
 class Likelihood:
     """A distribution over data dimensions that are independent given the decoder's outputs.
 
     Attributes:
-        name: the name `make_likelihood` knows it by.
-        num_params: outputs the decoder must give for each data dimension.
-        takes_logits: whether those outputs are logits, any real numbers, to which log_prob applies the sigmoid.
+        name: its name in `make_likelihood`.
+        num_params: the number of decoder outputs for each data dimension.
+        takes_logits: whether those outputs are logits, any real numbers; log_prob applies the sigmoid to them.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Likelihood:
             [*samples, *batch], float32 for the half precisions.
 
         Raises:
-            ValueError: where the shapes do not fit; the sample dimensions are the only broadcast.
+            ValueError: if the shapes do not fit; the sample dimensions are the only broadcast.
         """
         self._check_shapes(x, params)
         return self._log_prob(full_precision(x), full_precision(params))
@@ -70,12 +70,12 @@ class Likelihood:
         raise NotImplementedError
 
     def check_data(self, x: Tensor) -> None:
-        """Raise ValueError where x (any shape) holds a value of zero probability, by default NaN and inf."""
+        """Raise ValueError if x (any shape) holds a value of zero probability, by default NaN and inf."""
         if not x.isfinite().all():
             self._refuse(x, "finite numbers", "clean them")
 
     def check_batch(self, x: Tensor, params: Tensor) -> None:
-        """`check_data`, and ValueError where the decoder's outputs params are not what the likelihood takes."""
+        """Calls `check_data`, and raises ValueError if params, the decoder's outputs, do not fit the likelihood."""
         self.check_data(x)
         if self.takes_logits and (squashed := _squashed_by(params)):
             raise ValueError(
@@ -130,7 +130,7 @@ class Bernoulli(Likelihood):
 class Binomial(Likelihood):
     """Counts, x in {0, ..., total_count}; the parameter is the logit of one trial.
 
-    log_prob includes the log binomial coefficient, so that it is a true log-probability of the counts.
+    log_prob includes the log binomial coefficient, so it is the true log-probability of the counts.
     """
 
     total_count: int
@@ -164,17 +164,17 @@ class Binomial(Likelihood):
 
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
-    """Real numbers. The decoder gives means and, with log_var=None, a log-variance for each data dimension.
+    """Real numbers. The decoder returns means and, with log_var=None, a log-variance for each data dimension.
 
-    With log_var=None (Kingma & Welling 2014, appendix C.2) params hold all P means, then all P log-variances; these are
-    held at MIN_LOG_VAR or above, because a data dimension that never varies has no finite maximum likelihood. With a
-    number, log_var is that fixed log-variance and params are the means.
+    With log_var=None (Kingma & Welling 2014, appendix C.2) params hold all P means, then all P log-variances. The
+    log-variances are at least MIN_LOG_VAR, because a data dimension that never varies has no finite maximum likelihood.
+    With a number, log_var is that fixed log-variance, and params are the means.
     """
 
     log_var: float | None = None
 
     MIN_LOG_VAR = -14.0  # a standard deviation of 9e-4
-    MAX_ABS_LOG_VAR = 80.0  # of a fixed one: beyond, its exponential leaves float32
+    MAX_ABS_LOG_VAR = 80.0  # of a fixed one: beyond it, the exponential overflows float32
     name = "gaussian"
 
     def __post_init__(self) -> None:
@@ -210,16 +210,16 @@ class Gaussian(Likelihood):
 class Standardised(Likelihood, nn.Module):
     """A Gaussian of y = (x - shift) / scale. Log-densities, docs/math.md (50), means and draws are those of x.
 
-    The decoder gives the parameters of y, which are of the size that networks are initialised for whatever the units of
-    x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it. A VAE in half precision
-    leaves them in float32: they are numbers of the data, not weights.
+    The decoder returns the parameters of y. Their size is the one that networks are initialised for, whatever the units
+    of x are. shift and scale are buffers: a VAE's state_dict has them, and they move with it. In half precision they
+    stay float32, since they are numbers of the data, not weights.
 
     Args:
-        shift, scale: for each data dimension, [P], or one for all, []. scale is positive.
+        shift, scale: one for each data dimension, [P], or one for all, []. scale is positive.
         base: the Gaussian of y.
 
     Raises:
-        ValueError: shapes that differ or have more than one dimension, or a scale that is not positive.
+        ValueError: if the shapes differ or have more than one dimension, or if scale is not positive.
     """
 
     name = "gaussian"
@@ -265,7 +265,7 @@ def _exp(x: Tensor | float) -> Tensor | float:
 
 
 def _squashed_by(params: Tensor) -> str | None:
-    """The name of the sigmoid or softmax that made params [*, P], as the graph of their gradients has it."""
+    """The name of the sigmoid or softmax that made params [*, P], from the graph of their gradients."""
     node = params.grad_fn
     while node is not None and node.name() in SAME_VALUES:
         node = node.next_functions[0][0]
@@ -275,15 +275,15 @@ def _squashed_by(params: Tensor) -> str | None:
 def _cross_entropy(probability: Tensor, logits: Tensor) -> Tensor:
     """[*samples, *batch]: -(p log sigmoid(l) + (1 - p) log sigmoid(-l)) summed over data; stable for every logit."""
     target = probability.expand(logits.shape)
-    # torch.nn.functional's compares the sizes once more, of which torch.jit.trace warns
+    # torch.nn.functional's function compares the sizes again, and torch.jit.trace warns of that
     return torch.binary_cross_entropy_with_logits(logits, target, None, None, _NO_REDUCTION).sum(-1)
 
 
 def make_likelihood(name: str | Likelihood, *, total_count: int | None = None) -> Likelihood:
-    """The likelihood of a name: "bernoulli", "binomial" (needs total_count) or "gaussian" (learned log-variances).
+    """The likelihood with a name: "bernoulli", "binomial" (needs total_count) or "gaussian" (learned log-variances).
 
-    A Likelihood is returned as it is. Raises ValueError for another name, for a binomial without total_count and for a
-    total_count that nothing uses; TypeError for anything but a name or a Likelihood.
+    A Likelihood is returned as it is. Raises ValueError for another name, for a binomial without total_count, and for
+    an unused total_count; TypeError for anything but a name or a Likelihood.
     """
     if isinstance(name, Likelihood):
         return name

@@ -1,6 +1,6 @@
-"""The linear layer behind amortized parameters: large products go to oneDNN where PyTorch would ask another library.
+"""The linear layer that computes amortized parameters. oneDNN computes its large products, where PyTorch uses MKL.
 
-On processors that MKL does not know, MKL runs at half speed, and the head is most of what an amortized flow costs.
+On processors that MKL does not know, MKL runs at half speed, and the head is most of the cost of an amortized flow.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from vvae_fast.backends import needs_plain_torch
 
-_LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN costs about 15 us by itself
+_LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN alone costs about 15 us
 
 
 def _find_onednn() -> Any:
-    """PyTorch's own entry to oneDNN, which its compiler uses. It is private, and may be missing."""
+    """PyTorch's private function for oneDNN, which its compiler uses; it may be missing."""
     namespace: Any = getattr(torch.ops, "mkldnn", None)
     return namespace._linear_pointwise.default if hasattr(namespace, "_linear_pointwise") else None
 
@@ -23,7 +23,7 @@ _onednn = _find_onednn()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, F] weight^T [F, M] + bias [M]; oneDNN takes a dense weight or the transpose of one, nothing else."""
+    """x [N, F] weight^T [F, M] + bias [M]; oneDNN takes only a dense weight or the transpose of one."""
     (rows, columns), (row, column) = weight.shape, weight.stride()
     if not (column == 1 and row >= columns) and not (row == 1 and column >= rows):
         weight = weight.contiguous()

@@ -11,7 +11,7 @@ from vvae_fast.shapes import check_size
 
 
 class MLP(nn.Sequential):
-    """Linear layers with activations between; `in_features` and `out_features` say what it takes and gives."""
+    """Linear layers with activations between them; `in_features` and `out_features` are their sizes at both ends."""
 
     def __init__(self, *layers: nn.Module, in_features: int, out_features: int):
         super().__init__(*layers)
@@ -27,7 +27,7 @@ def mlp_encoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
         activation: makes one activation module, such as nn.ReLU or nn.Tanh.
 
     Raises:
-        ValueError, TypeError: where widths are not at least two positive ints.
+        ValueError, TypeError: if widths are not at least two positive ints.
     """
     widths = check_widths("mlp_encoder", widths)
     layers: list[nn.Module] = [nn.Flatten()]
@@ -45,7 +45,7 @@ def mlp_decoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
         activation: makes one activation module, such as nn.ReLU or nn.Tanh.
 
     Raises:
-        ValueError, TypeError: where widths are not at least two positive ints.
+        ValueError, TypeError: if widths are not at least two positive ints.
     """
     widths = check_widths("mlp_decoder", widths)
     layers: list[nn.Module] = []
@@ -55,7 +55,7 @@ def mlp_decoder(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> 
 
 
 def check_widths(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    """The widths as ints. Raises ValueError or TypeError where they are not at least two positive ones."""
+    """The widths as ints. Raises ValueError or TypeError if they are not at least two positive ones."""
     if len(widths) < 2:
         raise ValueError(f"{name} needs at least two widths, got {widths}")
     return tuple(check_size(f"{name}: each width", width, 1) for width in widths)

@@ -1,4 +1,4 @@
-"""Checks of what the modules of a VAE return. A message names the module."""
+"""Checks of the outputs of a VAE's modules. A message names the module."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
 
 @untraced
 def check_flowed(flowed: object, z: Tensor) -> None:
-    """Raises ValueError or TypeError unless a flow gave z_K, as z [*batch, D], and log_det [*batch]."""
+    """Raises ValueError or TypeError unless a flow returned z_K with z's shape [*batch, D], and log_det [*batch]."""
     if not _are_tensors(flowed, (2,)) or flowed[0].shape != z.shape or flowed[1].shape != z.shape[:-1]:
         two = " and ".join(describe(t) for t in flowed) if _are_tensors(flowed, (2,)) else describe(flowed)
         raise ValueError(f"flow must give z_K {tuple(z.shape)} and log_det {tuple(z.shape[:-1])}, got {two}")
@@ -53,7 +53,7 @@ def check_flowed(flowed: object, z: Tensor) -> None:
 
 @untraced
 def check_decoded(decoded: object, rows: Tensor) -> None:
-    """Raises ValueError or TypeError unless a decoder gave one tensor [N, *] for rows [N, D]."""
+    """Raises ValueError or TypeError unless a decoder returned one tensor [N, *] for rows [N, D]."""
     if not isinstance(decoded, Tensor) or decoded.ndim < 2 or decoded.shape[0] != rows.shape[0]:
         hint = ": join them with torch.cat, means first for the gaussian" if isinstance(decoded, (tuple, list)) else ""
         raise ValueError(
@@ -63,7 +63,7 @@ def check_decoded(decoded: object, rows: Tensor) -> None:
 
 
 def describe(value: object) -> str:
-    """A value in a message: the shapes of tensors, the types of anything else."""
+    """Describes a value for a message: shapes of tensors, types of anything else."""
     if isinstance(value, Tensor):
         return str(tuple(value.shape))
     if isinstance(value, (tuple, list)):
@@ -74,7 +74,7 @@ def describe(value: object) -> str:
 
 
 def _are_tensors(value: object, numbers: tuple[int, ...]) -> TypeGuard[Sequence[Tensor]]:
-    """Whether it is a tuple or list of tensors, as many as one of the numbers says."""
+    """Whether value is a tuple or list of tensors whose length is one of `numbers`."""
     return isinstance(value, (tuple, list)) and len(value) in numbers and all(isinstance(v, Tensor) for v in value)
 
 

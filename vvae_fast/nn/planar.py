@@ -32,13 +32,13 @@ _IDENTITY_ALPHA = {
 
 
 def _identity_u(w: Tensor, constraint: str) -> Tensor:
-    """u [K, D] for w [K, D] such that u_hat = 0, which a sum in half precision would miss."""
+    """u [K, D] for w [K, D] such that u_hat = 0; it is computed in more than half precision, which would miss 0."""
     w = full_precision(w)
     return _IDENTITY_ALPHA[constraint] * w / w.square().sum(-1, keepdim=True)
 
 
 class _Planar(nn.Module):
-    """What both modules share: the sizes, the spec, the backend, and what follows from a set of parameters."""
+    """The base of both modules: the sizes, the spec, the backend, and the methods that need only the parameters."""
 
     def __init__(
         self, dim: int, num_steps: int, activation: str, slope: float, constraint: str, backend: str | None
@@ -83,7 +83,7 @@ class _Planar(nn.Module):
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dtype, ...] = ()) -> None:
-    """Raises where a tensor has another device than the parameters, or neither their dtype nor one of `others`."""
+    """Raises if a tensor has another device than the parameters, or neither their dtype nor one of `others`."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the flow, got {tensor.device}: move one of them")
     allowed = tensor.dtype in (like.dtype, *others) or autocasts(tensor)
@@ -92,19 +92,19 @@ def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dty
 
 
 def _fitting(z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-    """The parameters, in float32 where they have half precision and z has not: a posterior's samples are float32."""
+    """The parameters; in float32 if they have half precision and z has not, like a posterior's samples."""
     return params if z.dtype is not torch.float32 else tuple(full_precision(p) for p in params)
 
 
 class PlanarFlow(_Planar):
-    """K planar steps whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
+    """K planar steps, whose parameters u, w [K, D] and b [K] all samples share (Rezende & Mohamed 2015, equation 10).
 
     Starts as the identity map, with constraint="none" by u = 0. `flow(z)` maps z [*batch, D] to (z_K [*batch, D],
     log_det [*batch] in nats); `flow.inverse(z)` maps back, with the log_det of the inverse. activation, slope,
     constraint and backend are those of `planar_flow`. A flow in half precision takes z in its own dtype or in float32.
 
-    Raises TypeError or ValueError where dim (at least 1) or num_steps (at least 0) is not a size, or where one of the
-    others is no name or out of range.
+    Raises TypeError or ValueError if dim (at least 1) or num_steps (at least 0) is not a size, or if another argument
+    is not a known name or is out of range.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class PlanarFlow(_Planar):
         return planar_flow_inverse(z, *self._params(z), **self._options())
 
     def u_hat(self) -> Tensor:
-        """The constrained directions [K, D] that the steps move along, docs/math.md (4)."""
+        """The constrained directions [K, D] in which the steps move points, docs/math.md (4)."""
         return self._u_hat(self.u, self.w)
 
     def trajectory(self, z: Tensor) -> Tensor:
@@ -147,16 +147,16 @@ class PlanarFlow(_Planar):
         return self._trajectory(z, *self._params(z))
 
     def _params(self, z: Tensor) -> tuple[Tensor, ...]:
-        """u, w and b for z, which is checked."""
+        """u, w and b for z, after a check of z."""
         u, w, b = self.u, self.w, self.b
         self._check_z(z, u)
         return _fitting(z, u, w, b)
 
     def step(self, k: int) -> "PlanarFlow":
-        """The flow of step k alone; k < 0 counts from the end. Its parameters have gradients of their own and this
-        flow's memory, so that training either changes both.
+        """Step k as a flow of one step; k < 0 counts from the end. Its parameters have their own gradients but share
+        this flow's memory, so training one changes both.
 
-        Raises IndexError where there is no such step, TypeError where k is no int.
+        Raises IndexError if there is no such step, TypeError if k is not an int.
         """
         k = as_index("k", k)
         if not -self.num_steps <= k < self.num_steps:
@@ -181,16 +181,16 @@ class _Head(Linear):
 
 
 class AmortizedPlanarFlow(_Planar):
-    """K planar steps whose parameters one linear head computes from a context, a set for each data point.
+    """K planar steps with a parameter set for each data point, which one linear head computes from a context.
 
-    Starts as the identity map for every context, with constraint="none" by u = 0. `flow(z, context)` with context
-    [*params, F] and z [*batch, D], where *params are the trailing dimensions of *batch, gives (z_K [*batch, D], log_det
-    [*batch] in nats): z [S, B, D] with context [B, F] draws S samples for each data point. `flow.inverse(z, context)`
-    maps back. activation, slope, constraint and backend are those of `planar_flow`. A flow in half precision takes the
-    context in its own dtype, z in that or in float32.
+    Starts as the identity map for every context, with constraint="none" by u = 0. `flow(z, context)` takes context
+    [*params, F] and z [*batch, D], where *params are the trailing dimensions of *batch, and returns (z_K [*batch, D],
+    log_det [*batch] in nats): z [S, B, D] with context [B, F] is S samples for each data point. `flow.inverse(z,
+    context)` maps back. activation, slope, constraint and backend are those of `planar_flow`. A flow in half precision
+    takes the context in its own dtype, and z in its own dtype or in float32.
 
-    Raises TypeError or ValueError where dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or where
-    one of the others is no name or out of range.
+    Raises TypeError or ValueError if dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or if
+    another argument is not a known name or is out of range.
     """
 
     def __init__(
@@ -210,9 +210,9 @@ class AmortizedPlanarFlow(_Planar):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Puts an identity flow's u, w and b into the head's bias; of its weight only b's rows are not zero.
+        """Puts an identity flow's u, w and b into the head's bias. In the head's weight only b's rows are not zero.
 
-        u_hat = 0 needs a u that fits w, but b is free: the hyperplanes depend on the context from the start.
+        u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start.
         """
         w = torch.empty_like(self.head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
         bound = self.context_dim**-0.5  # of nn.Linear's own initialisation
@@ -224,7 +224,7 @@ class AmortizedPlanarFlow(_Planar):
             self.head.weight[2 * w.numel() :].uniform_(-bound, bound)
 
     def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F], no copies."""
+        """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F]."""
         return unpack(self._packed(context), self.num_steps, self.dim)
 
     def _packed(self, context: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class AmortizedPlanarFlow(_Planar):
         return packed
 
     def _packed_for(self, z: Tensor, context: Tensor) -> Tensor:
-        """The same where z [*batch, D] is to be mapped with it, which is checked."""
+        """`_packed` for a z [*batch, D], after a check of z."""
         packed = self._packed(context)
         self._check_inputs(z, context)
         return _fitting(z, packed)[0]
@@ -277,7 +277,7 @@ class AmortizedPlanarFlow(_Planar):
         return planar_flow_inverse(z, *self._params_for(z, context), **self._options())
 
     def u_hat(self, context: Tensor) -> Tensor:
-        """The constrained directions [*params, K, D] that the steps move along, docs/math.md (4)."""
+        """The constrained directions [*params, K, D] in which the steps move points, docs/math.md (4)."""
         u, w, _ = self.params(context)
         return self._u_hat(u, w)
 

@@ -26,8 +26,8 @@ class ElboTerms(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """The diagonal Gaussian q_0(z_0 | x) and the encoder's features: mean, log_var [B, D], features [B, F], or None of
-    an encoder that gave the first two only."""
+    """The diagonal Gaussian q_0(z_0 | x), mean, log_var [B, D], and the encoder's features [B, F]. features is None if
+    the encoder returned only mean and log_var."""
 
     mean: Tensor
     log_var: Tensor
@@ -48,32 +48,32 @@ class VAE(nn.Module):
     The prior is N(0, I). The VAE owns one linear head, features -> (mean, log-variance) of q_0(z_0 | x).
 
     Args:
-        encoder: x [B, *data] -> features [B, F]. Or, without use of the head, the pair (mean, log_var) [B, D] each, or
-            (mean, log_var, features), which a flow with a `context_dim` needs.
-        decoder: z [N, D] -> the likelihood's parameters [N, *], num_params a data dimension. Data and
+        encoder: x [B, *data] -> features [B, F]. It may also return (mean, log_var) [B, D] each, which leaves the head
+            unused, or (mean, log_var, features), which a flow with a `context_dim` needs.
+        decoder: z [N, D] -> the likelihood's parameters [N, *], num_params for each data dimension. Data and
             parameters are paired in flattened order, so only their numbers of elements must fit.
         latent_dim: D.
-        flow: flow(z) -> (z_K, log_det), or, where it has a `context_dim`, flow(z, features) with z [S, B, D]
+        flow: flow(z) -> (z_K, log_det), or flow(z, features) if it has a `context_dim`, with z [S, B, D]
             or [B, D]; log_det = +log|det dz_K/dz_0|. None for the diagonal Gaussian posterior.
         likelihood: a name for `make_likelihood` or a Likelihood.
         feature_dim: F; by default flow.context_dim, else encoder.out_features. 0 makes no head, for an encoder that
-            gives mean and log_var itself.
+            returns mean and log_var itself.
 
     Raises:
-        ValueError: where F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
-        TypeError: where encoder, decoder or flow is not a module, or a dimension is not an int.
+        ValueError: if F cannot be found, or the dimensions of encoder, flow and latent_dim disagree.
+        TypeError: if encoder, decoder or flow is not a module, or a dimension is not an int.
 
-    In half precision, `vae.bfloat16()` or `vae.half()`, x has that dtype, and so do what `sample` and `reconstruct`
-    return and the features; mean, log_var, noise, z, parameters of the likelihood and everything in nats are float32.
-    Each module is called in the dtype of its own parameters.
+    In half precision, `vae.bfloat16()` or `vae.half()`, x, the features, and the outputs of `sample` and `reconstruct`
+    have that dtype. mean, log_var, noise, z, the likelihood's parameters and all values in nats are float32. Each
+    module is called in the dtype of its own parameters.
 
     Methods that draw samples take a `generator` on the module's device, by default torch's global one.
 
-    The first batch that is trained on, outside torch.compile, is checked by `Likelihood.check_batch`: ValueError where
-    its values cannot be drawn from the likelihood, or where it takes logits and the decoder ends with a sigmoid.
+    Outside torch.compile, `Likelihood.check_batch` checks the first training batch. It raises ValueError if the
+    likelihood cannot have these values, or if it takes logits and the decoder ends with a sigmoid.
     """
 
-    _is_checked = False  # an attribute of the class too, for pickles of older versions
+    _is_checked = False  # also an attribute of the class, for pickles of older versions
 
     def __init__(
         self,
@@ -114,14 +114,13 @@ class VAE(nn.Module):
         Args:
             x: data, [B, *data].
             num_samples: posterior samples of each data point, over which the terms are averaged.
-            noise: standard-normal numbers to make them of, instead of drawing: [B, D], or [num_samples, B, D] for
-                more than one.
+            noise: standard-normal numbers to use instead of drawing: [B, D], or [num_samples, B, D] for more than one.
 
         Returns:
             ElboTerms of [B] each.
 
         Raises:
-            ValueError, TypeError: where x, or what encoder or decoder made of it, has the wrong shape, dtype or device.
+            ValueError, TypeError: if x, or an output of encoder or decoder, has the wrong shape, dtype or device.
         """
         num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
@@ -169,7 +168,7 @@ class VAE(nn.Module):
         return PosteriorSample(z_0, z_K, log_q_0 - log_det)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's parameters [*batch, *] as the decoder gives them, for z [*batch, D], any leading dims."""
+        """The likelihood's parameters [*batch, *], the decoder's output, for z [*batch, D], any leading dims."""
         self._check_z(z)
         rows = self._as_taken_by(self.decoder, z.reshape(-1, self.latent_dim))  # [N, D]
         params = self.decoder(rows)
@@ -187,7 +186,7 @@ class VAE(nn.Module):
         Args:
             x: data, [B, *data].
             num_samples: importance samples of each data point.
-            chunk_size: decoder rows held at a time. It bounds memory; it does not change what is drawn.
+            chunk_size: decoder rows in memory at a time. It does not change which samples are drawn.
 
         Returns:
             [B], without gradient.
@@ -204,7 +203,7 @@ class VAE(nn.Module):
         blocks = [slice(row, row + chunk_size) for row in range(0, max(1, batch), chunk_size)]
         total = posterior.mean.new_full((batch,), -math.inf)
         for first in range(0, num_samples, samples_at_once):
-            # One draw a sample: randn's stream depends on the sizes asked for, and chunks must not change it.
+            # One draw for each sample: randn's stream depends on the size of a draw, and chunks must not change it.
             draws = range(first, min(first + samples_at_once, num_samples))
             noise = torch.stack([_standard_normal(posterior.mean.shape, posterior.mean, generator) for _ in draws])
             log_weights = [self._log_weights(x, posterior, noise, rows) for rows in blocks]  # each [s, rows]
@@ -235,7 +234,7 @@ class VAE(nn.Module):
             return z_0, z_0, 0.0
         inputs = [self._as_taken_by(self.flow, z_0)]
         if inputs[0].dtype in HALVES and isinstance(self.flow, (PlanarFlow, AmortizedPlanarFlow)):
-            inputs = [z_0]  # these take float32 in half precision too, and z keeps its digits
+            inputs = [z_0]  # these flows take float32 in half precision too, so z keeps its digits
         if self._flow_takes_features:
             if posterior.features is None:
                 raise ValueError(
@@ -273,7 +272,7 @@ class VAE(nn.Module):
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the VAE's dtype and device: the head's weight, or where it has none, the first parameter."""
+        """A tensor of the VAE's dtype and device: the head's weight, or without a head the first parameter."""
         weight = getattr(self.posterior_head, "weight", None)  # a quantized head's is a method
         return weight if isinstance(weight, Tensor) else next(self.parameters(), torch.empty(0))
 
@@ -314,7 +313,7 @@ class VAE(nn.Module):
 
 
 def _trains_eagerly(x: Tensor) -> bool:
-    """Whether gradients are wanted and the numbers of x may be looked at, as they may not be in a trace."""
+    """Whether gradients are needed and the numbers of x can be read, which a trace does not allow."""
     return (
         torch.is_grad_enabled()
         and not torch.jit.is_tracing()
@@ -327,7 +326,7 @@ def _trains_eagerly(x: Tensor) -> bool:
 
 
 def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    # torch.export knows no sizes beside a generator
+    # torch.export does not allow sizes together with a generator
     options: dict[str, Any] = {} if generator is None else {"generator": generator}
     return torch.randn(shape, **options, dtype=compute_dtype(like.dtype), device=like.device)
 
@@ -343,7 +342,7 @@ def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
 
 @untraced
 def _check_params(params: Tensor, x: Tensor, likelihood: Likelihood) -> None:
-    """Raises where the decoder gave too many or too few numbers a row of x, in the likelihood's own words."""
+    """Raises the likelihood's error if the decoder returned too many or too few numbers for each row of x."""
     wanted = likelihood.num_params * math.prod(x.shape[1:])
     if params.shape[-1] != wanted:
         raise ValueError(

@@ -43,14 +43,14 @@ def _finite(content: object) -> object:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises OSError where it cannot be read or is none, ValueError where it is not UTF-8."""
+    """A file's text. Raises OSError if it cannot be read or is none, ValueError if it is not UTF-8."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
         raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
     return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises RunError where the file is not one."""
+    """The object in a JSON file. Raises RunError if the file is not one."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_equal(wanted: dict, content: dict, path: Path) -> None:
-    """Raises RunError where `content`, the configuration that `path` records, is not the one that is `wanted`."""
+    """Raises RunError if `content`, the configuration that `path` records, is not the one that is `wanted`."""
     differing = [key for key in {**wanted, **content} if wanted.get(key) != content.get(key)]
     if differing:
         key = differing[0]
@@ -74,7 +74,7 @@ def check_equal(wanted: dict, content: dict, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents. Raises RunError where it cannot."""
+    """Makes a folder and its parents. Raises RunError if it cannot."""
     try:
         path.resolve().mkdir(parents=True, exist_ok=True)  # mkdir refuses a link whose target is gone
     except OSError as error:

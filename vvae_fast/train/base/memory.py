@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def telling_memory(what: str, advice: str) -> Iterator[None]:
-    """Raises RunError where memory runs out inside: while doing `what`, and `advice` says what to lower."""
+    """Raises RunError if memory runs out inside: while doing `what`, and `advice` says what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

@@ -21,7 +21,7 @@ SEALED, UNSEALED, DAMAGED = "sealed", "unsealed", "damaged"
 
 
 def seal(path: Path) -> None:
-    """Adds the checksum to a zip archive without a comment. Raises ValueError where the file is none, and OSError."""
+    """Adds the checksum to a zip archive without a comment. Raises ValueError if the file is none, and OSError."""
     with path.open("r+b") as file:
         if not _ends_in_record(file, 0):
             raise ValueError(f"{path} is no archive without a comment")

@@ -73,7 +73,7 @@ def read_arrays(path: Path, array: str | None = None) -> dict[str, np.ndarray]:
 
 
 def _is_one_array(file: IO[bytes]) -> bool:
-    """Whether a file starts as one array, whatever its name says. Raises ValueError where it starts as no archive."""
+    """Whether a file starts as one array, whatever its name says. Raises ValueError if it starts as no archive."""
     magic = require("numpy").lib.format.MAGIC_PREFIX
     start = file.read(len(magic))
     file.seek(0)
@@ -177,7 +177,7 @@ def _check_header(header: Header, where: str) -> None:
 
 
 def check_memory(wanted: int, where: str) -> None:
-    """Raises DataError where that many bytes are more than this machine has."""
+    """Raises DataError if that many bytes are more than this machine has."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > there:
         raise too_large(where, f"{wanted / 2**30:.1f} GiB where the machine has {there / 2**30:.1f}")

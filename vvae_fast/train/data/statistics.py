@@ -62,7 +62,7 @@ def statistics(train: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse(bad: np.ndarray, where: str, wanted: str, came: str, remedy: str) -> None:
-    """Raises DataError where a column, or the whole, is bad."""
+    """Raises DataError if a column, or the whole, is bad."""
     if not bad.any():
         return
     columns = [int(column) for column in bad.nonzero()[0]] if bad.ndim else []

@@ -114,7 +114,7 @@ def train(config: FitConfig, seed: int, report: Callable[[int], None] | None = N
 def fit(config: FitConfig, grid: Grid, report: Callable[[int], None] | None = None) -> list[Restart]:
     """All restarts, the least KL first.
 
-    Raises DivergedError where the grid resolves none of them: where q's integral is off by more than MASS_ERROR.
+    Raises DivergedError if the grid resolves none of them: where q's integral is off by more than MASS_ERROR.
     """
     energy, restarts = ENERGIES[config.energy], []
     for number in range(config.restarts):

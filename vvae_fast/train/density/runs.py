@@ -70,7 +70,7 @@ def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> tuple[list[
 
 
 def _check_owner(out: Path) -> None:
-    """Raises RunError where a file that would be written is there, and not this command's."""
+    """Raises RunError if a file that would be written is there, and not this command's."""
     path = out / RESULTS
     if not path.exists():
         if (out / FIGURE).exists():

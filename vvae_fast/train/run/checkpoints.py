@@ -80,7 +80,7 @@ def checkpoint_callbacks(folder: Path) -> list:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of ours, tensors on the CPU; one without a checksum, of an older version, is read as it is.
 
-    Raises RunError where there is none, its checksum is wrong or it is not one of ours.
+    Raises RunError if there is none, its checksum is wrong or it is not one of ours.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; check the path")
@@ -127,7 +127,7 @@ def origin(path: Path) -> str:
 def load_last(folder: Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint of a folder with its path, None where it has none.
 
-    Raises RunError where the folder has checkpoints and none of them is readable and ours.
+    Raises RunError if the folder has checkpoints and none of them is readable and ours.
     """
     paths = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     problem = None

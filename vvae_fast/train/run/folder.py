@@ -33,7 +33,7 @@ CONTENTS = {CONFIG, ENVIRONMENT, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PRE
 
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:
-    """Raises RunError where `content`, the configuration that `path` records, is not that of a run which `config` may
+    """Raises RunError if `content`, the configuration that `path` records, is not that of a run which `config` may
     go on with: of more epochs, or other importance samples, alone."""
     content = differing_only_in_length(config, with_defaults(content))
     content["likelihood"] = content["likelihood"] or config.likelihood  # an older version's digest tells them apart
@@ -41,7 +41,7 @@ def check_same(config: RunConfig, content: dict, path: Path) -> None:
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raises RunError where a folder holds a run, or a checkpoint, of another configuration, or another's files."""
+    """Raises RunError if a folder holds a run, or a checkpoint, of another configuration, or another's files."""
     if (folder / CONFIG).exists():
         check_same(config, read_json(folder / CONFIG), folder / CONFIG)
     last = load_last(folder)
@@ -57,7 +57,7 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
     """The finished run's result; None where there is none, or one of fewer epochs, of other importance samples or
     without what was ADDED later.
 
-    Raises RunError where the file is not a result, or another run's.
+    Raises RunError if the file is not a result, or another run's.
     """
     path = folder / RESULT
     if not path.exists():
@@ -99,7 +99,7 @@ def _is_result(result: dict) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can take this folder. Raises RunError where one has it."""
+    """Inside, no other process can take this folder. Raises RunError if one has it."""
     if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for its reader
         raise RunError(f"{folder / LOCK} is no regular file; remove it or choose another --out")
     with (folder / LOCK).open("a") as file:  # closing it, or dying, gives the lock back
@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_run(folder: Path) -> None:
-    """Deletes a run's folder. Raises RunError where the folder is not a run's, or holds more than a run."""
+    """Deletes a run's folder. Raises RunError if the folder is not a run's, or holds more than a run."""
     folder = folder.resolve()  # rmtree refuses links
     if not folder.exists():
         return

@@ -28,7 +28,7 @@ FAN_IN = 1024  # inputs of a linear layer from which on its learning rate falls
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
     """The VAE of a configuration, freshly initialised from torch's global generator.
 
-    Raises RunError where the network does not fit the data, DataError where Gaussian data cannot be standardised.
+    Raises RunError if the network does not fit the data, DataError if Gaussian data cannot be standardised.
     """
     likelihood, rescale = _likelihood(dataset)
     encoder, decoder, feature_dim = _networks(config, dataset, likelihood.num_params)

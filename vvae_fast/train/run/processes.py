@@ -28,7 +28,7 @@ def connected() -> Iterator[None]:
     Without torchrun there is one process, and nothing to do: see `config.launch`.
 
     Raises:
-        RunError: where what torchrun has set is not sound.
+        RunError: if what torchrun has set is not sound.
     """
     if not (dist.is_available() and is_launched()):
         yield
@@ -59,14 +59,14 @@ def rank() -> int:
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process. Raises RunError where the environment's variables are not sound."""
+    """Whether torchrun has started this process. Raises RunError if the environment's variables are not sound."""
     return _sound(config.is_launched)
 
 
 def leftovers() -> list[str]:
     """The environment's variables, as NAME=value, that name this process one of several, which it is not.
 
-    Raises RunError where they are not sound. Lightning reads them when it is imported: call this before.
+    Raises RunError if they are not sound. Lightning reads them when it is imported: call this before.
     """
     return _sound(config.leftovers)
 

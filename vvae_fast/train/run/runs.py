@@ -69,7 +69,7 @@ def run(
         scores of a run that diverged are those of its best epoch, and None, like best_epoch, where it has none.
 
     Raises:
-        RunError: where the folder holds another run or another process works in it, where memory runs out, and where
+        RunError: if the folder holds another run or another process works in it, where memory runs out, and where
             torch.compile fails.
         KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
     """

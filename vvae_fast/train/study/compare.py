@@ -121,7 +121,7 @@ def compare(
 
 
 def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
-    """Raises RunError where a file that would be written is there, and not from a comparison with these settings."""
+    """Raises RunError if a file that would be written is there, and not from a comparison with these settings."""
     path = out / RESULTS
     if not path.exists():
         plots = [name for name in (CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR) if (out / name).exists()]

@@ -81,14 +81,14 @@ class Study:
         return RunConfig(VANILLA, 0, self.seeds[0], data_digest=data_digest(dataset), **settings)
 
     def check_splits(self, dataset: Dataset) -> None:
-        """Raises RunError where the data set's splits are not those of the file."""
+        """Raises RunError if the data set's splits are not those of the file."""
         came = {name: len(getattr(dataset, name)) for name in SPLITS}
         if self.splits is not None and self.splits != came:
             raise RunError(f"{self.name}: splits are {self.splits}, {dataset.name} has {came}; correct the file")
 
 
 def load_study(path: Path, root: Path | None = None) -> Study:
-    """Reads a study's file. Raises RunError where it cannot be read, lacks something or has something unknown.
+    """Reads a study's file. Raises RunError if it cannot be read, lacks something or has something unknown.
 
     Args:
         path: the file.
@@ -129,7 +129,7 @@ def _read(path: Path) -> dict:
 
 
 def _read_as(read: Callable[[object], Read], wanted: str, path: Path, name: str, value: object) -> Read:
-    """What `read` makes of a value. Raises RunError where it raises ValueError."""
+    """What `read` makes of a value. Raises RunError if it raises ValueError."""
     try:
         return read(value)
     except TooLarge as error:
