@@ -225,6 +225,9 @@ def build() -> None:
         out = BUILD / "plain" / f"{source.stem}.o"
         text = stand_in(source) if source.stem.startswith("isa_") else source
         wanted.append((out, compiling(text, out, ["-O0"])))
+    there = {path for name in ("plain", *SANITIZERS) for path in (BUILD / name).glob("*.o")}
+    for path in there - {out for out, _ in wanted}:
+        path.unlink()  # of a source that is gone
     latest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), Path(__file__), ROOT / "setup.py"])
     old = [command for out, command in wanted if not out.exists() or out.stat().st_mtime < latest]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
