@@ -33,8 +33,8 @@ GPU_TIMES = (
 GPU_FLOOR = (
     f" {FLOOR}of a copy of 512 MiB timed in the same rounds and the rate of that run's float32 matrix products: by "
     "fused multiply-adds, or a third of the rate in TF32, whichever is larger. The last column divides the time on the "
-    "device alone by the floor. That time is between events around a queued call whose inputs are in no cache. The column has "
-    f"no ratio if the floor is under {1e6 * LEAST_FLOOR:.0f} us. The no-op only clones z."
+    "device alone by the floor. That time is between events around a queued call whose inputs are in no cache. The "
+    f"column has no ratio if the floor is under {1e6 * LEAST_FLOOR:.0f} us. The no-op only clones z."
 )
 FLOOR_CAPTION = "Time divided by the floor; the time in parentheses:"
 GPU_FLOOR_CAPTION = "Time on the device divided by the floor; the time in parentheses:"
