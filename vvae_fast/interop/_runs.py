@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-NAMES = ("u", "w", "b")  # of a planar layer's parameters
-Layer = Any  # another package's, which need not be installed, or ours
-Facts = tuple[Hashable, ...]  # of a layer, that its neighbours must share
+NAMES = ("u", "w", "b")  # a planar layer's parameters
+Layer = Any  # a layer of another package, which may not be installed, or ours
+Facts = tuple[Hashable, ...]  # properties of a layer that its neighbours must share
 Made = TypeVar("Made")
 
 
 class Stack(nn.Module):
-    """A fused layer of K steps: u, w [K, *shape] and b [K]. One step has K = 1, so that steps and stacks join alike."""
+    """A fused layer of K steps: u, w [K, *shape] and b [K]. A single step has K = 1, so it joins as a stack does."""
 
     u: nn.Parameter
     w: nn.Parameter
@@ -30,12 +30,12 @@ class Stack(nn.Module):
 
 
 def is_class(layer: object, module: str, name: str) -> bool:
-    """Whether the layer's class is this one, and no subclass of it. The other package need not be installed."""
+    """Whether the layer is of this class, and not of a subclass. The other package may not be installed."""
     return (type(layer).__module__, type(layer).__name__) == (module, name)
 
 
 class LayerList(NamedTuple):
-    """The attribute of another package's models that holds their layers, and for messages a class that has it."""
+    """The attribute that holds the layers of another package's models, and a class that has it, for messages."""
 
     attribute: str
     example: str
@@ -50,9 +50,9 @@ class LayerList(NamedTuple):
         return layers
 
     def fuse(self, model: nn.Module, facts_of: Callable[[Layer], Facts | None], build: Callable[..., Stack]) -> None:
-        """Replaces, in the list itself, each run of layers with the same facts by a stack. A layer without facts stays.
+        """Replaces each run of layers with the same facts by a stack, in the list itself. A layer without facts stays.
 
-        `build(layer, *facts)` makes a stack of one step. The list's state_dict stays the other package's.
+        `build(layer, *facts)` makes a stack of one step. The list keeps the other package's state_dict.
         """
         layers = self.of(model)
         # A parameter that occurs twice is tied, and a stack would untie it.
@@ -70,13 +70,13 @@ class LayerList(NamedTuple):
             _keep_their_names(layers)
 
     def unfused_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state_dict as it would be with one layer for each step; copies."""
+        """A copy of the state_dict that the model would have with one layer for each step."""
         with _their_names(self.of(model)):
             return {name: value.clone() for name, value in model.state_dict().items()}
 
     def load_unfused_state_dict(self, model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-        """Loads what `unfused_state_dict` gives. Raises TypeError for what is no state_dict, ValueError for a step that
-        is missing or has another shape, and load_state_dict's errors."""
+        """Loads a state_dict as `unfused_state_dict` returns it. Raises TypeError if it is not a state_dict, ValueError
+        if a step is missing or has another shape, and load_state_dict's errors."""
         layers = self.of(model)
         check_state_dict(state_dict)
         stacked = list(_stacked(layers, f"{self.attribute}."))
@@ -91,11 +91,11 @@ class LayerList(NamedTuple):
         for _, rows, value in stacked:
             check_rows({row: state_dict[row] for row in rows}, (1, *value.shape[1:]))
         with _their_names(layers):
-            model.load_state_dict(state_dict)  # what is left over is its error
+            model.load_state_dict(state_dict)  # it raises an error for entries that are left over
 
 
 def _key(layer: Layer, counts: Counter[int], facts: Facts | None) -> tuple[Facts, Hashable] | None:
-    """What neighbours must share to be one stack; None for a layer that a stack cannot replace."""
+    """The properties that neighbours in one stack must share; None for a layer that a stack cannot replace."""
     if facts is None:
         return None
     params = [getattr(layer, name) for name in NAMES]
@@ -116,14 +116,14 @@ def _joined(run: list[nn.Module], stack: Stack) -> Stack:
 
 
 def without_drawing(make: Callable[..., Made], *args: object) -> Made:
-    """Calls `make` such that parameters are placeholders, to be replaced by copies, and no random number is drawn."""
+    """Calls `make` without drawing random numbers: the parameters are placeholders, which copies will replace."""
     with torch.device("meta"):
         return make(*args)
 
 
 @contextlib.contextmanager
 def _their_names(layers: nn.ModuleList) -> Iterator[None]:
-    """Inside, the list's state_dict is the other package's."""
+    """Inside the block, the list has the other package's state_dict."""
     handles = _keep_their_names(layers)
     try:
         yield
@@ -133,9 +133,9 @@ def _their_names(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def _keep_their_names(layers: nn.ModuleList) -> list[RemovableHandle]:
-    """Makes the list save and load the state_dict of the unfused list: whoever else saves the model knows no stacks.
+    """Makes the list save and load the state_dict of the unfused list, since other code that saves it knows no stacks.
 
-    Returns the handles of the hooks that do it; none where the list has them already.
+    Returns the handles of the new hooks; none if the list has these hooks already.
     """
     if _unfuse in layers._state_dict_hooks.values():
         return []
@@ -143,7 +143,7 @@ def _keep_their_names(layers: nn.ModuleList) -> list[RemovableHandle]:
 
 
 def _unfuse(layers: nn.ModuleList, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Gives each step of a stack its own entries in the list's state_dict."""
+    """Makes separate entries in the list's state_dict for each step of a stack."""
     own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
     for position, (first, steps) in enumerate(_spans(layers)):
         start = f"{prefix}{position}."
@@ -191,7 +191,7 @@ def _refuse(
 
 
 def _position(name: str, prefix: str) -> int | None:
-    """The position in the list that a state_dict's name belongs to; None for any other name."""
+    """The position in the list that a name in a state_dict belongs to; None for any other name."""
     position = name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
     return int(position) if position.isdecimal() else None
 
@@ -204,13 +204,13 @@ def _stacked(layers: nn.ModuleList, prefix: str) -> Iterator[tuple[str, list[str
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raises TypeError if it is no mapping: a module is passed by mistake."""
+    """Raises TypeError if it is not a mapping, such as a module passed by mistake."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of names and tensors, got {type(state_dict).__name__}")
 
 
 def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
-    """Raises TypeError if one of a state_dict's entries is no tensor, ValueError if its shape is not `wanted`."""
+    """Raises TypeError if a state_dict's entry is not a tensor, ValueError if its shape is not `wanted`."""
     for name, row in rows.items():
         if not isinstance(row, Tensor):
             raise TypeError(f"state_dict's {name} must be a torch.Tensor, got {type(row).__name__}")
@@ -219,7 +219,7 @@ def check_rows(rows: dict[str, object], wanted: tuple[int, ...]) -> None:
 
 
 def _spans(layers: nn.ModuleList) -> Iterator[tuple[int, int | None]]:
-    """For each layer its position in the unfused list, that of a stack's first step, and a stack's K."""
+    """For each layer, its position in the unfused list (for a stack, that of its first step), and a stack's K."""
     first = 0
     for layer in layers:
         steps = layer.num_steps if isinstance(layer, Stack) else None

@@ -11,15 +11,15 @@ from vvae_fast.functional import planar_flow, planar_flow_inverse
 from vvae_fast.interop import _runs
 from vvae_fast.spec import ACTIVATIONS
 
-_SLOPE = 0.2  # normflows' own, for leaky_relu
+_SLOPE = 0.2  # normflows' slope of leaky_relu
 _LAYERS = _runs.LayerList("flows", "nf.NormalizingFlow")
 
 
 class PlanarStack(_runs.Stack):
     """K planar steps over events of any shape, one fused layer of a normflows model: u, w [K, *shape] and b [K].
 
-    `stack(z)` maps z [*batch, *shape] to (z_K [*batch, *shape], log_det [*batch] in nats), `stack.inverse(z)` back,
-    for every activation. Initialised as normflows initialises each step.
+    `stack(z)` maps z [*batch, *shape] to (z_K [*batch, *shape], log_det [*batch] in nats); `stack.inverse(z)` maps
+    back, for every activation. Each step is initialised as in normflows.
 
     Args:
         shape: the event's shape, an int or a sequence of at least one.
@@ -76,7 +76,7 @@ class PlanarStack(_runs.Stack):
         return z_K.reshape(z.shape), log_det
 
     def unfused(self) -> nn.ModuleList:
-        """A list of K layers `Planar` that hold copies of the parameters, with normflows' state_dict."""
+        """A list of K layers `Planar` with copies of the parameters and normflows' state_dict."""
         rows = zip(*(p.detach().clone().split(1) for p in (self.u, self.w, self.b)), strict=True)
         return nn.ModuleList(Planar(self.shape, self.act, *row) for row in rows)
 
@@ -88,8 +88,8 @@ class Planar(PlanarStack):
     """normflows' `Planar(shape, act="tanh", u=None, w=None, b=None)`: u, w [1, *shape] and b [1], its state_dict.
 
     `planar(z)` maps z [*batch, *shape] to (z, log_det [*batch] in nats); `planar.inverse(z)` maps back, for every
-    activation. Works inside a normflows model. Raises TypeError if u, w or b is no floating tensor, ValueError if
-    one has another shape, and as PlanarStack.
+    activation. It works inside a normflows model. Raises TypeError if u, w or b is not a floating tensor, ValueError if
+    one has another shape, and the errors of PlanarStack.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Planar(PlanarStack):
         _runs.without_drawing(super().__init__, shape, 1, act)
         for name, value in (("u", u), ("w", w), ("b", b)):
             wanted = getattr(self, name).shape
-            if value is None:  # drawn in normflows' order, so that a seed gives normflows' layer
+            if value is None:  # drawn in normflows' order, so that the same seed gives the same layer
                 setattr(self, name, nn.Parameter(torch.empty(wanted)))
                 self._reset(name)
                 continue
@@ -118,8 +118,8 @@ class Planar(PlanarStack):
 def from_normflows(model: nn.Module) -> nn.Module:
     """Replaces, in place, each run of planar layers in `model.flows` by one fused layer, and returns the model.
 
-    A run is of consecutive layers, normflows' own `Planar` or this module's, of one act, shape, dtype, device and
-    requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are new, with the
+    A run is consecutive layers, normflows' own `Planar` or this module's, with the same act, shape, dtype, device and
+    requires_grad. Layers of a subclass, with hooks or with shared parameters stay. The parameters are new, with the
     values of the old ones: make the optimizer afterwards. Lists inside other flows are not searched.
 
     Raises TypeError if model has no ModuleList `flows`, such as nf.NormalizingFlow has.
@@ -129,12 +129,12 @@ def from_normflows(model: nn.Module) -> nn.Module:
 
 
 def to_normflows_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a model that `from_normflows` fused, as before: `flows.{k}.u`, `.w` and `.b`; copies."""
+    """A copy of the state_dict that a model had before `from_normflows`: `flows.{k}.u`, `.w` and `.b`."""
     return _LAYERS.unfused_state_dict(model)
 
 
 def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads the state_dict of the normflows model, as before `from_normflows`, into the fused one.
+    """Loads a state_dict from before `from_normflows` into the fused model.
 
     Raises ValueError if a step is missing, RuntimeError as load_state_dict does.
     """
@@ -142,7 +142,7 @@ def load_normflows_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -
 
 
 def _facts(layer: _runs.Layer) -> tuple[str] | None:
-    """The activation of a planar layer; None of any other, and of one of normflows' own whose slope was changed."""
+    """The activation of a planar layer; None for any other layer, and for one of normflows with a changed slope."""
     if type(layer) in (Planar, PlanarStack):
         return (layer.act,)
     theirs = _runs.is_class(layer, "normflows.flows.planar", "Planar")

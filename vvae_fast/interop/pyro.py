@@ -1,4 +1,4 @@
-"""Pyro's planar transforms, and one fused transform for a stack of them."""
+"""Pyro's planar transforms, and one fused transform for a list of them."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from vvae_fast.distributions import CachedPlanar
 from vvae_fast.interop._runs import Layer, check_rows, check_state_dict, is_class, without_drawing
 from vvae_fast.spec import FlowSpec
 
-try:  # Pyro's conditional distributions take nothing but its own class, and its users ask for these
+try:  # Pyro's conditional distributions take only Pyro's own classes
     from pyro.distributions import TransformModule as _ModuleBase
     from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
 except ImportError:
@@ -19,18 +19,18 @@ except ImportError:
 
 
 class _PyroPlanar(CachedPlanar):
-    """Pyro's formulas: tanh, and u constrained."""
+    """Pyro's formulas: tanh, and a constrained u."""
 
     def __init__(self, cache_size: int = 1) -> None:
         super().__init__(FlowSpec().options(), cache_size)
 
     def u_hat(self, u: Tensor, w: Tensor) -> Tensor:
-        """The u_hat [*params, D] with w . u_hat > -1 that the flow uses, for u and w [*params, D]."""
+        """The constrained u_hat [*params, D], with w . u_hat > -1, for u and w [*params, D]."""
         return reference.constrain(u, w, self.options["constraint"]).u_hat
 
 
 class _PlanarModule(_PyroPlanar, _ModuleBase):
-    """A transform that is a module: u, w and bias are its parameters, and pyro.module takes it."""
+    """A transform that is also a module, for pyro.module: u, w and bias are its parameters."""
 
     def __init__(self, cache_size: int, input_dim: int, *num_steps: int) -> None:
         super().__init__(cache_size)
@@ -62,8 +62,8 @@ class _PlanarModule(_PyroPlanar, _ModuleBase):
 class PlanarStack(_PlanarModule):
     """K of Pyro's planar steps as one transform: bias [K], u and w [K, D].
 
-    For `TransformedDistribution` and `pyro.module`: maps x [*batch, D]; log_prob of its own samples comes from the
-    cache, of any other point from the inverse. Initialised as Pyro initialises each step.
+    For `TransformedDistribution` and `pyro.module`. It maps x [*batch, D]. The log_prob of its own samples comes from
+    the cache, that of any other point from the inverse. Each step is initialised as in Pyro.
 
     Raises TypeError or ValueError if input_dim or num_steps, both at least 1, is not a size.
     """
@@ -80,7 +80,7 @@ class PlanarStack(_PlanarModule):
         return self.u, self.w, self.bias
 
     def to_pyro_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The state_dict of a list of Pyro's transforms: `{prefix}{k}.bias` [1], `.u` and `.w` [D]; copies."""
+        """The state_dict, with copies, of a list of Pyro's transforms: `{prefix}{k}.bias` [1], `.u` and `.w` [D]."""
         return {
             f"{prefix}{k}.{name}": (value[k : k + 1] if name == "bias" else value[k]).clone()
             for k in range(self.num_steps)
@@ -88,10 +88,10 @@ class PlanarStack(_PlanarModule):
         }
 
     def load_pyro_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
-        """Loads `{prefix}{k}.bias` [1], `.u` and `.w` [D] of K of Pyro's transforms; other prefixes are left alone.
+        """Loads `{prefix}{k}.bias` [1], `.u` and `.w` [D] of K of Pyro's transforms; other prefixes are ignored.
 
-        Raises ValueError if a step is missing, has another shape or there is one more, TypeError if state_dict is
-        none.
+        Raises ValueError if a step is missing, has another shape or is one too many, TypeError if state_dict is not a
+        state_dict.
         """
         check_state_dict(state_dict)
         own = {name for name in state_dict if name.startswith(prefix)}
@@ -114,8 +114,8 @@ class PlanarStack(_PlanarModule):
 class Planar(_PlanarModule):
     """Pyro's `Planar(input_dim)`: bias [1], u and w [D], its state_dict, and an inverse.
 
-    Maps x [*batch, D]; log_prob of its own samples comes from the cache, of any other point from the inverse.
-    Raises TypeError or ValueError if input_dim is no size of at least 1.
+    It maps x [*batch, D]. The log_prob of its own samples comes from the cache, that of any other point from the
+    inverse. Raises TypeError or ValueError if input_dim is not a size of at least 1.
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
@@ -129,11 +129,11 @@ class Planar(_PlanarModule):
 
 
 class ConditionedPlanar(_PyroPlanar):
-    """One planar step whose parameters a function computes at every call, as Pyro's does.
+    """One planar step whose parameters a function computes at every call, like Pyro's.
 
     Args:
         nn: maps context to (bias [*params, 1], u [*params, D], w [*params, D]). The cache sees a change of a module's
-            parameters, buffers and mode; of any other callable nothing is cached, and every log_prob inverts.
+            parameters, buffers and mode. For any other callable nothing is cached, and every log_prob inverts.
         context: a tensor.
     """
 
@@ -161,14 +161,14 @@ class ConditionedPlanar(_PyroPlanar):
         return tuple(module.training for module in self.nn.modules()) if isinstance(self.nn, torch.nn.Module) else ()
 
     def _shape(self, name: str, shape: torch.Size) -> torch.Size:
-        return shape  # as Pyro's, which asks nn for nothing and samples as many as there are contexts
+        return shape  # like Pyro's, which does not call nn and samples as many as there are contexts
 
 
 class ConditionalPlanar(_ConditionalBase):
     """Pyro's `ConditionalPlanar(nn)`: nn maps a context [*params, C] to (bias, u, w) of sizes [1, D, D].
 
-    `conditional.condition(context)` is a transform with an inverse. A `ConditionalTransformModule` of Pyro's where Pyro
-    is installed, so that `ConditionalTransformedDistribution` takes it.
+    `conditional.condition(context)` is a transform with an inverse. If Pyro is installed, it is one of Pyro's
+    `ConditionalTransformModule`s, so that `ConditionalTransformedDistribution` takes it.
     """
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -181,16 +181,16 @@ class ConditionalPlanar(_ConditionalBase):
     bijective = True
 
     def condition(self, context: Tensor) -> ConditionedPlanar:
-        """The transform of this context; errors of nn's outputs come when it is called."""
+        """The transform for this context; it raises errors of nn's outputs when it is called."""
         return ConditionedPlanar(self.nn, context)
 
 
 def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStack:
     """One fused transform with the values of a list of planar transforms, Pyro's own or this module's, in their order.
 
-    A ComposeTransform's `parts` and a ModuleList are such lists. The parameters are new: make the optimizer afterwards.
+    The list may be a ComposeTransform's `parts` or a ModuleList. The parameters are new: make the optimizer afterwards.
 
-    Raises TypeError if a transform is no planar one, ValueError if there is none or their sizes differ.
+    Raises TypeError if a transform is not planar, ValueError if the list is empty or the sizes differ.
     """
     if not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list of planar transforms, got {type(transforms).__name__}")
@@ -225,8 +225,8 @@ def planar(input_dim: int) -> Planar:
 def conditional_planar(input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None) -> ConditionalPlanar:
     """Pyro's helper: `ConditionalPlanar` of Pyro's DenseNN, which maps a context [*params, context_dim].
 
-    hidden_dims are the sizes of its hidden layers, 10 input_dim twice by default. Raises TypeError or ValueError if
-    a size is none of at least 1, ImportError if Pyro is not installed.
+    hidden_dims are the sizes of its hidden layers, by default two of 10 input_dim. Raises TypeError or ValueError if a
+    size is not an integer of at least 1, ImportError if Pyro is not installed.
     """
     from pyro.nn import DenseNN
 

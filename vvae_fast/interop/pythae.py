@@ -1,4 +1,4 @@
-"""pythae's planar flow, and one fused layer for a run of them, with pythae's base and output where it is installed."""
+"""pythae's planar flow, and one fused layer for a run of them; if pythae is installed, with its base and output."""
 
 import math
 from collections import OrderedDict
@@ -19,7 +19,7 @@ _LAYERS = _runs.LayerList("net", "VAE_LinNF")
 
 
 class _StandIn(OrderedDict[str, Any]):
-    """pythae's ModelOutput where pythae is not installed: the same access by name, by attribute and by position."""
+    """In place of pythae's ModelOutput, without pythae: the same access by name, by attribute and by position."""
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -34,7 +34,7 @@ class _StandIn(OrderedDict[str, Any]):
 
 
 class _WithoutPythae(nn.Module):
-    """pythae's BaseNF where pythae is not installed: it saves and loads nothing, as the files hold pythae's classes."""
+    """In place of pythae's BaseNF, without pythae: it cannot save or load, as the files hold pythae's classes."""
 
     def save(self, dir_path: str) -> None:
         raise ImportError("pythae must be installed to save a layer in its format: pip install pythae")
@@ -59,20 +59,20 @@ class _NoInputDim(AttributeError, ValueError):
 class PlanarStack(_runs.Stack):
     """K of pythae's planar steps as one layer: w, u [K, D] and b [K], no constraint on u.
 
-    `stack(x)` gives an output with `.out` [B, D] and `.log_abs_det_jac` [B] in nats, the sum of log(|det| + 1e-4) over
-    the steps, for x [B, *input_dim], flattened. A batch of one keeps [1], where pythae gives a tensor without
-    dimensions. There is no inverse: pythae's steps guarantee none, and pythae has none.
+    `stack(x)` flattens x [B, *input_dim] and returns an output with `.out` [B, D] and `.log_abs_det_jac` [B] in nats,
+    the sum of log(|det| + 1e-4) over the steps. For a batch of one it is [1]; pythae returns a tensor without
+    dimensions. There is no inverse: pythae has none, and its steps do not guarantee one.
 
     log_det_eps is pythae's 1e-4; 0.0 gives the exact log|det|.
 
-    Raises TypeError or ValueError if dim or num_steps, both at least 1, is not a size, activation none of "linear",
-    "tanh", "elu", or log_det_eps no number of at least 0.
+    Raises TypeError or ValueError if dim or num_steps, both at least 1, is not a size, if activation is not "linear",
+    "tanh" or "elu", or if log_det_eps is not a number of at least 0.
     """
 
     def __init__(
         self, dim: int, num_steps: int, activation: str = "tanh", *, log_det_eps: float = _LOG_DET_EPS
     ) -> None:
-        nn.Module.__init__(self)  # and not pythae's, which takes a configuration
+        nn.Module.__init__(self)  # not pythae's, which takes a configuration
         dim, num_steps = shapes.check_size("dim", dim, 1), shapes.check_size("num_steps", num_steps, 1)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
@@ -89,7 +89,7 @@ class PlanarStack(_runs.Stack):
             nn.init.normal_(parameter)
 
     def forward(self, x: Tensor, **kwargs: object) -> Any:
-        """An output with out [B, D] and log_abs_det_jac [B] for x [B, *input_dim]; errors as `planar_flow`'s."""
+        """An output with out [B, D] and log_abs_det_jac [B] for x [B, *input_dim]; errors as in `planar_flow`."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() < 2 or math.prod(x.shape[1:]) != self.input_dim:
@@ -106,7 +106,7 @@ class PlanarStack(_runs.Stack):
         return _Output(out=out, log_abs_det_jac=log_det)
 
     def inverse(self, y: Tensor, **kwargs: object) -> Any:
-        """Raises NotImplementedError, as pythae's."""
+        """Raises NotImplementedError, like pythae's."""
         raise NotImplementedError("pythae's planar steps have no constraint on u, so that no inverse is guaranteed")
 
     def update(self) -> None:
@@ -119,14 +119,14 @@ class PlanarStack(_runs.Stack):
 class PlanarFlow(PlanarStack, _Base):
     """pythae's `PlanarFlow(config)`: w, u [1, D] and b [1], its state_dict, its output, and its files.
 
-    A BaseNF of pythae's where pythae is installed: `NFModel` and pythae's trainers take it, `save(folder)` writes what
-    pythae writes, and `PlanarFlow.load_from_folder(folder)` reads what either wrote, as pythae's `AutoModel` does.
+    If pythae is installed, it is a BaseNF, which `NFModel` and pythae's trainers take. `save(folder)` writes the same
+    files as pythae. `PlanarFlow.load_from_folder(folder)` and pythae's `AutoModel` read the files of both.
 
     Args:
         model_config: pythae's PlanarFlowConfig, or anything with `input_dim`, a tuple or an int, and `activation`.
 
-    Raises an AttributeError that is a ValueError too where input_dim is None, TypeError if it is no shape, and as
-    PlanarStack; ImportError if it is to be saved or loaded without pythae.
+    Raises an AttributeError that is also a ValueError if input_dim is None, TypeError if it is not a shape, and the
+    errors of PlanarStack; ImportError when it is saved or loaded without pythae.
     """
 
     def __init__(self, model_config: Any) -> None:
@@ -138,13 +138,13 @@ class PlanarFlow(PlanarStack, _Base):
         sizes = size if isinstance(size, Sequence) else (size,)
         sizes = [shapes.check_size("model_config.input_dim, an int or a shape of them,", n, 1) for n in sizes]
         super().__init__(math.prod(sizes), 1, model_config.activation)
-        self.reset_parameters()  # once more, as pythae does: a seed gives pythae's layer
+        self.reset_parameters()  # a second time, like pythae, so that the same seed gives the same layer
         self.model_config, self.model_name = model_config, "PlanarFlow"
 
     def save(self, dir_path: str) -> None:
-        """Writes pythae's model.pt, model_config.json and environment.json into a folder, which is made where missing.
+        """Writes pythae's model.pt, model_config.json and environment.json into a folder, made if missing.
 
-        Raises TypeError if model_config is none of pythae's.
+        Raises TypeError if model_config is not one of pythae's.
         """
         if _Base is not _WithoutPythae and not hasattr(self.model_config, "save_json"):
             got = type(self.model_config).__name__
@@ -157,14 +157,14 @@ class PlanarFlow(PlanarStack, _Base):
 def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Module:
     """Replaces, in place, each run of planar layers in `model.net` by one fused layer, and returns the model.
 
-    For VAE_LinNF. A run is of consecutive layers, pythae's own `PlanarFlow` or this module's, of one activation, size,
-    dtype, device and requires_grad. Layers that are subclasses, have hooks or share parameters stay. The parameters are
-    new, with the values of the old ones: make the optimizer afterwards.
+    For VAE_LinNF. A run is consecutive layers, pythae's own `PlanarFlow` or this module's, with the same activation,
+    size, dtype, device and requires_grad. Layers of a subclass, with hooks or with shared parameters stay. The
+    parameters are new, with the values of the old ones: make the optimizer afterwards.
 
     log_det_eps=0.0 in place of pythae's 1e-4 gives the exact log|det|, which differs by at most 1e-4 / |det| nats a
     step, and is infinite where a determinant is 0.
 
-    Raises TypeError if model has no ModuleList `net`, TypeError or ValueError if log_det_eps is no number of at
+    Raises TypeError if model has no ModuleList `net`, TypeError or ValueError if log_det_eps is not a number of at
     least 0.
     """
     _LAYERS.of(model)
@@ -174,12 +174,12 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
 
 
 def to_pythae_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a model that `from_pythae` fused, as before: `net.{k}.w`, `.u` and `.b`; copies."""
+    """A copy of the state_dict that a model had before `from_pythae`: `net.{k}.w`, `.u` and `.b`."""
     return _LAYERS.unfused_state_dict(model)
 
 
 def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads the state_dict of pythae's model, as before `from_pythae`, into the fused one.
+    """Loads a state_dict from before `from_pythae` into the fused model.
 
     Raises ValueError if a step is missing, RuntimeError as load_state_dict does.
     """
@@ -187,7 +187,7 @@ def load_pythae_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> N
 
 
 def _facts(layer: _runs.Layer) -> tuple[str, float] | None:
-    """The activation of a planar layer, and its epsilon: stacks made with another one stay as they are. None of any
+    """The activation of a planar layer and its epsilon; stacks with another epsilon stay as they are. None for any
     other layer."""
     if type(layer) in (PlanarFlow, PlanarStack):
         return layer.activation, layer.log_det_eps

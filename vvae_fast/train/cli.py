@@ -29,7 +29,7 @@ EXIT_CODES = (
     "is of it is evaluated and kept; 130 interrupted; 141 the output's reader has gone, and all is done"
 )
 DESCRIPTION = "Planar flows and variational autoencoders."
-STEPS = [4, 16]  # flow lengths that compare takes where neither options nor a file name any
+STEPS = [4, 16]  # compare's flow lengths, if neither options nor a file give any
 HIDDEN = [100]
 Read = TypeVar("Read")
 
@@ -71,7 +71,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _with_study(
     parser: argparse.ArgumentParser, first: argparse.Namespace, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """The arguments once more, with what the study's file says in place of the options' defaults."""
+    """The arguments parsed again, with the study's file in place of the options' defaults."""
     from vvae_fast.train.study.studies import load_study
 
     study = load_study(first.config, first.root)
@@ -213,7 +213,7 @@ def _density(arguments: argparse.Namespace) -> int:
 
 
 def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int) -> tuple[RunConfig, Dataset]:
-    """The RunConfig that the arguments ask for, and its data."""
+    """The RunConfig for the arguments, and its data."""
     from vvae_fast.train.data.sets import load_dataset
     from vvae_fast.train.run.runconfig import data_digest
 
@@ -241,7 +241,7 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
 
 
 def _out(arguments: argparse.Namespace) -> Path:
-    """--out, or a folder of its own for each command and study or data set."""
+    """--out, or the default folder for the command and the study or data set."""
     if arguments.out is not None:
         return arguments.out
     if arguments.study is not None:
@@ -251,7 +251,7 @@ def _out(arguments: argparse.Namespace) -> Path:
 
 
 def _check_backend() -> None:
-    """Raises RunError, with the reasons, where VVAE_FAST_BACKEND asks for a backend that cannot run."""
+    """Raises RunError, with the reasons, if VVAE_FAST_BACKEND names a backend that cannot run."""
     try:
         backends.check_name(selection.environment_name, "the backend")
         with vvae_fast.use_backend(selection.environment_name):
@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are: "(default: None)" says nothing."""
+    """Shows only defaults that are not None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -1,4 +1,4 @@
-"""What a run ran on, as its folder records it."""
+"""The machine and the versions that a run used, as its folder records them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "lightning", "numpy", "scikit-learn")
 
 
 def describe_environment(compile_mode: str | None = None) -> dict[str, object]:
-    """Versions, processor, threads, the GPU where there is one, the backend of the flow, and torch.compile's mode."""
+    """Versions, processor, threads, the GPU if there is one, the backend of the flow, and torch.compile's mode."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "vvae_fast": __version__,
@@ -32,7 +32,7 @@ def describe_environment(compile_mode: str | None = None) -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """The CPU's model, or what Python knows of it."""
+    """The CPU's model, or else Python's name for it."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return names[0] if names else platform.machine()

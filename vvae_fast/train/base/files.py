@@ -1,4 +1,4 @@
-"""Files that a killed program cannot leave half-written, and the error for files that belong to something else."""
+"""Writes files that a killed program cannot leave half-written; the error for files that belong to something else."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 
 class RunError(ValueError):
-    """A run that cannot be started, resumed or read. The message is one line and ends with what to do."""
+    """A run cannot be started, resumed or read. The message is one line and ends with what to do."""
 
 
 class DivergedError(RunError):
-    """A run that has no result, since its numbers went out of bounds."""
+    """A run has no result, because its numbers went out of bounds."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, which takes its place in one step once the block has written it."""
+    """Yields a temporary path in the same folder. After the block, it replaces `path` in one step."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # a pipe of that name would be waited for, a link followed
+    temporary.unlink(missing_ok=True)  # else writing would wait for a pipe of that name, or follow a link
     yield temporary
     os.replace(temporary, path)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes indented JSON in one step; NaN and inf, which JSON lacks, become null."""
+    """Writes indented JSON in one step; NaN and inf become null, since JSON lacks them."""
     with replacing(path) as temporary:
         text = json.dumps(_finite(content), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -43,7 +43,7 @@ def _finite(content: object) -> object:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises OSError if it cannot be read or is none, ValueError if it is not UTF-8."""
+    """A file's text. Raises OSError if it cannot be read or is not a file, ValueError if it is not UTF-8."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
         raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
     return path.read_text(encoding="utf-8")
@@ -76,6 +76,6 @@ def check_equal(wanted: dict, content: dict, path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents. Raises RunError if it cannot."""
     try:
-        path.resolve().mkdir(parents=True, exist_ok=True)  # mkdir refuses a link whose target is gone
+        path.resolve().mkdir(parents=True, exist_ok=True)  # mkdir fails for a link whose target is gone
     except OSError as error:
         raise RunError(f"{path} cannot be made a folder ({error.strerror}); choose another --out") from error

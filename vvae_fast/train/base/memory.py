@@ -1,4 +1,4 @@
-"""Memory that ran out, told as one line with what to lower."""
+"""Tells in one line that memory ran out, and what to lower."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vvae_fast.train.base.files import RunError
 
-# What torch's allocator for the CPU, C++'s own, and the kernels' outputs say: each a plain RuntimeError.
+# Messages of torch's CPU allocator, of C++, and of the kernels' outputs: each comes in a plain RuntimeError.
 PHRASES = ("allocate memory", "bad_alloc", "aoti_torch_empty_strided", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def telling_memory(what: str, advice: str) -> Iterator[None]:
-    """Raises RunError if memory runs out inside: while doing `what`, and `advice` says what to lower."""
+    """Raises RunError if memory runs out inside the block. `what` is the work done there, `advice` what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

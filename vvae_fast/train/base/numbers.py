@@ -1,25 +1,25 @@
-"""Numbers as people write them, on the command line and in YAML files, where 1e-3 is a string to PyYAML."""
+"""Reads numbers as people write them, on the command line and in YAML files, where PyYAML reads 1e-3 as a string."""
 
 from __future__ import annotations
 
 from typing import Any
 
-MOST = 10**7  # bounds that keep a typing error from filling the memory
+MOST = 10**7  # this bound keeps a typing error from filling the memory
 MOST_SEED = 2**32 - 1
 MOST_LR = 1e3
 
 
 class TooLarge(ValueError):
-    """A number beyond its bound."""
+    """A number is above its bound."""
 
 
 def as_int(value: object, least: int, most: int = MOST) -> int:
-    """A whole number from an int, from a float such as 3.0, or from a text of either, such as "1e3".
+    """A whole number from an int, a float such as 3.0, or a text of either, such as "1e3".
 
-    Raises ValueError, TooLarge where the number is beyond `most`; the message says what was wanted.
+    Raises ValueError, or TooLarge if the number is above `most`; the message says what was expected.
     """
     number = _number(value)
-    if number is None or (isinstance(number, float) and not number.is_integer()):  # nan and inf are none
+    if number is None or (isinstance(number, float) and not number.is_integer()):  # nan and inf are not integers
         raise ValueError("a whole number")
     if number < least:
         raise ValueError(f"at least {least}")
@@ -46,7 +46,7 @@ def as_ints(value: object, least: int, most: int = MOST) -> list[int]:
 
 
 def _number(value: Any) -> int | float | None:
-    """None where the value is no number. True and False are none."""
+    """The number, or None if the value is not one; True and False are not numbers."""
     if type(value) in (int, float):
         return value
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How a run ended: as its result records it, and in words."""
+"""How a run ended, for its result and in words."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ OUTCOME = ("status", "epochs_done", "epochs_planned", "reason")  # keys of a res
 
 
 def of_training(history: Sequence[dict], planned: int, stopped: bool) -> dict[str, object]:
-    """The OUTCOME of a training with these epochs' records (see VAEModule); `stopped`: before the planned epochs.
+    """The OUTCOME of a training with these records of epochs (see VAEModule); `stopped`: before the planned epochs.
 
-    It diverged where the last validation -ELBO is not finite; only early stopping ends a training before its time else.
+    The training diverged if the last validation -ELBO is not finite. Otherwise only early stopping ends it early.
     """
     last, best = history[-1]["val_neg_elbo"], best_epoch(history)
     if best is None or not math.isfinite(last):
@@ -24,7 +24,7 @@ def of_training(history: Sequence[dict], planned: int, stopped: bool) -> dict[st
 
 
 def with_scores(outcome: dict, scores: dict[str, float]) -> dict[str, object]:
-    """The OUTCOME of a run whose training ended with `outcome`, and its test set with these scores."""
+    """The OUTCOME of a run whose training ended with `outcome`, and whose scores on the test set are these."""
     bad = [name for name, value in scores.items() if not math.isfinite(value)]
     if not bad or outcome["status"] == DIVERGED:
         return outcome
@@ -32,18 +32,18 @@ def with_scores(outcome: dict, scores: dict[str, float]) -> dict[str, object]:
 
 
 def best_epoch(history: Sequence[dict]) -> int | None:
-    """The epoch with the least finite validation -ELBO, the first of equals; None where there is none."""
+    """The epoch with the smallest finite validation -ELBO, the first of equals; None if there is none."""
     finite = [record for record in history if math.isfinite(record["val_neg_elbo"])]
     return min(finite, key=lambda record: record["val_neg_elbo"])["epoch"] if finite else None
 
 
 def is_over(outcome: dict, epochs: int) -> bool:
-    """Whether a run with this OUTCOME has nothing left to train when so many epochs are asked for."""
+    """Whether a run with this OUTCOME has nothing left to train if `epochs` epochs are requested."""
     return outcome["status"] != FINISHED or outcome["epochs_done"] >= epochs
 
 
 def describe(result: dict) -> str:
-    """How the run of a result ended, for people."""
+    """How the run of a result ended, in words."""
     text = f"{result['status']} after {result['epochs_done']} of {result['epochs_planned']} epochs"
     if result["reason"] is not None:
         text += f": {result['reason']}"

@@ -1,4 +1,4 @@
-"""What the program prints: a stream that ends, or lacks a character, ends no work and loses no result."""
+"""The program's output: a stream that closes, or cannot encode a character, stops no work and loses no result."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, TextIO
 from vvae_fast.train.base.extras import require
 
 PLAIN = "vvae_fast.plain"  # the name of the codecs' error handler
-PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # where the encoding lacks them
+PLAIN_TEXT = {"±": "+-", "━": "-", "╸": "-", "╺": "-", "…": "..."}  # if the encoding lacks the character
 
 
 class Stream:
-    """A text stream or None. Its first write that fails is kept as `error`; from then on nothing is written."""
+    """A text stream or None. The error of the first failed write is kept as `error`; after it nothing is written."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
@@ -44,7 +44,8 @@ class Stream:
 
 @contextmanager
 def guarded() -> Iterator[Stream]:
-    """Inside, sys.stdout and sys.stderr are Streams, and what stdout's encoding lacks is replaced; gives stdout."""
+    """Inside the block, sys.stdout and sys.stderr are Streams that replace characters which the encoding lacks; yields
+    stdout."""
     _open_missing_descriptors()
     codecs.register_error(PLAIN, _plain)
     before = sys.stdout, sys.stderr
@@ -63,7 +64,7 @@ def guarded() -> Iterator[Stream]:
 
 
 def make_console(**options: object) -> Any:
-    """A rich console on sys.stdout, which knows that stream's encoding."""
+    """A rich console on sys.stdout, with that stream's encoding."""
     return require("rich.console").Console(file=sys.stdout, highlight=False, **options)
 
 
@@ -75,8 +76,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def _send_to_nowhere(stream: TextIO) -> None:
-    """What the stream still holds goes to /dev/null: else writing it fails once more when Python ends."""
-    with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
+    """Sends the stream's buffered text to /dev/null: else writing it would fail again when Python ends."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor has no buffered text
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
@@ -84,9 +85,9 @@ def _send_to_nowhere(stream: TextIO) -> None:
 
 
 def _open_missing_descriptors() -> None:
-    """A closed standard stream's number would go to the next file, and what is printed into that file."""
+    """Opens closed standard streams: else the next file would get such a stream's number, and printed text."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number

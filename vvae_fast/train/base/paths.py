@@ -1,8 +1,8 @@
-"""Paths as they enter, from the command line or a study's file: read once, here, and absolute from then on.
+"""Reads paths from the command line or a study's file: once, here; from then on they are absolute.
 
 `~` and `~name` are home folders. A relative path starts at the current directory, or where the caller says. Addresses
-such as s3://bucket are refused: files are local. A folder that is written to has its links followed once, and what the
-libraries that write there would read as more than a name, `::` and `$NAME`, is refused.
+such as s3://bucket are rejected: files are local. For a folder that is written to, links are followed once, and `::`
+and `$NAME` are rejected, because the libraries that write there would not read them as part of a name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vvae_fast.train.base.files import RunError
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 ARRAY_SUFFIXES = (".npy", ".npz")
-# fsspec takes a::b for a chain of file systems, TensorBoard's logger replaces $NAME and ${NAME}.
+# fsspec reads a::b as a chain of file systems, and TensorBoard's logger replaces $NAME and ${NAME}.
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # TensorBoard writes UTF-8, a message is one line
 READ_TWO_WAYS = re.compile(r"::|\$(?:[A-Za-z0-9_]+|\{[^}]*\})")
 
@@ -29,7 +29,7 @@ def resolve(text: str, start: Path | None = None) -> Path:
         start: where a relative path starts, by default the current directory.
 
     Raises:
-        RunError: it is empty, an address, in no user's home or in a loop of links.
+        RunError: it is empty, an address, in the home of an unknown user, or in a loop of links.
     """
     if not text or "\0" in text:
         raise RunError("must be neither empty nor contain a null character")
@@ -47,8 +47,8 @@ def resolve(text: str, start: Path | None = None) -> Path:
 
 
 def resolve_out(text: str) -> Path:
-    """The absolute path, without links, of a folder that is written to. Raises RunError as `resolve` does, and where a
-    library that writes there would take the path for another."""
+    """The absolute path, without links, of a folder that is written to. Raises RunError as `resolve` does, and if a
+    library that writes there would read the path as a different one."""
     path = Path(os.path.realpath(resolve(text)))
     if UNWRITABLE.search(str(path)):
         raise RunError(f"{str(path)!r} has a control character or one that is no UTF-8; choose another --out")
@@ -62,7 +62,7 @@ def resolve_out(text: str) -> Path:
 
 
 def resolve_data(text: str, start: Path | None = None) -> str:
-    """A data set's name as it is; the path of an array file resolved."""
+    """A data set's name unchanged, or the resolved path of an array file."""
     is_path = "/" in text or text.startswith("~") or text.endswith(ARRAY_SUFFIXES)
     return str(resolve(text, start)) if is_path else text
 
@@ -70,6 +70,6 @@ def resolve_data(text: str, start: Path | None = None) -> str:
 def _check_links(path: Path) -> None:
     try:
         path.stat()
-    except OSError as error:  # one that is not there, or cannot be looked into, is told where it is opened
+    except OSError as error:  # opening it later reports that it is missing or cannot be read
         if error.errno == errno.ELOOP:
             raise RunError(f"{path} is in a loop of symbolic links; correct the links or choose another") from error

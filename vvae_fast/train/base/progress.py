@@ -10,16 +10,16 @@ from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.output import make_console
 
 LINE_SECONDS = 5.0
-ROUTINE = ("training", "evaluating")  # any other stage is news, told at once
+ROUTINE = ("training", "evaluating")  # any other stage is printed at once
 
 
 class Progress:
-    """Shows how far a series of runs is. Use as a context manager; call `start` for each run, then `update`, `finish`,
-    or, where a run is no VAE's training, `show`, `conclude`.
+    """Shows how far a series of runs is. Use it as a context manager. For each run call `start`, then `update` and
+    `finish`, or, if the run does not train a VAE, `show` and `conclude`.
 
     Args:
         num_runs: the length of the series.
-        epochs: the most epochs a run can have.
+        epochs: the largest number of epochs of a run.
         quiet: show nothing.
     """
 
@@ -72,7 +72,7 @@ class Progress:
         self.conclude(", ".join(scores) + ending)
 
     def show(self, stage: str, detail: str, completed: int) -> None:
-        """A run's stage, what to say of it, and how many of its epochs, or what it counts instead, are completed."""
+        """Shows a run's stage, a detail, and how many epochs, or other units, are completed."""
         text = f"[{self.run}/{self.num_runs}] {self.title}: {stage}"
         if stage not in ROUTINE:
             self._print(text)

@@ -1,6 +1,6 @@
 """A checksum within a checkpoint's file: the comment at the end of the zip archive that torch.save writes.
 
-One bit that changes anywhere, the comment included, is noticed; programs that know nothing of it read the file as ever.
+A change of any bit, also in the comment, is detected. Programs that do not know the checksum can still read the file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import BinaryIO
 END = b"PK\x05\x06"  # the zip format's end record: 22 bytes, of which the last two are the comment's length
 END_SIZE = 22
 MARK = b"vvae_fast sha256 "
-SIZE = len(MARK) + 2 * hashlib.sha256().digest_size  # of the comment
+SIZE = len(MARK) + 2 * hashlib.sha256().digest_size  # bytes of the comment
 CHUNK = 1 << 20
 
 SEALED, UNSEALED, DAMAGED = "sealed", "unsealed", "damaged"
 
 
 def seal(path: Path) -> None:
-    """Adds the checksum to a zip archive without a comment. Raises ValueError if the file is none, and OSError."""
+    """Adds the checksum to a zip archive without a comment. Raises ValueError if the file is not one, and OSError."""
     with path.open("r+b") as file:
         if not _ends_in_record(file, 0):
             raise ValueError(f"{path} is no archive without a comment")
@@ -51,7 +51,7 @@ def _ends_in_record(file: BinaryIO, comment: int) -> bool:
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
-    """The checksum of the first bytes of a file, in hexadecimal; the file is left at their end."""
+    """The checksum of the first `size` bytes of a file, in hexadecimal; the file's position is then after them."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0:

@@ -1,4 +1,4 @@
-"""Arrays of numbers from .npy files and .npz archives: which one is meant, and that it is what its header says."""
+"""Reads arrays of numbers from .npy files and .npz archives, chooses one, and checks it against its header."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SPLITS = ("train", "val", "test")
-WHOLE = "x"  # the name of an array to be split, in an archive with others
+WHOLE = "x"  # in an archive with several arrays, the one to split
 SUFFIX = ".npy"
-# What numpy's reader of headers and zipfile's of archives let through from a file that is not one of theirs.
+# The errors that numpy and zipfile raise for a damaged file, or for one of another format.
 DAMAGED = (
     *(ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, RuntimeError, EOFError, OSError),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
@@ -33,7 +33,7 @@ FLOAT32_BYTES = 4
 
 
 class Header(NamedTuple):
-    """What an array's header says."""
+    """The entries of an array's header."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -43,7 +43,7 @@ class Header(NamedTuple):
 
 
 def read_arrays(path: Path, array: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a file that are meant, each of booleans, integers or real numbers [N, *shape].
+    """The chosen arrays of a file, each of booleans, integers or real numbers [N, *shape].
 
     Args:
         path: a file as numpy.save or numpy.savez writes it, .npy or .npz.
@@ -53,8 +53,8 @@ def read_arrays(path: Path, array: str | None = None) -> dict[str, np.ndarray]:
         train, val and test, or one array under its own name.
 
     Raises:
-        DataError: there is no such file, it is damaged, it holds no numbers or too many for the memory, or what is
-            meant is not clear: the message lists the archive's arrays.
+        DataError: the file is missing or damaged, holds no numbers or too many for the memory, or can be read in
+            several ways: then the message lists the archive's arrays.
     """
     if not path.is_file():
         raise DataError(f"{path}: wanted an array file, got no such file; check the path")
@@ -73,11 +73,11 @@ def read_arrays(path: Path, array: str | None = None) -> dict[str, np.ndarray]:
 
 
 def _is_one_array(file: IO[bytes]) -> bool:
-    """Whether a file starts as one array, whatever its name says. Raises ValueError if it starts as no archive."""
+    """Whether a file starts like one array, whatever its name. Raises ValueError if it also is not an archive."""
     magic = require("numpy").lib.format.MAGIC_PREFIX
     start = file.read(len(magic))
     file.seek(0)
-    if start != magic and not start.startswith(ZIP_PREFIXES):  # zipfile would overlook what stands before its own
+    if start != magic and not start.startswith(ZIP_PREFIXES):  # zipfile would skip bytes before the archive
         raise ValueError("it starts as neither")
     return start == magic
 
@@ -93,7 +93,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def _wanted(archive: zipfile.ZipFile, path: Path, array: str | None) -> list[str]:
-    """The names of the arrays that are meant."""
+    """The names of the chosen arrays."""
     names = [name.removesuffix(SUFFIX) for name in archive.namelist() if name.endswith(SUFFIX)]
     if array is not None:
         if names.count(array) != 1:
@@ -115,7 +115,7 @@ def _wanted(archive: zipfile.ZipFile, path: Path, array: str | None) -> list[str
 
 
 def _listing(archive: zipfile.ZipFile, names: list[str]) -> str:
-    """What an archive holds, in words."""
+    """The content of an archive in words, for a message."""
     found = []
     for name in names:
         try:
@@ -152,14 +152,14 @@ def _read_array(file: IO[bytes], size: int, path: Path, name: str) -> np.ndarray
 
 
 def _read_header(file: IO[bytes]) -> Header:
-    """Raises one of DAMAGED where there is no header, or one that numpy does not write."""
+    """Raises one of DAMAGED if the header is missing, or not one of numpy's."""
     np = require("numpy")
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"format version {'.'.join(map(str, version))}, which is that of no array of numbers")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that Python 2 wrote the file: it is read all the same
+        warnings.simplefilter("ignore")  # of files written by Python 2, which can be read
         shape, _, dtype = readers[version](file)
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"sizes {shape}")

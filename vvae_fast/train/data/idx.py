@@ -15,7 +15,7 @@ UNSIGNED_BYTE = 0x08  # the only element type that MNIST uses
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message is one line: the file, what was wanted, what came, what to do."""
+    """Data that cannot be used. The message is one line: the file, what was expected, what was found, what to do."""
 
 
 def read_idx(path: Path, rank: int) -> Tensor:
@@ -31,8 +31,8 @@ def read_idx(path: Path, rank: int) -> Tensor:
         uint8 tensor with the sizes that the header gives.
 
     Raises:
-        DataError: the file is missing, unreadable, not gzip, cut short, or its header is not the one wanted
-            or disagrees with the payload.
+        DataError: the file is missing, unreadable, not gzip or cut short, or its header has other values or
+            disagrees with the payload.
     """
     content = _decompress(path)
     header_size = 4 + 4 * rank
@@ -61,7 +61,7 @@ def read_idx(path: Path, rank: int) -> Tensor:
 
 
 def _decompress(path: Path) -> bytearray:
-    """The whole decompressed content, writable because torch.frombuffer wants it so."""
+    """The whole decompressed content, writable because torch.frombuffer needs that."""
     try:
         with gzip.open(path, "rb") as file:
             return bytearray(file.read())

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vvae_fast.train.base.extras import require
 
-# Separates the streams of random numbers that one seed feeds.
+# These separate the streams of random numbers of one seed.
 ORDER_STREAM, BITS_STREAM = 0, 1
 LEVELS = 65535  # thresholds are 16-bit: 257 * 255, so the 256 grey levels of a byte are exact multiples
 
 
 class Draw(NamedTuple):
-    """What a batch is a function of."""
+    """The values that determine a batch."""
 
     epoch: int
     number: int
@@ -32,7 +32,7 @@ class EpochSampler:
     """The rows of every batch of an epoch, shuffled by (seed, epoch); the last batch may be smaller.
 
     Lightning calls ``set_epoch`` on a loader's ``sampler`` before each epoch. It may call ``iter`` before that, so the
-    epoch is read only when the first batch is asked for. An epoch run without ``set_epoch`` repeats the last one.
+    epoch is read only at the first batch. An epoch without ``set_epoch`` repeats the last one.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
@@ -63,7 +63,7 @@ class StaticRows:
 
 
 class BinarizedRows:
-    """Batches of bits drawn afresh from probabilities p, float32 [N, *shape] in [0, 1].
+    """Batches of new bits drawn from probabilities p, float32 [N, *shape] in [0, 1].
 
     Random 16-bit words are compared with thresholds round(65535 p): a third of the time of uniform floats.
     Probabilities 0 and 1 are certain; any other is off by less than 2.4e-5.
@@ -79,13 +79,13 @@ class BinarizedRows:
         thresholds = self.thresholds.take(draw.rows.numpy(), axis=0)  # [B, prod(shape)]
         source = np.random.SFC64((self.seed, BITS_STREAM, draw.epoch, draw.number))
         words = source.random_raw(math.ceil(thresholds.size / 4)).view(np.uint16)[: thresholds.size]
-        # The word 65535 is below no threshold: the second term makes probability 1 certain.
+        # The word 65535 is not below any threshold: the second term makes probability 1 certain.
         bits = (words.reshape(thresholds.shape) < thresholds) | (thresholds == LEVELS)
         return torch.from_numpy(bits.astype(np.float32))  # [B, prod(shape)]
 
 
 class TrainLoader:
-    """One epoch of the training set at each iteration, float32 [B, prod(shape)]; it drops no rows.
+    """Each iteration is one epoch of the training set, float32 [B, prod(shape)]; no rows are dropped.
 
     Usable as Lightning's ``train_dataloaders``. Outside Lightning call ``set_epoch`` before each epoch.
     """

@@ -34,22 +34,22 @@ __all__ = [
 
 BERNOULLI, BINOMIAL, GAUSSIAN = LIKELIHOODS = ("bernoulli", "binomial", "gaussian")
 SPLIT_SEED = 20150521  # the day "Variational Inference with Normalizing Flows" appeared on arXiv
-BITS_SEED = 777  # of the protocol: validation and test bits are drawn once from it
-DIGITS_HELD_OUT = 200  # rows each of validation and test, of 1,797
+BITS_SEED = 777  # the protocol's seed, from which validation and test bits are drawn once
+DIGITS_HELD_OUT = 200  # rows of validation, and of test, out of 1,797
 MNIST_VALIDATION = 10_000  # the last rows of the training file
 MNIST_FILES = {  # name: sizes
     "train-images-idx3-ubyte.gz": [60_000, 28, 28],
     "t10k-images-idx3-ubyte.gz": [10_000, 28, 28],
 }
-MAX_COUNT = 2**24 - 1  # beyond, float32 rounds integers
+MAX_COUNT = 2**24 - 1  # float32 rounds larger integers
 
 
 class LikelihoodError(DataError):
-    """Values that the likelihood which is asked for cannot have."""
+    """Values that are impossible under the requested likelihood."""
 
 
 class Model(NamedTuple):
-    """What the decoder's outputs stand for, and why: see Dataset."""
+    """The likelihood of the data, and why: see Dataset."""
 
     likelihood: str
     total_count: int | None
@@ -59,7 +59,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits and what the model must know of them.
+    """Three splits, and the facts about them that the model needs.
 
     Attributes:
         name: "digits", "mnist" or the file's name.
@@ -69,9 +69,9 @@ class Dataset:
         image_shape: (height, width) when a row is a grey image, None otherwise.
         dynamic: train holds probabilities, and its bits are redrawn for each batch; val and test hold bits.
         why: the reason for the likelihood, in words.
-        source: the file or folder that it was read from.
-        arrays: the names of the file's arrays that it was made of.
-        value_range: the least and the greatest value of the source; None for those of the splits.
+        source: the file or folder of the data.
+        arrays: the names of the arrays that were read from the file.
+        value_range: the smallest and the largest value of the source; None: those of the splits.
     """
 
     name: str
@@ -100,7 +100,7 @@ def load_dataset(
             train, its last 10,000 validate, the 10,000 of the test file test. The bits of validation, then
             test, are drawn once from ``numpy.random.RandomState(777)``, a stream that numpy has frozen.
             A path to a .npy array [N, *shape], split 80 / 10 / 10 in a fixed random order, or to a .npz archive with
-            the arrays train, val and test, or with one to be split: its only one, or "x". Any other archive is refused.
+            the arrays train, val and test, or with one to split: its only one, or "x". Any other archive is rejected.
         root: MNIST's folder; for array files, where a relative path starts. Digits ignore it.
         array: the name of the archive's array to split.
         likelihood: "bernoulli", "binomial" or "gaussian". By default it follows from the values of all splits:
@@ -110,7 +110,7 @@ def load_dataset(
 
     Raises:
         DataError: unknown name, missing folder or file, damaged file, an archive that can be read in several ways,
-            unusable values, values that the likelihood cannot have, or more than the memory holds.
+            unusable values, values that are impossible under the likelihood, or too many for the memory.
         ModuleNotFoundError: numpy or scikit-learn is not installed.
     """
     path = Path(name_or_path)
@@ -151,7 +151,7 @@ def make_loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TrainLoa
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What was understood of a data set, as files record it."""
+    """How the data of a data set were understood, as files record it."""
     splits = {name: getattr(dataset, name) for name in SPLITS}
     low, high = dataset.value_range or _range([x.numpy() for x in splits.values()])
     return {
@@ -169,7 +169,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def summary(dataset: Dataset) -> str:
-    """What `describe` says, in one line."""
+    """The content of `describe` in one line."""
     seen = describe(dataset)
     arrays = f", array{'s' * (len(dataset.arrays) > 1)} {', '.join(dataset.arrays)}" if dataset.arrays else ""
     rows = ", ".join(f"{count} {name}" for name, count in seen["rows"].items())
@@ -228,7 +228,7 @@ def _array_file(path: Path, array: str | None, likelihood: str | None) -> Datase
         shapes = {name: list(x.shape) for name, x in arrays.items()}
         raise DataError(f"{path}: wanted rows of one shape, got {shapes}; make all sizes but the first agree")
     if model.likelihood == GAUSSIAN:
-        for rows in (original, parts[0]):  # before time is lost, and what the file held before float32 rounded it too
+        for rows in (original, parts[0]):  # checked before time is lost, and also before float32 rounded the values
             statistics(rows, str(path))
     if model.dynamic:
         parts = [parts[0], *_draw_bits(*parts[1:])]
@@ -267,7 +267,7 @@ def _as_float32(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def _choose_likelihood(parts: Sequence[np.ndarray], asked: str | None, where: str) -> Model:
-    """The likelihood that is asked for, else the one that follows from the values of all splits."""
+    """The requested likelihood, else the one that follows from the values of all splits."""
     if asked not in (None, *LIKELIHOODS):
         raise DataError(f"likelihood: wanted one of {', '.join(LIKELIHOODS)}, got '{asked}'; check the name")
     low, high = _range(parts)
@@ -311,7 +311,7 @@ def _range(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
 
 
 def _image_shape(x: Tensor) -> tuple[int, int] | None:
-    """[N, H, W] and [N, 1, H, W] are images; a flat row could be anything."""
+    """(height, width) of [N, H, W] and [N, 1, H, W], which are images; None for other shapes."""
     if x.ndim == 3 or (x.ndim == 4 and x.shape[1] == 1):
         return x.shape[-2], x.shape[-1]
     return None

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of data with a Gaussian likelihood, which bring them to the size that networks want."""
+"""Mean and standard deviation of data with a Gaussian likelihood, which scale them to the size that networks expect."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vvae_fast.train.data.idx import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 2**22  # numbers that are converted to float64 at a time
-WITHIN = 1e30  # of values and, as its inverse, of standard deviations: squares and quotients stay in float32
-RESOLUTION = 0.01  # of a standard deviation, to which float32 must tell values apart
-NAMED = 5  # columns that a message names
+CHUNK = 2**22  # numbers converted to float64 at a time
+WITHIN = 1e30  # bounds values, and its inverse bounds standard deviations: squares and quotients stay in float32
+RESOLUTION = 0.01  # standard deviations: float32 must tell values apart at this distance
+NAMED = 5  # columns named in a message
 
 
 def statistics(train: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
     """(mean, standard deviation) of the training rows [N, *shape], float64: see docs/math.md (50).
 
-    A table [N, P] has both for each of its columns, [P]. Of rank 3 or more, as for images, all values are of one kind
-    and share them: [].
+    In a table [N, P] each column has both: [P]. In arrays of rank 3 or more, such as images, all values are of one
+    kind and share them: [].
 
     Raises:
-        DataError: values or standard deviations that float32 cannot compute with: constant, too large, too small, or
+        DataError: if float32 cannot compute with the values or standard deviations: constant, too large, too small, or
             too close together for their distance from 0. The message names the columns.
     """
     np = require("numpy")
@@ -62,7 +62,7 @@ def statistics(train: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse(bad: np.ndarray, where: str, wanted: str, came: str, remedy: str) -> None:
-    """Raises DataError if a column, or the whole, is bad."""
+    """Raises DataError if a column, or the whole array, is bad."""
     if not bad.any():
         return
     columns = [int(column) for column in bad.nonzero()[0]] if bad.ndim else []

@@ -35,7 +35,7 @@ def bulge(z: Tensor) -> Tensor:
 
 
 def fork(z: Tensor) -> Tensor:
-    """U4: a sine that splits in two for good, tapered."""
+    """U4: a sine that splits in two and stays split, tapered."""
     z_1, z_2 = z.unbind(-1)
     distance = z_2 - _sine(z_1)
     shift = 3 * torch.sigmoid((z_1 - 1) / 0.3)
@@ -46,7 +46,7 @@ ENERGIES: dict[str, Energy] = {"U1": ring, "U2": wave, "U3": bulge, "U4": fork}
 
 
 def taper(z_1: Tensor) -> Tensor:
-    """0 up to |z_1| = 4, a half of a Gaussian's energy beyond: without it e^-U2, e^-U3 and e^-U4 have no integral."""
+    """0 up to |z_1| = 4, then half a Gaussian's energy: without it e^-U2, e^-U3 and e^-U4 have no finite integral."""
     return -_log_bell((z_1.abs() - TAPER_START).clamp_min(0), TAPER_WIDTH)
 
 

@@ -14,15 +14,15 @@ from vvae_fast.train.density.energies import ENERGIES
 from vvae_fast.train.density.fit import Divergence, FitConfig, log_density, make_grid
 from vvae_fast.train.study.plots import SEED, make_figure, save_figure
 
-VIEW, PIXELS = 5.0, 200  # the pictures' z in [-5, 5]^2, pixels a side
-BINS = 80  # a side, of the samples' histogram
+VIEW, PIXELS = 5.0, 200  # the pictures show z in [-5, 5]^2; pixels on each side
+BINS = 80  # on each side of the samples' histogram
 NUM_SAMPLES = 200_000
 
 
 def plot_fits(fits: Sequence[tuple[FitConfig, PlanarFlow, Divergence]], path: Path) -> None:
-    """A row for each energy: the target, then each flow's own density and, right of those, a histogram of its samples.
+    """A row for each energy: the target, then each flow's density, then a histogram of each flow's samples.
 
-    The colours of a row have one scale, from 0 to the target's highest density.
+    All pictures of a row use one colour scale, from 0 to the target's highest density.
     """
     energies, steps = ([*dict.fromkeys(getattr(c, name) for c, *_ in fits)] for name in ("energy", "num_steps"))
     width = 1 + 2 * len(steps)

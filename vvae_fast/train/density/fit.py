@@ -14,15 +14,15 @@ from vvae_fast.nn.planar import PlanarFlow
 from vvae_fast.train.base.files import DivergedError
 from vvae_fast.train.density.energies import ENERGIES, Energy
 
-BOX, POINTS = 8.0, 1024  # the quadrature's: z in [-8, 8]^2, points a side
-MASS_ERROR = 1e-3  # a grid that misses more of q does not resolve it
+BOX, POINTS = 8.0, 1024  # for the quadrature: z in [-8, 8]^2, points on each side
+MASS_ERROR = 1e-3  # if the integral of q is off by more, the grid does not resolve q
 FIRST_BETA, ANNEALED = 0.01, 0.4  # the energy's first weight, and the share of the iterations after which it is 1
 REPORT_EVERY = 100  # iterations
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What one fit depends on. Its restarts have the seeds `seed`, `seed` + 1, ..."""
+    """The settings of one fit. Its restarts have the seeds `seed`, `seed` + 1, ..."""
 
     energy: str
     num_steps: int
@@ -41,22 +41,22 @@ class FitConfig:
 
 
 class Grid(NamedTuple):
-    """Midpoints of a square's cells."""
+    """The midpoints of a square's cells."""
 
     points: Tensor  # [n * n, 2], float64
     cell: float  # a cell's area
 
 
 class Divergence(NamedTuple):
-    """Of a flow's q from a target p = e^-U / Z, by the midpoint rule."""
+    """The divergence of a flow's q from a target p = e^-U / Z, by the midpoint rule."""
 
     kl: float  # KL(q || p), nats
-    mass: float  # the integral of q, 1 where the grid resolves it
+    mass: float  # the integral of q, 1 if the grid resolves q
     log_normalizer: float  # log Z
 
 
 class Restart(NamedTuple):
-    """A flow, and what came of it."""
+    """A trained flow and its divergence."""
 
     seed: int
     flow: PlanarFlow
@@ -87,7 +87,7 @@ def divergence(flow: PlanarFlow, energy: Energy, grid: Grid) -> Divergence:
 
 
 def train(config: FitConfig, seed: int, report: Callable[[int], None] | None = None) -> PlanarFlow:
-    """A flow that Adam has trained from the identity, in float64; `report` is told the iterations done.
+    """A float64 flow that Adam trained from the identity; `report` is called with the number of finished iterations.
 
     The loss is KL(q_K || p) up to constants, E[beta U(z_K) - log_det] over z_0 ~ N(0, I). beta rises to 1 as in
     Rezende & Mohamed (2015), section 6, and a cosine takes the learning rate to 0.
@@ -112,9 +112,9 @@ def train(config: FitConfig, seed: int, report: Callable[[int], None] | None = N
 
 
 def fit(config: FitConfig, grid: Grid, report: Callable[[int], None] | None = None) -> list[Restart]:
-    """All restarts, the least KL first.
+    """All restarts, the smallest KL first.
 
-    Raises DivergedError if the grid resolves none of them: where q's integral is off by more than MASS_ERROR.
+    Raises DivergedError if the grid resolves none: for each, q's integral is off by more than MASS_ERROR.
     """
     energy, restarts = ENERGIES[config.energy], []
     for number in range(config.restarts):

@@ -25,17 +25,17 @@ COLUMN_WIDTH = 16
 
 
 def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> tuple[list[dict], list[dict]]:
-    """Fits every configuration that `out` does not hold yet; prints the table, writes results.json and the figure.
+    """Fits every configuration that `out` does not have yet; prints the table, writes results.json and the figure.
 
-    Returns the configurations' records, as in results.json, which keeps the others that it held as well, and those of
-    the fits that diverged: {"config", "reason"}. The next call tries these again.
+    Returns the records of the configurations, as in results.json, and of the fits that diverged: {"config", "reason"}.
+    results.json keeps its other records too. The next call tries diverged fits again.
 
     Raises:
-        RunError: before anything is fitted, where results.json is none, or has a fit of the same energy and length
-            with another configuration and `fresh` is not asked for.
-        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished fit.
+        RunError: before anything is fitted, if results.json is not this command's, or if it has a fit of the same
+            energy and length with another configuration and `fresh` is False.
+        KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished fit.
     """
-    require("matplotlib.figure")  # found missing now, and not after the fits
+    require("matplotlib.figure")  # if it is missing, fail now and not after the fits
     make_folder(out)
     with locked(out):
         path = out / RESULTS
@@ -70,7 +70,7 @@ def density(configs: Sequence[FitConfig], out: Path, fresh: bool) -> tuple[list[
 
 
 def _check_owner(out: Path) -> None:
-    """Raises RunError if a file that would be written is there, and not this command's."""
+    """Raises RunError if a file to be written exists and is not this command's."""
     path = out / RESULTS
     if not path.exists():
         if (out / FIGURE).exists():
@@ -87,7 +87,7 @@ def _fit(config: FitConfig, progress: Progress) -> dict:
         progress.show("training", f", iteration {iterations}/{config.restarts * config.iterations}", iterations)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step is too small to share, and sums over the grid keep their order
+    torch.set_num_threads(1)  # a step is too small for several threads, and sums over the grid keep their order
     try:
         with telling_memory("fitting", "lower --steps"):
             return to_record(config, fit(config, make_grid(), report))
@@ -96,7 +96,7 @@ def _fit(config: FitConfig, progress: Progress) -> dict:
 
 
 def to_record(config: FitConfig, restarts: Sequence[Restart]) -> dict:
-    """What results.json holds of a fit: the best restart's divergence and parameters, and every restart's KL."""
+    """A fit's record in results.json: the best restart's divergence and parameters, and every restart's KL."""
     best = restarts[0]
     return {
         "config": config.to_json(),
@@ -115,7 +115,7 @@ def load_flow(record: dict) -> PlanarFlow:
 
 
 def plot_records(records: Sequence[dict], path: Path) -> None:
-    """The figure of some of a results.json's fits."""
+    """Draws the figure of some records."""
     fits = []
     for record in records:
         divergence = Divergence(*(record[name] for name in Divergence._fields))

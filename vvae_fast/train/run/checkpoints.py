@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed, and what Lightning needs to write and read them."""
+"""Checkpoints that survive a killed process, and the classes with which Lightning writes and reads them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ callbacks = require("lightning.pytorch.callbacks")
 io: Any = require("lightning.pytorch.plugins.io")
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-# What torch.load lets through from a file that it cannot read.
+# The errors that torch.load raises for a file that it cannot read.
 DAMAGED = (
     *(OSError, EOFError, MemoryError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, ImportError, struct.error, pickle.PickleError, zipfile.BadZipFile, zlib.error),
 )
-# What Lightning resumes from, beside the weights.
+# The entries that Lightning resumes from, beside the weights.
 LIGHTNING_KEYS = {"global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-lightning_version"}
 
 
 class AtomicCheckpointIO(io.TorchCheckpointIO):
-    """Writes beside the file and renames; keeps the last checkpoint's predecessor.
+    """Writes a temporary file in the same folder and renames it; keeps the checkpoint before the last one.
 
-    Lightning's own writes to the system's temporary folder, and moving from there to another disk is a copy. A rename
-    can reach the disk before the data when the power fails: hence the predecessor, and a checksum in every file.
+    Lightning's class writes to the system's temporary folder, and a move from there to another disk is a copy. If the
+    power fails, a rename can reach the disk before the data: so the checkpoint before is kept, and every file has a
+    checksum.
 
     Args:
-        resumed: what Lightning is given for the checkpoint that it goes on from, which is read and checked already.
+        resumed: the checkpoint that the run continues from, already read and checked; Lightning gets it from here.
     """
 
     def __init__(self, resumed: dict | None = None):
@@ -62,7 +63,7 @@ class AtomicCheckpointIO(io.TorchCheckpointIO):
 
 
 def checkpoint_callbacks(folder: Path) -> list:
-    """After each epoch LAST, from which a run resumes; after each validation that improves on all before it BEST."""
+    """They write LAST after each epoch, for resuming, and BEST after each validation that is better than all before."""
     last = callbacks.ModelCheckpoint(
         folder, Path(LAST).stem, save_on_train_epoch_end=True, every_n_epochs=1, enable_version_counter=False
     )
@@ -78,9 +79,9 @@ def checkpoint_callbacks(folder: Path) -> list:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours, tensors on the CPU; one without a checksum, of an older version, is read as it is.
+    """A checkpoint of this package, tensors on the CPU; one of an older version, without a checksum, is read as it is.
 
-    Raises RunError if there is none, its checksum is wrong or it is not one of ours.
+    Raises RunError if it is missing, has a wrong checksum, or is not one of this package.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; check the path")
@@ -88,7 +89,7 @@ def load_checkpoint(path: Path) -> dict:
         if seal.check(path) == seal.DAMAGED:
             raise ValueError("its checksum is wrong or its end is missing")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error says enough
+            warnings.simplefilter("ignore")  # torch's guesses about damaged files; the error is enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         raise RunError(f"{path} cannot be read as a checkpoint ({_reason(error)}); remove it or use --fresh") from error
@@ -118,7 +119,7 @@ def _reason(error: BaseException) -> str:
 
 
 def origin(path: Path) -> str:
-    """What is to be said of the checkpoint that `load_last` has found at `path`; nothing of a sound last one."""
+    """A remark on the checkpoint that `load_last` found at `path`; empty for an undamaged last one."""
     if path.name == PREVIOUS and path.with_name(LAST).exists():
         return f" from {path}, since {LAST} beside it is damaged"
     return "" if seal.check(path) == seal.SEALED else f" from {path}, which has no checksum"
@@ -127,7 +128,7 @@ def origin(path: Path) -> str:
 def load_last(folder: Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint of a folder with its path, None where it has none.
 
-    Raises RunError if the folder has checkpoints and none of them is readable and ours.
+    Raises RunError if the folder has checkpoints, but none that is readable and of this package.
     """
     paths = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     problem = None

@@ -14,7 +14,7 @@ from vvae_fast.train.run import processes
 
 DEFAULT, CUDA_GRAPHS = "default", "reduce-overhead"  # torch.compile's modes
 WITHOUT = "leave --compile out to train without it"
-LONGEST = 300  # characters of what torch says
+LONGEST = 300  # characters of torch's message
 
 
 def mode() -> str:
@@ -24,14 +24,14 @@ def mode() -> str:
 
 @contextmanager
 def compiled(vae: VAE, wanted: bool) -> Iterator[None]:
-    """Inside, where it is wanted, each call of the VAE runs one compiled graph, and its backward another.
+    """Inside the block, if `wanted`, each call of the VAE runs one compiled graph, and its backward another.
 
-    The VAE stays the module that it is: so do the names in its state_dict. Nothing falls back to eager calls: a graph
-    break, or more shapes of batches than torch.compile keeps graphs for, is an error. The graphs are dropped at the
-    end, with the memory that they hold.
+    The VAE stays the same module, with the same names in its state_dict. Nothing falls back to eager calls: a graph
+    break is an error, and so are more batch shapes than torch.compile keeps graphs for. At the end the graphs and
+    their memory are freed.
 
     Raises:
-        RunError: torch.compile is turned off, has no compiler, or fails.
+        RunError: if torch.compile is turned off, has no compiler, or fails.
     """
     with _compiled(vae) if wanted else nullcontext():
         yield
@@ -41,7 +41,7 @@ def compiled(vae: VAE, wanted: bool) -> Iterator[None]:
 def _compiled(vae: VAE) -> Iterator[None]:
     if torch._dynamo.config.disable:
         raise RunError(f"torch.compile is turned off (TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE); {WITHOUT}")
-    torch.compiler.reset()  # graphs of a run before count towards the limit of those of this one
+    torch.compiler.reset()  # else the graphs of earlier runs count towards this run's limit
     try:
         _compile(vae)
         yield
@@ -56,12 +56,12 @@ def _compiled(vae: VAE) -> Iterator[None]:
 
 def _compile(vae: VAE) -> None:
     try:
-        vae.compile(fullgraph=True, dynamic=False, mode=mode())  # an epoch has at most four shapes of batches
-    except RuntimeError as error:  # a Python or a system that this torch does not compile for
+        vae.compile(fullgraph=True, dynamic=False, mode=mode())  # an epoch has at most four batch shapes
+    except RuntimeError as error:  # this torch does not compile for this Python or system
         raise RunError(f"torch.compile cannot be used here ({_first_words(error)}); {WITHOUT}") from error
 
 
 def _first_words(error: BaseException) -> str:
-    """The first line of what torch says."""
+    """The first line of torch's message."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."

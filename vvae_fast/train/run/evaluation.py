@@ -1,4 +1,4 @@
-"""What a trained VAE is worth on the test set."""
+"""Scores of a trained VAE on the test set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vvae_fast.train.data.sets import Dataset, make_loaders
 from vvae_fast.train.run import processes
 
 EVALUATION_BATCH = 100  # rows
-ELBO_SAMPLES = 50  # posterior samples a test row for -ELBO, KL, reconstruction and active units
-ACTIVE_FROM = 0.01  # of the variance of a latent dimension's posterior mean: Burda et al. 2016, section 5.2
+ELBO_SAMPLES = 50  # posterior samples per test row for -ELBO, KL, reconstruction and active units
+ACTIVE_FROM = 0.01  # variance of an active dimension's posterior mean, at least: Burda et al. 2016, section 5.2
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[st
     """
     device = processes.device()
     generator = torch.Generator(device).manual_seed(seed)
-    # Of its own: the other scores are what they were before active units were counted.
+    # A separate generator, so that active units do not change the other scores.
     active_generator = torch.Generator(device).manual_seed(zlib.crc32(f"active units {seed}".encode()))
     vae.to(device)
     names = (*ElboTerms._fields, "nll")
@@ -50,7 +50,7 @@ def evaluate(vae: VAE, dataset: Dataset, num_samples: int, seed: int) -> dict[st
 
 
 def _draw_for(vae: VAE, num_rows: int, num_samples: int, *generators: torch.Generator) -> None:
-    """Draws, and throws away, what another process draws for its batch: the next batch meets the same streams."""
+    """Draws and discards another process's numbers for its batch, so that the next batch has the same streams."""
     generator, active_generator = generators
     for source in (generator, active_generator):
         torch.randn((ELBO_SAMPLES, num_rows, vae.latent_dim), generator=source, device=source.device)
@@ -68,11 +68,11 @@ def _moments(z_K: Tensor) -> Tensor:
 def _count_active_units(moments: Tensor) -> int:
     """How many latent dimensions of z_K have a posterior mean whose variance over the data is above ACTIVE_FROM.
 
-    z_K is what the decoder is given; without a flow it is z_0. Its posterior mean is known by samples alone, whose own
-    variance would make every dimension active. The covariance of two independent estimates has no such bias.
+    z_K is the decoder's input; without a flow it is z_0. Its posterior mean is only estimated, and the variance of the
+    samples would make every dimension active. The covariance of two independent estimates has no such bias.
 
     Args:
-        moments: means over the data of two estimates a, b of the posterior means and of a b, [3, D].
+        moments: means over the data of a, b and a b, where a and b are two estimates of the posterior means, [3, D].
     """
     a, b, product = moments
     return int((product - a * b > ACTIVE_FROM).sum())

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, that one process alone works in it, and its deletion."""
+"""A run's folder: its owner, a lock so that only one process works in it, and its deletion."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ CONTENTS = {CONFIG, ENVIRONMENT, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PRE
 
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:
-    """Raises RunError if `content`, the configuration that `path` records, is not that of a run which `config` may
-    go on with: of more epochs, or other importance samples, alone."""
+    """Raises RunError if `config` may not continue the run whose configuration, `content`, is in `path`: only the
+    number of epochs, upwards, and the importance samples may differ."""
     content = differing_only_in_length(config, with_defaults(content))
-    content["likelihood"] = content["likelihood"] or config.likelihood  # an older version's digest tells them apart
+    content["likelihood"] = content["likelihood"] or config.likelihood  # in an older version the digest decides
     check_equal(config.to_json(), content, path)
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raises RunError if a folder holds a run, or a checkpoint, of another configuration, or another's files."""
+    """Raises RunError if a folder holds a run or a checkpoint of another configuration, or foreign files."""
     if (folder / CONFIG).exists():
         check_same(config, read_json(folder / CONFIG), folder / CONFIG)
     last = load_last(folder)
@@ -54,10 +54,10 @@ def check_folder(config: RunConfig, folder: Path) -> None:
 
 
 def load_result(config: RunConfig, folder: Path) -> dict | None:
-    """The finished run's result; None where there is none, or one of fewer epochs, of other importance samples or
-    without what was ADDED later.
+    """The finished run's result. None if there is none, or if it has fewer epochs, other importance samples, or lacks
+    keys that were ADDED later.
 
-    Raises RunError if the file is not a result, or another run's.
+    Raises RunError if the file is not a result, or belongs to another run.
     """
     path = folder / RESULT
     if not path.exists():
@@ -77,7 +77,7 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
 
 
 def _numbers(history: list[dict]) -> list[dict]:
-    """A history whose numbers that are not finite were written as null."""
+    """A history as it was read, with NaN in place of null, which stands for numbers that are not finite."""
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in history]
 
 
@@ -99,10 +99,10 @@ def _is_result(result: dict) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can take this folder. Raises RunError if one has it."""
-    if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for its reader
+    """Locks the folder for this process inside the block. Raises RunError if another process has it."""
+    if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for a reader
         raise RunError(f"{folder / LOCK} is no regular file; remove it or choose another --out")
-    with (folder / LOCK).open("a") as file:  # closing it, or dying, gives the lock back
+    with (folder / LOCK).open("a") as file:  # closing it, or the end of the process, frees the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -113,8 +113,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_run(folder: Path) -> None:
-    """Deletes a run's folder. Raises RunError if the folder is not a run's, or holds more than a run."""
-    folder = folder.resolve()  # rmtree refuses links
+    """Deletes a run's folder. Raises RunError if the folder is not a run's, or holds other files too."""
+    folder = folder.resolve()  # rmtree does not accept links
     if not folder.exists():
         return
     _check_is_run(folder)

@@ -35,20 +35,20 @@ class Share(NamedTuple):
 
 
 class VAEModule(lightning.LightningModule):
-    """Trains a VAE as its configuration says.
+    """Trains a VAE by its configuration.
 
-    What an epoch draws depends on (seed, epoch) alone, so that a resumed run repeats it.
+    The random numbers of an epoch depend only on (seed, epoch), so that a resumed run repeats them.
 
-    A validation -ELBO that is not finite is logged as NaN: -inf would pass for the best.
+    A validation -ELBO that is not finite is logged as NaN, because -inf would count as the best.
 
     Args:
         vae: the model.
         config: the optimiser, its learning rate and schedule, the KL warm-up and the seed of the noise, which reseeds
             torch's global generators at the start of each epoch. It is saved in every checkpoint.
         report: called with "training" and the history after each epoch, before its checkpoint is written.
-        plans: how many epochs were planned earlier, each until so many were done; saved in every checkpoint.
-        compiled: whether calls of the VAE are compiled. The first batch is then looked at before, in a call that is
-            not: a VAE's check of the data that it trains on has no part in a graph.
+        plans: the earlier planned numbers of epochs, and until which epoch each held; saved in every checkpoint.
+        compiled: whether calls of the VAE are compiled. Then a call that is not compiled comes first, for the VAE's
+            check of the first batch, which cannot be part of a graph.
 
     Attributes:
         history: a record for each finished epoch: epoch, beta, seconds (of training), and in nats train_neg_elbo,
@@ -92,7 +92,7 @@ class VAEModule(lightning.LightningModule):
             self._record["seconds"] = time.perf_counter() - self._started
 
     def on_validation_epoch_start(self) -> None:
-        # The same noise in every epoch: what differs between epochs is the model.
+        # The same noise in every epoch, so that only the model differs between epochs.
         self._val_generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self._val_mean = _RunningMean()
 
@@ -127,11 +127,11 @@ class VAEModule(lightning.LightningModule):
         self.history = checkpoint[CHECKPOINT_KEY]["history"]
 
     def _terms(self, batch: Share, generator: torch.Generator | None = None) -> ElboTerms:
-        """The terms of this process's rows, with their part of the noise that one process would draw."""
+        """The terms of this process's rows, with these rows' part of the noise for the whole batch."""
         noise = torch.randn(batch.batch_size, self.vae.latent_dim, generator=generator, device=self.device)
         noise = noise[batch.first : batch.first + len(batch.x)]
         if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs have been read
             if self.training and not self._is_checked:
                 self.vae.elbo_terms(batch.x, noise=noise)  # no call of the module: not compiled
                 self._is_checked = len(batch.x) > 0
@@ -149,7 +149,7 @@ class VAEModule(lightning.LightningModule):
 
 
 class _RunningMean:
-    """Means over data points of [B] tensors, kept on their device: reading a number each step would stall a GPU."""
+    """Means over data points of [B] tensors, kept on their device: reading a number would wait for the GPU."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(())

@@ -1,4 +1,4 @@
-"""The VAE of a run's configuration, and the optimiser that trains it."""
+"""The VAE of a run's configuration, and its optimizer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vvae_fast.train.data.sets import GAUSSIAN, Dataset
 from vvae_fast.train.data.statistics import statistics
 from vvae_fast.train.run.runconfig import ADAMAX, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
 
-FAN_IN = 1024  # inputs of a linear layer from which on its learning rate falls
+FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
 
 
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
-    """The VAE of a configuration, freshly initialised from torch's global generator.
+    """The VAE of a configuration, initialised from torch's global generator.
 
     Raises RunError if the network does not fit the data, DataError if Gaussian data cannot be standardised.
     """
@@ -37,7 +37,7 @@ def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
 
 
 def _likelihood(dataset: Dataset) -> tuple[Likelihood, nn.Module]:
-    """The data's likelihood, and what brings the encoder's inputs to the size that layers are initialised for."""
+    """The data's likelihood, and the module that scales the encoder's inputs to the size that layers expect."""
     if dataset.likelihood == GAUSSIAN:
         mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in statistics(dataset.train.numpy(), dataset.name))
         return Standardised(mean, std), _Standardise(mean, std)
@@ -72,9 +72,9 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or Adamax (Kingma & Ba 2015) with torch's defaults and the learning rate of the first epoch.
 
-    Either moves every weight by about the learning rate, and so a linear layer's outputs by that times the sum of its
-    inputs' sizes. Beyond FAN_IN inputs its weight's learning rate falls in proportion, so that a step moves the outputs
-    for a large image no further than for a small one: a group's "lr_share" is what it has of the learning rate.
+    Both move every weight by about the learning rate, and so a linear layer's outputs by that times the sum of its
+    inputs' sizes. With more than FAN_IN inputs, the weight's learning rate is smaller in proportion, so that a step
+    moves the outputs for a large image no further than for a small one. A group's "lr_share" is this factor.
     """
     optimizer = torch.optim.Adamax if config.optimizer == ADAMAX else torch.optim.Adam
     groups: dict[float, list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""The training objective, the free energy with a KL warm-up, and the schedule it is descended with."""
+"""The training objective, which is the free energy with a KL warm-up, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vvae_fast.train.run.runconfig import COSINE
 def kl_weight(epoch: int, warmup_epochs: int) -> float:
     """The weight beta of the KL in an epoch (counted from 0): below 1 for warmup_epochs epochs, in equal steps, then 1.
 
-    Rezende & Mohamed 2015, eq. 20, anneal the inverse temperature beta_t of their free energy to the same end.
+    Rezende & Mohamed 2015, eq. 20, anneal the inverse temperature beta_t of their free energy for the same purpose.
     """
     return min(1.0, (epoch + 1) / (warmup_epochs + 1))
 
@@ -24,9 +24,9 @@ def lr_factor(epoch: int, epochs: int, schedule: str = COSINE) -> float:
 
 
 def free_energy(terms: ElboTerms, beta: float, count: int | None = None) -> Tensor:
-    """reconstruction + beta KL, summed over the rows and divided by `count`, in nats: -ELBO where beta = 1.
+    """reconstruction + beta KL, summed over the rows and divided by `count`, in nats: -ELBO if beta = 1.
 
-    count is by default the number of rows: the mean.
+    The default of count is the number of rows, which gives the mean.
     """
     count = len(terms.kl) if count is None else count
     if beta == 1.0:

@@ -1,8 +1,8 @@
 """Several processes that train one model: torchrun starts them, and each takes its share of every batch's rows.
 
-What is drawn is drawn for the whole batch by every process, which then keeps its own rows: a run's losses and scores do
-not depend on the number of processes, beyond rounding. The first process alone writes files and prints; the others
-read them: all machines need one folder.
+Every process draws the random numbers of the whole batch, and keeps those of its own rows. So a run's losses and scores
+do not depend on the number of processes, up to rounding. Only the first process writes files and prints. The others
+read the files, so all machines need one shared folder.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Inside, the processes that torchrun started are a group, over nccl where there are GPUs and gloo elsewhere.
+    """Inside the block, the processes that torchrun started are a group: over nccl on GPUs, else over gloo.
 
     Without torchrun there is one process, and nothing to do: see `config.launch`.
 
     Raises:
-        RunError: if what torchrun has set is not sound.
+        RunError: if torchrun's variables are not valid.
     """
     if not (dist.is_available() and is_launched()):
         yield
@@ -59,14 +59,14 @@ def rank() -> int:
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process. Raises RunError if the environment's variables are not sound."""
+    """Whether torchrun has started this process. Raises RunError if the environment's variables are not valid."""
     return _sound(config.is_launched)
 
 
 def leftovers() -> list[str]:
-    """The environment's variables, as NAME=value, that name this process one of several, which it is not.
+    """Variables of the environment, as NAME=value, that wrongly say that this process is one of several.
 
-    Raises RunError if they are not sound. Lightning reads them when it is imported: call this before.
+    Raises RunError if they are not valid. Lightning reads them when it is imported: call this before.
     """
     return _sound(config.leftovers)
 
@@ -79,7 +79,7 @@ def _sound(read: Callable[[], T]) -> T:
 
 
 def local_count() -> int:
-    """The number of processes of this machine."""
+    """The number of processes on this machine."""
     return config.local_processes() if _is_group() else 1
 
 
@@ -89,17 +89,17 @@ def is_first() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def share(num_rows: int, rank: int, count: int) -> slice:
-    """The rows of a batch that one of `count` processes takes; it may be none."""
+    """The rows of a batch for one of `count` processes; there may be none."""
     return slice(rank * num_rows // count, (rank + 1) * num_rows // count)
 
 
 def sum_over_all(x: Tensor) -> Tensor:
-    """The sum of the processes' tensors, the same bits in each process; x itself where there is one."""
+    """The sum of the processes' tensors, with the same bits in each process; x itself if there is one process."""
     if count() == 1:
         return x
     total = x.to(device())
@@ -108,7 +108,7 @@ def sum_over_all(x: Tensor) -> Tensor:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     if count() > 1:
         dist.barrier()
 

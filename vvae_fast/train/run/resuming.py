@@ -1,4 +1,4 @@
-"""What Lightning is given of a checkpoint to go on from: checked first, since it takes what it gets as its own."""
+"""Prepares a checkpoint for Lightning to continue from. It is checked first, since Lightning itself checks nothing."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from vvae_fast.train.run.runconfig import RunConfig
 callbacks = require("lightning.pytorch.callbacks")
 
 LOOPS = ("fit", "validate", "test", "predict")
-PATH_KEYS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of a ModelCheckpoint
-REMARK = "stopping_reason_message"  # of EarlyStopping: None or a text that decides nothing
+PATH_KEYS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in a ModelCheckpoint's state
+REMARK = "stopping_reason_message"  # in EarlyStopping's state: None or a text, without effect
 
 
 def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunConfig, trainer: Any) -> dict:
-    """The checkpoint of `path` as Lightning's trainer can go on from it in the folder where it lies.
+    """The checkpoint at `path`, in the form from which Lightning's trainer can continue in the same folder.
 
     Args:
         checkpoint: see `load_checkpoint`; it is not changed.
-        model: of the run.
-        trainer: the one that is to go on.
+        model: the run's model.
+        trainer: the one that will continue.
 
     Raises:
-        RunError: a part of it is not built as this trainer's would be.
+        RunError: a part of it has another structure than this trainer's checkpoints.
     """
     checkpoint = _migrated(copy.copy(checkpoint), path)
     problem = _problem(checkpoint, model, config, trainer)
@@ -47,10 +47,10 @@ def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunCon
 
 
 def differs(wanted: object, got: object, where: str) -> str | None:
-    """The first place where `got` is built otherwise than `wanted`, None where it is alike.
+    """The first place where `got` has another structure than `wanted`; None if the structures are the same.
 
-    Dictionaries are alike with the same keys, lists with the same length, tensors with the same shape and dtype, other
-    values with the same type. None stands for itself or one number in a tensor, an empty dictionary for such numbers.
+    Dictionaries must have the same keys, lists the same length, tensors the same shape and dtype, other values the same
+    type. None allows None or one number in a tensor; an empty dictionary allows a dictionary of these.
     """
     if isinstance(wanted, dict):
         if not isinstance(got, dict) or (wanted and got.keys() != wanted.keys()):
@@ -76,7 +76,7 @@ def _is_number(value: object) -> bool:
 
 
 def _migrated(checkpoint: dict, path: Path) -> dict:
-    """Lightning's own changes to a checkpoint of an older version of it."""
+    """The checkpoint after Lightning's own changes, for one from an older version of Lightning."""
     version = checkpoint["pytorch-lightning_version"]
     parse = require("packaging.version")
     try:
@@ -92,7 +92,7 @@ def _migrated(checkpoint: dict, path: Path) -> dict:
 
 
 def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer: Any) -> str | None:
-    """What is wrong with a checkpoint, in words; None where nothing is."""
+    """The problem with a checkpoint, in words; None if there is none."""
     history, epoch = checkpoint[CHECKPOINT_KEY]["history"], checkpoint["epoch"]
     if len(history) != epoch + 1 or [record["epoch"] for record in history] != list(range(epoch + 1)):
         return f"it is of epoch {epoch + 1}, and its history has {len(history)} epochs"
@@ -114,7 +114,7 @@ def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer: Any
 
 
 def _structure(model: nn.Module, config: RunConfig, trainer: Any) -> dict:
-    """What a checkpoint of this trainer is like, after a step."""
+    """The structure of this trainer's checkpoints after a step."""
     model = copy.deepcopy(model)
     optimizer = build_optimizer(config, model)
     for parameter in model.parameters():
@@ -129,8 +129,8 @@ def _structure(model: nn.Module, config: RunConfig, trainer: Any) -> dict:
 
 
 def _with_known_settings(states: Any, wanted: dict) -> object:
-    """Optimizers' states in which a parameter group has the settings that this PyTorch knows, all of them: it has
-    defaults for those that an older one did not write."""
+    """The optimizers' states with all settings that this PyTorch has in a parameter group: defaults for those that an
+    older PyTorch did not write."""
     known = wanted["optimizer_states"][0]["param_groups"]
     try:
         (state,) = states
@@ -140,7 +140,7 @@ def _with_known_settings(states: Any, wanted: dict) -> object:
         ]
         return [{**state, "param_groups": groups}]
     except (TypeError, ValueError, LookupError, AttributeError):
-        return states  # no such thing, as `differs` will say
+        return states  # not a state; `differs` will report it
 
 
 def _without_remark(state: object) -> object:
@@ -148,7 +148,7 @@ def _without_remark(state: object) -> object:
 
 
 def _of_this_run(state: dict, callback: Any) -> dict:
-    """A callback's state with the folder and the patience of now: Lightning would drop the best of a moved folder."""
+    """A callback's state with the current folder and patience: Lightning would forget the best of a moved folder."""
     if isinstance(callback, callbacks.EarlyStopping):
         return {**state, "patience": callback.patience}
     if not isinstance(callback, callbacks.ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""What decides a run's result, as files record it."""
+"""The settings that decide a run's result, as files record them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHOICES = {
 SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
 RECORD = ("model", "num_steps", "seed", *SCORES, "num_parameters", "seconds_per_epoch", *outcome.OUTCOME)
 RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset", "num_samples", "earlier_plans"}
-# The first results had none of these, which a value stands for; a finished run is evaluated for them.
+# The first versions' results lack these keys. Their values are defaults; a finished run is evaluated again for them.
 ADDED: dict[str, Any] = {
     **dict.fromkeys(("gap", "active_units", "num_parameters", "epochs_done", "epochs_planned", "num_samples"), 0),
     **{"dataset": {}, "status": outcome.FINISHED, "reason": None, "earlier_plans": []},
@@ -36,9 +36,9 @@ EPOCH_KEYS = {"epoch", "beta", "seconds", "train_neg_elbo", "val_neg_elbo", "val
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run's result. `data` names the data set, `data_digest` is its content's checksum.
+    """All settings that decide a run's result. `data` names the data set; `data_digest` is its content's checksum.
 
-    A field with a default was added later: what an older version wrote lacks it, and had that value.
+    A field with a default was added later: files of older versions lack it, and the default is the value they used.
     """
 
     model: str
@@ -49,16 +49,16 @@ class RunConfig:
     epochs: int
     batch_size: int
     latent_dim: int
-    hidden: tuple[int, ...]  # the encoder's widths; none for gated-conv, which has its own
+    hidden: tuple[int, ...]  # the encoder's widths; empty for gated-conv, which has fixed ones
     lr: float
     warmup_epochs: int
-    patience: int  # epochs without a better validation -ELBO after which to stop; 0 for never
-    num_samples: int  # importance samples of the NLL
+    patience: int  # stop after so many epochs without a better validation -ELBO; 0 for never
+    num_samples: int  # importance samples for the NLL
     network: str = MLP
     optimizer: str = ADAM
     schedule: str = COSINE  # of the learning rate
-    likelihood: str = ""  # the data's; what an older version left to the digest
-    array: str = ""  # the archive's array that was asked for
+    likelihood: str = ""  # of the data; an older version left it to the digest
+    array: str = ""  # the requested array of an archive
 
     @property
     def name(self) -> str:
@@ -75,13 +75,13 @@ class RunConfig:
 
 
 def with_defaults(content: dict) -> dict:
-    """A configuration's JSON object with the fields that an older version did not write."""
+    """A configuration's JSON object, with defaults for the fields that an older version did not write."""
     defaults = {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
     return {**defaults, **content}
 
 
 def is_config(content: object) -> bool:
-    """Whether this is what RunConfig.to_json of this version or an older one returns, with values of their types."""
+    """Whether RunConfig.to_json of this version or an older one can return this, by keys and types."""
     kinds = {field.name: str(field.type) for field in fields(RunConfig)}
     if not isinstance(content, dict) or (content := with_defaults(content)).keys() != kinds.keys():
         return False
@@ -94,9 +94,9 @@ def is_config(content: object) -> bool:
 
 
 def differing_only_in_length(config: RunConfig, content: dict) -> dict:
-    """`content`, the recorded configuration of a run that `config` may go on with, with what may differ as in `config`.
+    """`content`, a run's recorded configuration, with the fields that may differ taken from `config`.
 
-    More epochs than the run had planned make it longer, and importance samples have no part in training.
+    More epochs than the run had planned make it longer, and importance samples do not change the training.
     """
     planned = content.get("epochs")
     epochs = config.epochs if type(planned) is int and planned <= config.epochs else planned
@@ -104,7 +104,7 @@ def differing_only_in_length(config: RunConfig, content: dict) -> dict:
 
 
 def are_plans(content: object) -> bool:
-    """Whether this is a list of a run's earlier plans: so many epochs were planned until so many were done."""
+    """Whether this is a list of a run's earlier plans: a planned number of epochs, and until which epoch it held."""
     return isinstance(content, list) and all(
         isinstance(plan, dict) and plan.keys() == PLAN_KEYS and all(type(value) is int for value in plan.values())
         for plan in content
@@ -112,7 +112,7 @@ def are_plans(content: object) -> bool:
 
 
 def is_history(content: object) -> bool:
-    """Whether this is a list of epochs' records."""
+    """Whether this is a list of records of epochs."""
     return isinstance(content, list) and all(
         isinstance(record, dict) and record.keys() == EPOCH_KEYS and all(map(is_number, record.values()))
         for record in content
@@ -130,7 +130,7 @@ def _has_type(value: object, kind: str) -> bool:
 
 
 def data_digest(dataset: Dataset) -> str:
-    """A checksum of the three splits, their shapes and what the model knows of them."""
+    """A checksum of the three splits, their shapes, and the facts that the model uses."""
     splits = {name: getattr(dataset, name) for name in SPLITS}
     shapes = {name: list(x.shape) for name, x in splits.items()}
     header = [shapes, dataset.likelihood, dataset.total_count, dataset.dynamic]

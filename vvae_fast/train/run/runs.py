@@ -1,4 +1,4 @@
-"""One run: a model trained with one seed, resumed where it was interrupted, and evaluated on the test set."""
+"""One run: a model trained with one seed, continued after an interruption, and evaluated on the test set."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
 environments: Any = require("lightning.pytorch.plugins.environments")
 
-THREADS_FROM = 32_768  # numbers in a batch, torch's grain size of elementwise operations
+THREADS_FROM = 32_768  # numbers in a batch: torch's grain size for elementwise operations
 
 
 def run(
     config: RunConfig, dataset: Dataset, folder: Path, report: Report | None = None, compile_: bool = False
 ) -> dict:
-    """Trains, or goes on training, and evaluates the best epoch; a finished run is read from its folder.
+    """Trains, or continues to train, and evaluates the best epoch; a finished run is read from its folder.
 
-    With `compile_` the training's and the validation's calls of the VAE are compiled, see `compiling`: the results are
-    the same but for rounding, and a run may go on with or without it.
+    `compile_` compiles the VAE's calls in training and validation, see `compiling`. The results are the same up to
+    rounding, and a run may continue with or without it.
 
     Returns:
         the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
         seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
-        earlier_plans and history (see VAEModule); and dataset, what was understood of the data (see data.describe). The
-        scores of a run that diverged are those of its best epoch, and None, like best_epoch, where it has none.
+        earlier_plans and history (see VAEModule); and dataset (see data.describe). The scores of a run that diverged
+        are those of its best epoch; if it has none, they and best_epoch are None.
 
     Raises:
-        RunError: if the folder holds another run or another process works in it, where memory runs out, and where
-            torch.compile fails.
-        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
+        RunError: if the folder holds another run, another process works in it, memory runs out, or torch.compile
+            fails.
+        KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
     check_folder(config, folder)
     result = load_result(config, folder)
@@ -125,7 +125,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
 
 
 class Training(NamedTuple):
-    """What a training came to: the history and earlier plans (see VAEModule), whether it stopped before its epochs."""
+    """The outcome of a training: history and earlier plans (see VAEModule), and whether it stopped early."""
 
     history: list[dict]
     stopped: bool
@@ -138,7 +138,7 @@ def fit(
 ) -> Training:
     """Trains from the folder's last checkpoint, or from the start, to the end; see `run` for its arguments.
 
-    A run that had fewer epochs planned goes on to those of `config`, whose learning rates its further epochs take.
+    A run that had fewer planned epochs continues to those of `config`, with the learning rates of `config`.
     """
     last = load_last(folder)
     if last is not None and _is_finished(config, last[1]):
@@ -149,7 +149,7 @@ def fit(
     trainer = _make_trainer(config, folder, checkpoint_io, compile_)
     if last is not None:
         path, checkpoint = last
-        _load_weights(vae, checkpoint, path)  # Lightning loads them again; here a misfit has a clear message
+        _load_weights(vae, checkpoint, path)  # Lightning loads them again; here the message for a misfit is clear
         checkpoint_io.resumed = for_lightning(checkpoint, path, vae, config, trainer)
         plans = _earlier_plans(config, checkpoint)
         if report is not None:
@@ -177,14 +177,14 @@ def _training_of(checkpoint: dict) -> Training:
 
 
 def _earlier_plans(config: RunConfig, checkpoint: dict) -> list[dict]:
-    """The plans before that of `config` of a run that goes on from a checkpoint."""
+    """The plans, before that of `config`, of a run that continues from a checkpoint."""
     ours = checkpoint[CHECKPOINT_KEY]
     plans, planned = ours.get("plans", []), ours["config"]["epochs"]
     return plans if planned == config.epochs else [*plans, {"epochs": planned, "until": len(ours["history"])}]
 
 
 def _resuming(config: RunConfig, checkpoint: dict, path: Path) -> str:
-    """The stage of a run that goes on from a checkpoint."""
+    """The stage, for progress, of a run that continues from a checkpoint."""
     ours = checkpoint[CHECKPOINT_KEY]
     stage, planned = f"resuming after epoch {len(ours['history'])}{origin(path)}", ours["config"]["epochs"]
     if planned == config.epochs:
@@ -241,20 +241,20 @@ def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpoi
         use_distributed_sampler=False,  # each process takes its share of every batch, see VAEModule
         callbacks=[stopping, *checkpoint_callbacks(folder)],
         logger=[
-            loggers.CSVLogger(folder, name=CSV),  # a new version for each start: it would delete the old one's rows
+            loggers.CSVLogger(folder, name=CSV),  # each start has a new version, since it would delete the old rows
             loggers.TensorBoardLogger(folder, name=TENSORBOARD, version=""),
         ],
         plugins=[checkpoint_io, _cluster()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        inference_mode=not compile_,  # torch.no_grad instead: what torch.compile is used with
-        log_every_n_steps=0,  # the means of epochs are logged, nothing within one
+        inference_mode=not compile_,  # else torch.no_grad, which torch.compile needs
+        log_every_n_steps=0,  # only the means of epochs are logged
     )
 
 
 class _OneProcess(environments.LightningEnvironment):
-    """What the environment says of other processes is not read: `processes` has decided that there are none."""
+    """Ignores what the environment says about other processes: `processes` has found that there are none."""
 
     creates_processes_externally = False
 
@@ -278,7 +278,7 @@ def _cluster() -> Any:
 
 @contextmanager
 def _few_threads(config: RunConfig, dataset: Dataset) -> Iterator[None]:
-    """Inside, torch runs one thread where a training step is too small to share: waiting for a busy core costs more."""
+    """Inside the block, torch uses one thread if a training step is small: then waiting for a busy core costs more."""
     threads = torch.get_num_threads()
     if config.batch_size * dataset.train[0].numel() < THREADS_FROM:
         torch.set_num_threads(1)
@@ -290,13 +290,13 @@ def _few_threads(config: RunConfig, dataset: Dataset) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Inside, Lightning's advice and device reports, which it logs at level INFO, are not shown."""
+    """Hides Lightning's advice and device reports, which it logs at level INFO, inside the block."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # Config and logs lie there too, and so do the checkpoints when a run goes on.
+            # The folder also has config and logs, and, when a run continues, checkpoints.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             # Every process logs what `processes.sum_over_all` made the same for all.
             warnings.filterwarnings("ignore", "It is recommended to use `self.log.* sync_dist=True")

@@ -1,4 +1,4 @@
-"""The main job: the vanilla VAE against flow VAEs on one data set, over several seeds."""
+"""The main command: the vanilla VAE against flow VAEs on one data set, over several seeds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_recons
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
-CONTENT_KEYS = {"data", "config", "environment", "runs"}  # of every version's results.json
-OWN_SETTINGS = ("model", "num_steps", "seed")  # in which the runs differ
+CONTENT_KEYS = {"data", "config", "environment", "runs"}  # the keys of results.json in every version
+OWN_SETTINGS = ("model", "num_steps", "seed")  # the settings that differ between runs
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
@@ -33,8 +33,8 @@ COLUMNS = {  # a result's key: heading, decimals
     "num_parameters": ("parameters", 0),
     "seconds_per_epoch": ("s / epoch", 3),
 }
-FIXED_BELOW = 1e8  # beyond, digits would widen the table past any screen
-TABLE_WIDTH = 160  # a narrower terminal breaks its lines: cells are never cut
+FIXED_BELOW = 1e8  # larger numbers have an exponent, since their digits would not fit on a screen
+TABLE_WIDTH = 160  # a narrower terminal breaks lines, so that cells are never cut
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Model:
 
 
 def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
-    """The vanilla VAE, an amortized flow of each length and, where asked for, a shared one."""
+    """The vanilla VAE, and an amortized flow of each length; with `shared` also a shared flow of each length."""
     kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
     return [Model(VANILLA, 0)] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
 
@@ -68,7 +68,7 @@ def compare(
     fresh: bool,
     compile_: bool = False,
 ) -> dict:
-    """Trains every model with every seed, or goes on where it was interrupted; prints the table, writes results, plots.
+    """Trains every model with every seed, or continues; prints the table, writes the results and plots.
 
     Args:
         base: the configuration that all runs share; its model, num_steps and seed are replaced.
@@ -80,10 +80,10 @@ def compare(
         {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
 
     Raises:
-        RunError: before anything is trained, where a folder or results.json belongs to another configuration.
-        KeyboardInterrupt: on Ctrl-C; the next call goes on after the last finished epoch.
+        RunError: before anything is trained, if a folder or results.json belongs to another configuration.
+        KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
-    require("matplotlib.figure")  # found missing now, and not after the training
+    require("matplotlib.figure")  # if it is missing, fail now and not after the training
     make_folder(out)
     _check_results(base, out, fresh)
     runs = [
@@ -121,7 +121,7 @@ def compare(
 
 
 def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
-    """Raises RunError if a file that would be written is there, and not from a comparison with these settings."""
+    """Raises RunError if a file to be written exists and is not from a comparison with these settings."""
     path = out / RESULTS
     if not path.exists():
         plots = [name for name in (CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR) if (out / name).exists()]
@@ -138,13 +138,13 @@ def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
 
 
 def _shared_settings(base: RunConfig) -> dict:
-    """The configuration without what differs between the runs."""
+    """The configuration without the settings that differ between the runs."""
     return {key: value for key, value in base.to_json().items() if key not in OWN_SETTINGS}
 
 
 def print_table(results: dict[Model, list[dict]]) -> None:
-    """One row a model: means over the seeds that have a score, their sample standard deviations. Below, what ended
-    early."""
+    """One row for each model: means over the seeds that have a score, and their sample standard deviations. Below the
+    table it lists the runs that ended early."""
     box, table_module = (require(f"rich.{name}") for name in ("box", "table"))
     table = table_module.Table(box=box.MARKDOWN)
     table.add_column("model", no_wrap=True)
@@ -179,12 +179,12 @@ def _mean_and_spread(values: list[float | None], digits: int) -> str:
         return "-"
     mean = statistics.mean(known)
     form = f".{digits}f" if abs(mean) < FIXED_BELOW else ".4g"
-    is_measured = len(known) > 1 and digits > 0  # the others are the same for every seed
+    is_measured = len(known) > 1 and digits > 0  # other values are the same for every seed
     return f"{mean:{form}} ± {statistics.stdev(known):{form}}" if is_measured else f"{mean:{form}}"
 
 
 def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
-    """The curves of all runs, and pictures of each model's first seed that has something to show."""
+    """Plots the curves of all runs, and pictures of each model's first seed that has a trained VAE."""
     vaes = {}
     for model, runs in results.items():
         seeds = [run["seed"] for run in runs if run["best_epoch"] is not None]

@@ -15,15 +15,15 @@ from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import replacing
 from vvae_fast.train.data.sets import Dataset
 
-SEED = 0  # of what the plots draw
+SEED = 0  # for the samples in the plots
 NUM_IMAGES = 12
 NUM_POSTERIOR_SAMPLES = 20_000
-MOST = 1e30  # beyond, matplotlib's float32 and its margins overflow
+MOST = 1e30  # for larger values matplotlib's float32 and its margins overflow
 
 
 def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> None:
-    """Validation -ELBO over the epochs, a colour for each model and a line for each seed; of any histories: what is not
-    finite, or beyond what a figure can hold, leaves a gap."""
+    """Validation -ELBO over the epochs, a colour for each model and a line for each seed. Values that are not finite,
+    or too large for a figure, leave a gap."""
     figure = make_figure(7.0, 4.5)
     axes = figure.add_subplot()
     finals = []
@@ -35,7 +35,7 @@ def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> No
             epochs = [record["epoch"] + 1 for record in history]
             alone = "." if len(values) == 1 else None  # a line needs two points
             axes.plot(epochs, values, color=f"C{number}", alpha=0.7, linewidth=1.0, label=label, marker=alone)
-    if finals:  # the first epochs are far above what the models are compared on
+    if finals:  # the first epochs are far above the values in which models differ
         lowest, highest = min(finals), max(finals)
         margin = 0.05 * abs(lowest) or 1.0
         axes.set_ylim(lowest - margin, highest + 10 * margin)
@@ -51,7 +51,7 @@ def _drawable(value: float) -> float:
 
 
 def plot_reconstructions(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
-    """Rows of the test set, and under them each model's E[x | z] for one posterior sample."""
+    """Rows of the test set, and below them each model's E[x | z] for one posterior sample."""
     x = dataset.test[:NUM_IMAGES].flatten(1)  # [N, P]
     rows = {"data": x}
     for model, vae in vaes.items():
@@ -71,7 +71,8 @@ def plot_samples(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
 def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
     """Densities of a posterior's samples before and after the flow, in two latent dimensions.
 
-    Posterior, among those of the test set's first hundred rows, and dimensions are those that the flow correlates most.
+    The posterior, among those of the test set's first hundred rows, and the two dimensions are those with the largest
+    correlation after the flow.
     """
     x = dataset.test[:100].flatten(1)  # [N, P]
     generator = torch.Generator().manual_seed(SEED)
@@ -99,7 +100,7 @@ def _most_correlated(z: Tensor) -> tuple[int, int, int]:
 
 
 def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> None:
-    """A row of pictures for each name; data that are no images become strips of one pixel's height."""
+    """A row of pictures for each name; data that are not images become strips of one pixel's height."""
     count = min(len(x) for x in rows.values())
     shape = dataset.image_shape or (1, dataset.test[0].numel())
     top = dataset.total_count or 1

@@ -1,4 +1,4 @@
-"""A study in a YAML file: the data, everything that decides its runs, the models, the seeds: nothing has a default."""
+"""A study in a YAML file: the data, all settings that decide its runs, models and seeds. Nothing has a default."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _one_of(value: object, choices: Sequence[str]) -> str:
     return value
 
 
-# The settings of a file, each as the command line's option of that name: its reader, which raises ValueError, and how
-# what it reads is told.
+# The settings of a file, named like the command line's options: the function that reads each, which raises ValueError,
+# and the words for what it expects.
 SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     **dict.fromkeys(
         ("epochs", "batch_size", "latent_dim", "num_samples"), (lambda value: as_int(value, 1), "a positive int")
@@ -50,18 +50,18 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
         if name != "model"
     },
 }
-OPTIONAL = {"array", "likelihood"}  # left out, the data decide
+OPTIONAL = {"array", "likelihood"}  # if they are left out, the data decide
 OTHERS = {"protocol", "splits", "models", "seeds"}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a file says.
+    """The content of a file.
 
     Attributes:
-        name: the file's, without its suffix.
+        name: the file's name without its suffix.
         protocol: one line in words, for reports.
-        settings: values of SETTINGS, no hidden for the convolutional network.
+        settings: values of SETTINGS, without hidden for the convolutional network.
         splits: rows of train, val and test, or None.
         models: the table's rows.
         seeds: at least one.
@@ -75,7 +75,7 @@ class Study:
     seeds: list[int]
 
     def base(self, dataset: Dataset) -> RunConfig:
-        """The configuration of the vanilla VAE with the first seed; the other runs differ in model and seed alone."""
+        """The configuration of the vanilla VAE with the first seed; the other runs differ only in model and seed."""
         hidden = tuple(self.settings.get("hidden", ()))
         settings = {**self.settings, "hidden": hidden, "data": dataset.name, "likelihood": dataset.likelihood}
         return RunConfig(VANILLA, 0, self.seeds[0], data_digest=data_digest(dataset), **settings)
@@ -88,11 +88,11 @@ class Study:
 
 
 def load_study(path: Path, root: Path | None = None) -> Study:
-    """Reads a study's file. Raises RunError if it cannot be read, lacks something or has something unknown.
+    """Reads a study's file. Raises RunError if it cannot be read, lacks a key or has an unknown one.
 
     Args:
         path: the file.
-        root: where a relative path of an array file starts; by default in the file's folder.
+        root: where the relative path of an array file starts; by default the file's folder.
     """
     content = _read(path)
     unknown = content.keys() - SETTINGS.keys() - OTHERS
@@ -129,7 +129,7 @@ def _read(path: Path) -> dict:
 
 
 def _read_as(read: Callable[[object], Read], wanted: str, path: Path, name: str, value: object) -> Read:
-    """What `read` makes of a value. Raises RunError if it raises ValueError."""
+    """The value as `read` reads it. Raises RunError if `read` raises ValueError."""
     try:
         return read(value)
     except TooLarge as error:
