@@ -1,13 +1,13 @@
 """How many digits the kernels keep: python -m benchmarks.accuracy.accuracy [--quick] [--backend cpp triton cuda]
 
-In float32, over the activations and the constraints that can be inverted: one step with w.u from -20 to 100, and up
-to 32 steps in 2 to 40 dimensions with entries up to 2 N(0, 1); forward and inverse, with the gradients of both. The
-truth is the reference in float64 with autograd. What is held: every output and every gradient within 10 times the error
-of the float32 reference or within 2e-6, whichever is larger, relative L2. Prints the worst ratios of what is above
-2e-6, and where one is above 10, the smallest input of each kind; then it exits with 1.
+It runs the kernels in float32, for all activations and the constraints that can be inverted: one step with w.u from -20
+to 100, and up to 32 steps in 2 to 40 dimensions with entries up to 2 N(0, 1); forward and inverse, with the gradients
+of both. The truth is the reference in float64 with autograd. The rule: the relative L2 error of every output and
+gradient is at most 10 times that of the float32 reference, or 2e-6, whichever is larger. It prints the worst ratios of
+errors above 2e-6. If a ratio is above 10, it prints the smallest input of each kind, and exits with 1.
 
-sweep.py says which entries count, and what is done about a reference that is exact by luck. Without a GPU, triton runs
-in its interpreter, which takes fewer inputs, and cuda on the host, built with g++ in a minute or more.
+sweep.py says which entries count, and how a reference that is exact by luck is judged. Without a GPU, triton runs in
+its interpreter, with fewer inputs, and cuda on the host, built with g++ in a minute or more.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def size_for(name: str, quick: bool) -> str:
-    """The interpreter takes a third of a second an input."""
+    """The size of the sweep; Triton's interpreter takes a third of a second for each input."""
     sizes = ("least", "quick") if name == "triton" and not torch.cuda.is_available() else ("quick", "full")
     return sizes[not quick]
 

@@ -1,4 +1,4 @@
-"""The table of a sweep, and what breaks its promise."""
+"""The table of a sweep, and the errors that break its rule."""
 
 from collections import defaultdict
 
@@ -34,7 +34,7 @@ def summary(counts: Counts, seconds: float) -> str:
 
 
 def breaches(findings: list[Finding]) -> list[str]:
-    """The smallest input of each kind of breach."""
+    """The smallest input for each kind of breach."""
     kinds = defaultdict(list)
     for f in findings:
         if f.is_breach():

@@ -1,5 +1,5 @@
-"""What float32 makes of the sweep's inputs: the errors of the kernels beside those of the float32 reference, both
-against the reference in float64 with autograd's gradients. accuracy.py makes a table of them."""
+"""The errors of the float32 kernels and of the float32 reference on the sweep's inputs, both against the reference in
+float64 with autograd's gradients. accuracy.py makes a table of them."""
 
 import contextlib
 import math
@@ -22,24 +22,24 @@ from vvae_fast.spec import FlowSpec
 
 Answer = tuple[Tensor, ...]  # the tensors of NAMES
 
-MOST_RATIO = 10.0  # of an error to the reference's, where the error is above
+MOST_RATIO = 10.0  # of an error to the reference's, if the error is above
 FLOOR = 2e-6
 NEIGHBOURS = 8
-DISTANCE = 2.0**-18  # of a neighbour, relative: near enough to be as hard, far enough for all roundings to differ
-LARGEST = 2.0**-13 * torch.finfo(torch.float32).max  # of what counts: sums on the way to it need room above
-HALF_A_PLACE = 2.0**-25  # what rounding the inputs themselves to float32 changes, relative
-LEAST_GRADIENT = 1e-8  # beside the incoming ones
-LOST = 0.1  # an error of the reference from which on nothing is asked of anybody
+DISTANCE = 2.0**-18  # of a neighbour, relative: close enough to be as hard, far enough for all roundings to differ
+LARGEST = 2.0**-13 * torch.finfo(torch.float32).max  # larger entries do not count: intermediate sums need room above
+HALF_A_PLACE = 2.0**-25  # the relative change when the inputs are rounded to float32
+LEAST_GRADIENT = 1e-8  # relative to the incoming gradients; smaller ones do not count
+LOST = 0.1  # if the reference's error is larger, no backend is judged
 
 
 class Backend(Protocol):
-    """What is judged: several answers to a problem, by name, each the six tensors of NAMES."""
+    """A judged backend: it returns several answers to a problem, by name, each the six tensors of NAMES."""
 
     def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]: ...
 
 
 class Finding(NamedTuple):
-    """An error that is above the floor."""
+    """An error above the floor."""
 
     backend: str
     input: Input
@@ -57,19 +57,19 @@ class Finding(NamedTuple):
 
 @dataclass
 class Counts:
-    """Of inputs, and of outputs and gradients, summed over the answers of a backend."""
+    """Counts of inputs, and of outputs and gradients, summed over the answers of a backend."""
 
     inputs: int = 0
-    judged_again: int = 0  # with their neighbours
+    judged_again: int = 0  # together with their neighbours
     compared: int = 0
-    above: int = 0  # the floor
-    partly: int = 0  # compared, without some entries
-    left_out: int = 0  # nothing in them counts
+    above: int = 0  # above the floor
+    partly: int = 0  # compared without some entries
+    left_out: int = 0  # without any entry that counts
     lost: int = 0  # the reference has no digit right
 
 
 def run(p: Problem, it: Input, backend: str) -> Answer:
-    """z, log_det, dz, du, dw, db of the package."""
+    """z, log_det, dz, du, dw, db from the package."""
     if it.kind == "packed" and backend != "reference":
         return _run_packed(p, it, backend)
     flow = vvae_fast.planar_flow_inverse if it.inverse else vvae_fast.planar_flow
@@ -88,8 +88,8 @@ def _run_packed(p: Problem, it: Input, backend: str) -> Answer:
 
 
 class Package:
-    """A backend of the package: the C++ one on each instruction set that this machine has, those for GPUs in the
-    compact form too where they may take it."""
+    """A backend of the package: the C++ backend on each instruction set of this machine, the GPU backends also in the
+    compact form where it is possible."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -119,7 +119,7 @@ class Package:
 
 
 class CudaOnHost:
-    """The CUDA kernels as tests/cuda/cuda_host.py runs them where there is no GPU."""
+    """The CUDA kernels on the host, as tests/cuda/cuda_host.py runs them without a GPU."""
 
     def __init__(self) -> None:
         import cuda_host
@@ -148,15 +148,15 @@ def may_be_compact(it: Input) -> bool:
 
 
 def backend_of(name: str) -> Backend:
-    """cpp, triton or cuda, on a GPU where there is one."""
+    """cpp, triton or cuda, on a GPU if there is one."""
     return CudaOnHost() if name == "cuda" and not torch.cuda.is_available() else Package(name)
 
 
 class Truth:
-    """The float64 answer to a problem, what of it counts, and the float32 reference's errors.
+    """The float64 answer to a problem, which entries count, and the float32 reference's errors.
 
-    An entry counts where the truth fits float32 and the float32 reference, with all that it computes on the way, is
-    finite. A gradient counts where it is not so small beside the incoming ones that autograd's own 1 - h^2, in a
+    An entry counts if the truth fits float32 and the float32 reference, with all its intermediate values, is finite. A
+    gradient does not count if it is so small, relative to the incoming ones, that autograd's own 1 - h^2, in a
     saturated tanh, rounds its digits away in float64.
     """
 
@@ -171,7 +171,7 @@ class Truth:
         self.reference = self.errors(loop)
 
     def errors(self, got: Answer) -> list[float | None]:
-        """Relative L2 of the entries that count, inf where one is not finite, None where none does."""
+        """Relative L2 errors over the entries that count: inf if one is not finite, None if no entry counts."""
         return [_error(x, y, counts) for x, y, counts in zip(got, self.wanted, self.counts, strict=True)]
 
 
@@ -185,7 +185,7 @@ def _error(got: Tensor, wanted: Tensor, counts: Tensor) -> float | None:
 
 
 def sweep(backends: list[Backend], inputs: list[Input], counts: Counts, batch: int = 200) -> Iterator[Finding]:
-    """What is above the floor. Where that would be a breach, the errors are those of `judge_again`."""
+    """The errors above the floor. If one would be a breach, the errors of `judge_again` replace it."""
     for start in range(0, len(inputs), batch):
         some = inputs[start : start + batch]
         problems = [it.problem() for it in some]
@@ -213,11 +213,11 @@ def _look(backend: str, it: Input, truth: Truth, got: Answer, counts: Counts) ->
 
 
 def judge_again(backend: Backend, it: Input, p: Problem, found: list[Finding], counts: Counts) -> Iterator[Finding]:
-    """The findings with the lower quartiles of both errors over the input and its neighbours: a single error can be
-    small by luck, or large where a row lies at a kink of the activation and falls to its wrong side.
+    """The findings with the lower quartiles of both errors over the input and its neighbours. A single error can be
+    small by luck, or large if a row lies at a kink of the activation and falls to the wrong side.
 
-    The image of a flow that the inverse takes back is harder than its neighbours. There the reference's error counts
-    as no less than what half a last place of the input changes in float64.
+    For the inverse, the image of a flow is harder than its neighbours. There the reference's error counts as at least
+    the change in float64 when the input changes by half a last place.
     """
     counts.judged_again += 1
     problems = [p, *(neighbour(p, seed) for seed in range(NEIGHBOURS))]
@@ -237,13 +237,13 @@ def judge_again(backend: Backend, it: Input, p: Problem, found: list[Finding], c
 
 
 def neighbour(p: Problem, seed: int, distance: float = DISTANCE) -> Problem:
-    """The problem with every entry of z, u, w and b moved by the distance, relative, as often more as less."""
+    """The problem with every entry of z, u, w and b moved by the relative distance, up or down equally often."""
     g = torch.Generator().manual_seed(seed)
     moved = (t * (1 + distance * torch.randn(t.shape, generator=g, dtype=torch.float64)) for t in p.inputs)
     return p._replace(**{name: t.to(p.z.dtype) for name, t in zip("zuwb", moved, strict=True)})
 
 
 def _quartile(errors: list[float | None]) -> float:
-    """The lower one."""
+    """The lower quartile."""
     there = sorted(error for error in errors if error is not None)
     return there[len(there) // 4]

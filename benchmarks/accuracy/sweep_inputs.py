@@ -1,4 +1,4 @@
-"""The inputs of the sweep that accuracy.py makes: from ordinary to extreme, each from a few numbers."""
+"""The inputs of accuracy.py's sweep: from ordinary to extreme, each determined by a few numbers."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -22,7 +22,7 @@ KINDS = {  # of parameters: the shapes of z's batch and of theirs
 
 
 class Input(NamedTuple):
-    """One problem, which its numbers determine."""
+    """The numbers that determine one problem."""
 
     activation: str
     constraint: str
@@ -31,8 +31,8 @@ class Input(NamedTuple):
     num_steps: int
     dim: int
     alpha: float | None  # w.u of the only step; without it the entries of u, w and b are scale N(0, 1)
-    scale: float  # with alpha, of z
-    image: bool  # z is what the float32 reference makes of a normal z
+    scale: float  # with alpha, the scale of z
+    image: bool  # z is the float32 reference's output for a normal z
     seed: int
 
     @property
@@ -74,12 +74,12 @@ class Input(NamedTuple):
 
     @property
     def size(self) -> tuple:
-        """By which one input is smaller than another."""
+        """The sort key: which input is smaller than another."""
         return self.num_steps, self.dim, abs(self.alpha or 0), self.scale, self.image, self.seed
 
 
 def steps(activations: Iterable[str], dims: Iterable[int], alphas: Iterable[float], draws: int) -> Iterator[Input]:
-    """One step whose w.u is given, at ordinary and at large z."""
+    """One step with a given w.u, at ordinary and at large z."""
     for activation in activations:
         for constraint in CONSTRAINTS:
             for inverse, kind in passes():
@@ -105,7 +105,7 @@ def flows(activations: Iterable[str], sizes: Iterable[tuple[int, int]], scales: 
 
 
 def passes() -> list[tuple[bool, str]]:
-    """Whether it is the inverse, and the kind of parameters; the inverse takes none that are packed."""
+    """Whether it is the inverse, and the kind of parameters; the inverse takes no packed parameters."""
     return [(inverse, kind) for inverse in (False, True) for kind in KINDS if not (inverse and kind == "packed")]
 
 

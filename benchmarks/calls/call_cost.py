@@ -1,9 +1,9 @@
-"""What a call costs beside the kernels, on the CPU: python -m benchmarks.calls.call_cost [rounds]
+"""The cost of a call without the kernels, on the CPU: python -m benchmarks.calls.call_cost [rounds]
 
-Forward + backward in one thread, against the no-op, which is a Python autograd Function that computes nothing: by the
-Function in Python, and by the node in C++ where it is there. Then what the backward of a frozen flow, whose parameters
-need no gradient, takes of a trained one's. The contestants take turns, a block of calls each; printed are the medians
-over the rounds of a block's median call, in microseconds, and the median ratio of a round.
+It times forward + backward in one thread: by the Function in Python, by the node in C++ if it is available, and by the
+no-op, a Python autograd Function that computes nothing. Then it compares the backward of a frozen flow, whose
+parameters need no gradient, with that of a trained flow. The contestants take turns, with a block of calls each. It
+prints medians over the rounds of a block's median call, in microseconds, and the median ratio of a round.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ WARM_UP = 3  # rounds
 
 @contextlib.contextmanager
 def by_function() -> Iterator[None]:
-    """Ordinary calls take the Function in Python."""
+    """Inside the block, ordinary calls use the Function in Python."""
     with_node = node.is_ordinary, node.serves
     node.is_ordinary, node.serves = shapes.is_ordinary, False
     try:
@@ -39,7 +39,7 @@ def by_function() -> Iterator[None]:
 
 
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of a call in each round, by name: of (call, the context that it is made in)."""
+    """Microseconds of a call in each round, by name; each value of `calls` is (call, the context to call it in)."""
     times = {name: [] for name in calls}
     counts = {
         name: calls_of_block(BLOCK_SECONDS, min(map(seconds_of, 2 * [call]))) for name, (call, _) in calls.items()
@@ -78,7 +78,7 @@ def title(case: Case) -> str:
 
 
 def row(times: dict[str, list[float]]) -> str:
-    """Of the first, its microseconds; of the others, also the ratio to it."""
+    """The microseconds of each; for all but the first also the ratio to the first."""
     first, *others = times
     text = f"{first} {statistics.median(times[first]):.1f} us"
     for name in others:

@@ -1,7 +1,7 @@
 """Times the inverse against the forward pass on the CPU: python -m benchmarks.calls.inverse [rounds]
 
-Calls take turns; the numbers are medians and, steadier on a busy machine, the least, in milliseconds. w.u and w.z have
-standard deviation 1.
+Calls take turns. The numbers are medians and minima, in milliseconds; minima are steadier on a busy machine. w.u and
+w.z have standard deviation 1.
 """
 
 import statistics
@@ -23,7 +23,7 @@ CASES = [  # rows, D, K, amortized
 
 
 def measure(calls: list[Callable], rounds: int) -> list[tuple[float, float]]:
-    """Milliseconds of each: the median and the least."""
+    """Milliseconds of each call: the median and the minimum."""
     times = [[] for _ in calls]
     for _ in range(3 + rounds):
         for call, of_call in zip(calls, times, strict=True):

@@ -1,10 +1,10 @@
-"""What Python takes of a call of the Triton kernels, without a GPU.
+"""Python's time in a call of the Triton kernels, without a GPU.
 
     python -m benchmarks.calls.launch_cost [--seconds 0.3]
 
-Two stand-ins, which take turns: in place of `launch` a call that does nothing, which leaves the operators and the
-launchers; and in place of the driver one that compiles for sm_90 and runs nothing (count_variants.py), which
-adds Triton's own way to a kernel. The tensors are on the CPU. Printed are medians, in microseconds.
+Two stand-ins take turns. One replaces `launch` by a call that does nothing: this times the operators and the launchers.
+The other replaces the driver by one that compiles for sm_90 and runs nothing (count_variants.py): this adds Triton's
+own time for a launch. The tensors are on the CPU. It prints medians in microseconds.
 """
 
 import argparse
@@ -49,7 +49,7 @@ NUMBERS = FlowSpec().arguments()
 
 
 def calls(rows: int, dim: int, num_steps: int, num_sets: int) -> dict[str, Callable]:
-    """Forward and backward as the operators call them, by what they are printed as."""
+    """Forward and backward as the operators call them, by their printed names."""
     sets = (num_sets,) if num_sets > 1 else ()
     z, u, b = torch.zeros(rows, dim), torch.zeros(*sets, num_steps, dim), torch.zeros(*sets, num_steps)
     forward, backward, *_ = operators.in_python(lambda: planar)
@@ -82,7 +82,7 @@ def microseconds(call: Callable) -> float:
 
 def measure(call: Callable, seconds: float) -> tuple[float, float]:
     """The medians without `launch`, and with it on the driver that runs nothing."""
-    call()  # compiled
+    call()  # compiles
     times, end = ([], []), time.perf_counter() + seconds
     while not times[0] or time.perf_counter() < end:
         with nothing_launched():

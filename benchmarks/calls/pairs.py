@@ -1,11 +1,11 @@
-"""This checkout against another one, both built in place.
+"""Compares this checkout with another one, both built in place.
 
     python -m benchmarks.calls.pairs FOLDER [--rounds 12] [--only B128]
 
-Times forward + backward of the cpp backend on the CPU cases of `make bench`. Each checkout has a process of its own;
-they take turns, a block of calls each, so that a machine that slows down slows both. A round's ratio is this checkout's
-median over the other's; printed are the medians over rounds, in microseconds, and the median ratio. The no-op's code is
-the same in both: its ratio shows what the machine adds. Each result is checked against the oracle before it is timed.
+It times forward + backward of the cpp backend on the CPU cases of `make bench`. Each checkout has its own process. They
+take turns, with a block of calls each, so that a slow machine slows both. A round's ratio is this checkout's median
+over the other's. It prints the medians over rounds, in microseconds, and the median ratio. The no-op's code is the same
+in both: its ratio shows the machine's noise. Each result is checked against the oracle before it is timed.
 """
 
 import argparse
@@ -24,16 +24,16 @@ CONTESTANTS = {"ours": "vvae_fast cpp", "no-op": "no-op"}  # by contestants.py's
 
 
 class Checkout:
-    """A process that times what it is told to with the package in `folder`."""
+    """A process that times calls of the package in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.calls.pairs", "--worker", folder.resolve()]
-        # Without buffers: what a process that ended has not read is not written again at the end.
+        # Without a buffer: else text that an ended process did not read would be written again at the end.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT)
 
     def seconds(self, case: Case, contestant: str) -> float:
         """The median call of a block."""
-        with contextlib.suppress(BrokenPipeError):  # it ended, and there is no answer
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and gives no answer
             self.process.stdin.write(json.dumps([str(case), contestant]).encode() + b"\n")
         answer = self.process.stdout.readline()
         if not answer:
@@ -43,7 +43,7 @@ class Checkout:
 
 def compare(case: Case, pair: list[Checkout], rounds: int) -> dict[str, tuple[float, float, float]]:
     """Seconds of this checkout and of the other one, and their ratio, for each contestant."""
-    times = {name: [] for name in CONTESTANTS}  # of the rounds: this, other
+    times = {name: [] for name in CONTESTANTS}  # for each round: (this checkout, the other)
     for i in range(rounds):
         for name in CONTESTANTS:
             both = {k: pair[k].seconds(case, name) for k in ((0, 1), (1, 0))[i % 2]}
@@ -55,7 +55,7 @@ def compare(case: Case, pair: list[Checkout], rounds: int) -> dict[str, tuple[fl
 
 
 def work(folder: Path) -> None:
-    """Answers on the standard output what its input asks, with the package of `folder` and the cases of this one."""
+    """Reads requests from stdin and prints the answers, with the package of `folder` and the cases of this checkout."""
     sys.path.insert(0, str(folder))
     import torch
 

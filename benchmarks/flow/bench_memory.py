@@ -1,4 +1,4 @@
-"""Bytes saved for the backward and needed at the peak, against K and B. Run with `make bench`."""
+"""Bytes saved for the backward, and peak bytes, against K and B. Run with `make bench`."""
 
 from benchmarks.flow.cases import GPU_MEMORY_CASES, MEMORY_CASES
 from benchmarks.flow.measure import Block

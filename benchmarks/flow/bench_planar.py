@@ -1,4 +1,4 @@
-"""planar_flow, forward, backward and both, against what a user could run instead. Run with `make bench`."""
+"""planar_flow, forward, backward and both, against the alternatives that a user has. Run with `make bench`."""
 
 from benchmarks.flow.cases import GPU_CASES, PLANAR_CASES
 from benchmarks.flow.measure import COPY, Block

@@ -28,7 +28,7 @@ NO_OP = partial(no_op, like=torch.zeros_like)
 
 @dataclass(frozen=True)
 class Training:
-    """The steps of one optimizer; each is compared with the vanilla VAE's in the same round."""
+    """The steps with one optimizer; each is compared with the vanilla VAE's step in the same round."""
 
     optimizer: str
     options: tuple[tuple[str, object], ...] = ()
@@ -40,7 +40,7 @@ class Training:
         return f"VAE-step-{self.optimizer}" + ("" if self.rows == BATCH else f"-B{self.rows}")
 
     def takes(self, name: str) -> bool:
-        """Whether the contestant is timed: of the larger batch the flows with shared parameters that are no loops."""
+        """Whether the contestant is timed; for the larger batch only shared flows that are not loops."""
         return self.rows == BATCH or not ("amortized" in name or name.startswith(LOOPED))
 
 
@@ -60,7 +60,7 @@ def amortized(loop: Loop) -> Looped:
 
 @cache
 def compiled() -> Loop:
-    """One for all steps: a shape is compiled once."""
+    """One compiled loop for all steps, so that a shape is compiled once."""
     return torch.compile(LOOPS[COMPILED], dynamic=False)
 
 
@@ -94,7 +94,7 @@ def make_data(device: torch.device, rows: int = BATCH) -> Tensor:
 
 
 def in_graphs(group: Training, backends: list[str]) -> list[str]:
-    """The contestants whose whole step is one CUDA graph: of the batch that only GPUs have."""
+    """The contestants whose whole step is one CUDA graph: for the batch size that only GPUs run."""
     plain = ["vanilla", *(f"vvae_fast {name} K=80" for name in backends)]
     return [] if group.rows == BATCH else [f"{name}{GRAPH}" for name in plain]
 
@@ -126,7 +126,7 @@ def training_step(name: str, group: Training, device: torch.device, backends: tu
 
 
 def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The step as one CUDA graph, after a warm-up on a stream of its own: docs/graphs.md."""
+    """The step as one CUDA graph, after a warm-up on a separate stream: docs/graphs.md."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -145,7 +145,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def check_graph(replay: Callable[[], Tensor], model: VAE, x: Tensor) -> None:
-    """A replay's loss and gradients against the reference's, for the same noise; and its parameters have to move."""
+    """Compares a replay's loss and gradients with the reference's, for the same noise; its parameters must move."""
     before = copy.deepcopy(model)
     torch.manual_seed(1)  # as for the reference's answer
     got = [replay().clone(), *(parameter.grad for parameter in model.parameters())]
@@ -155,14 +155,14 @@ def check_graph(replay: Callable[[], Tensor], model: VAE, x: Tensor) -> None:
 
 
 def check(model: VAE, x: Tensor) -> None:
-    """The loss and every gradient against those with the reference, for the same noise."""
+    """Compares the loss and every gradient with the reference's, for the same noise."""
     trial = copy.deepcopy(model)
     _move_away(trial)
     _compare(_answer(trial, x), _reference_answer(trial, x))
 
 
 def _move_away(model: VAE) -> None:
-    """A flow starts as the identity, where a step tells little."""
+    """Moves the parameters: a flow starts as the identity, where a step tests little."""
     with torch.no_grad():
         for parameter in () if model.flow is None else model.flow.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -176,7 +176,7 @@ def _compare(got: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def _reference_answer(model: VAE, x: Tensor) -> list[Tensor]:
-    """The answer of the model with the reference in its flow, from now on."""
+    """The model's answer with the reference in its flow, which then stays there."""
     if isinstance(model.flow, Looped):
         model.flow.loop = reference_loop
     elif model.flow is not None:
@@ -192,7 +192,7 @@ def _answer(model: VAE, x: Tensor) -> list[Tensor]:
 
 
 def names(group: Training, backends: list[str], in_full: bool) -> list[str]:
-    """The contestants of a group: in the quick run and on a GPU neither the compiled nor the slowest."""
+    """The contestants of a group; the quick run and a GPU run leave out the compiled and the slowest ones."""
     taken = [name for name in flows(backends) if group.takes(name)] + in_graphs(group, backends)
     return [name for name in taken if in_full or not name.startswith((COMPILE, REFERENCE))]
 

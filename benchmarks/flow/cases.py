@@ -14,7 +14,7 @@ EVERYONE = (*UNCOMPILED, "torch.compile")
 
 @dataclass(frozen=True)
 class Case:
-    """K = num_steps planar steps of z [rows, dim], parameters shared by the rows or a set for each of them."""
+    """K = num_steps planar steps of z [rows, dim], with parameters shared by the rows or one set for each row."""
 
     rows: int
     dim: int
@@ -36,7 +36,7 @@ class Case:
         return BYTES_OF[self.dtype]
 
     def traffic(self, pass_: str) -> int:
-        """Bytes that a pass has to read and write at least; the forward saves its pre-activations."""
+        """Bytes that a pass must read and write at least; the forward saves its pre-activations."""
         B, D, K = self.rows, self.dim, self.num_steps
         if pass_ == "forward+backward":
             return self.traffic("forward") + self.traffic("backward")
@@ -47,7 +47,7 @@ class Case:
         return self.itemsize * (B * per_row + (4 if backward else 2) * K * D)
 
     def flops(self, pass_: str) -> int:
-        """Floating-point operations that a pass has to do."""
+        """Floating-point operations that a pass must do."""
         B, D, K = self.rows, self.dim, self.num_steps
         if pass_ == "forward+backward":
             return self.flops("forward") + self.flops("backward")
@@ -57,7 +57,7 @@ class Case:
         return (8 if backward else 4) * B * K * D + 20 * B * K
 
     def floor(self, pass_: str, bandwidth: float, rate: float) -> float:
-        """Seconds that a pass takes at least, for a copy bandwidth in bytes/s and a matrix-product rate in flops/s."""
+        """The least seconds of a pass, for a copy bandwidth in bytes/s and a matrix-product rate in flops/s."""
         if pass_ == "forward+backward":
             return self.floor("forward", bandwidth, rate) + self.floor("backward", bandwidth, rate)
         return max(self.traffic(pass_) / bandwidth, self.flops(pass_) / rate)
@@ -65,8 +65,8 @@ class Case:
 
 FB = ("forward+backward",)
 
-# On a CPU. torch.compile takes up to two minutes a shape, so it runs only in the README's table. The loops are left out
-# where one of their calls would take more than about a fifth of a second.
+# On a CPU. torch.compile takes up to two minutes for a shape, so it runs only in the README's table. The loops are left
+# out if one of their calls would take more than about a fifth of a second.
 PLANAR_CASES = [
     # The README's table.
     Case(100, 2, 8, contestants=EVERYONE, quick=True),
@@ -90,8 +90,8 @@ PLANAR_CASES = [
     Case(4096, 64, 256, contestants=FAST),
 ]
 
-# On a GPU, in one session of some six minutes: what it is held to (bars.py) comes first, and last what the session may
-# have to leave out for its time.
+# On a GPU, in one session of about six minutes: first the cases that have bars (bars.py), last those that the session
+# may have to leave out.
 FIRST_BOTH = ("forward+backward", "forward", "backward")
 GPU_CASES = [
     Case(65536, 64, 32, contestants=FAST, quick=True),

@@ -1,4 +1,4 @@
-"""The rates that no kernel beats: copying z, and a large matrix product. Both measured in the run that uses them."""
+"""The rates that no kernel can beat: of copying z, and of a large matrix product. Both are measured in the same run."""
 
 import contextlib
 import time
@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Bytes: the copy of less times the dispatcher or, on a GPU, the launch, and would flatter the ratio to the floor.
+# Bytes. A smaller copy would time the dispatcher or, on a GPU, the launch, which makes the ratio to the floor too good.
 SMALLEST_COPY = {"cpu": 64 * 1024, "cuda": 512 * 1024**2}
 
 
 def copy_source(z: Tensor) -> Tensor:
-    """What the copy ceiling of a case clones: its z [B, D], repeated where that is less than SMALLEST_COPY bytes."""
+    """The tensor that the copy ceiling of a case clones: its z [B, D], repeated up to SMALLEST_COPY bytes."""
     return z.detach().repeat(max(1, -(-SMALLEST_COPY[z.device.type] // z.nbytes)), 1)
 
 
 def matrix_product_rates(
     dtype: torch.dtype, device: torch.device, repeats: int = 10, size: int | None = None
 ) -> dict[str, float]:
-    """flops/s of large matrix products by the unit that computes them: the sceptic's choice is the best of all calls.
+    """flops/s of large matrix products, by the unit that computes them: the best of all calls, for a strict floor.
 
     Three products in TF32 make one in float32 on a GPU's tensor cores, so that unit's rate is a third of TF32's.
     """
@@ -44,7 +44,7 @@ def _tf32() -> Iterator[None]:
     try:
         settings.fp32_precision = "tf32"
         yield
-    except RuntimeError:  # a PyTorch that objects to the setting costs this rate, not the run
+    except RuntimeError:  # if PyTorch rejects the setting, only this rate is missing
         return
     finally:
         settings.fp32_precision = before
@@ -52,7 +52,7 @@ def _tf32() -> Iterator[None]:
 
 def _products(x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:
     products = [lambda: torch.mm(x, y)]
-    if x.device.type == "cpu":  # oneDNN is twice as fast as MKL on some CPUs; it lacks dtypes, and builds lack it
+    if x.device.type == "cpu":  # oneDNN is twice as fast as MKL on some CPUs; some dtypes and builds lack it
         one_dnn = lambda: torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")  # noqa: E731
         try:
             one_dnn()

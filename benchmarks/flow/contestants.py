@@ -1,6 +1,6 @@
-"""What computes a case: this package's backends, the loops of loops.py, and the no-op. Peers: peers.py.
+"""The contestants: this package's backends, the loops of loops.py, and the no-op. peers.py has other packages.
 
-A contestant is prepared for one case: it gets its own copies of the inputs and gives a call without arguments.
+A contestant is prepared for one case: it gets its own copies of the inputs and returns a call without arguments.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from vvae_fast.backends import cuda
 from vvae_fast.spec import FlowSpec
 
 LOOPS = {PLAIN: plain_loop, REFERENCE: reference_loop}
-COMPILED = PLAIN  # of the two, what torch.compile is given: see loops.py
-GRAPH = ", CUDA graph"  # behind the name of a VAE step that is one as a whole
+COMPILED = PLAIN  # the loop that torch.compile compiles: see loops.py
+GRAPH = ", CUDA graph"  # ends the name of a VAE step that is one CUDA graph
 
-# torch.compile asks each input for its gradient, which one that a network made has not: all warnings are errors here.
+# torch.compile reads .grad of each input, which warns for the output of a network: all warnings are errors here.
 NO_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"
 
 
@@ -42,8 +42,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`build` takes z, u, w, b (leaves) and raises Unavailable; `role` is "ours", "form" (a backend of ours in a form
-    that was asked for), "peer" or "no-op"."""
+    """`build` takes z, u, w, b (leaves) and may raise Unavailable; `role` is "ours", "form" (a backend of ours in a
+    requested form), "peer" or "no-op"."""
 
     name: str
     role: str
@@ -69,7 +69,7 @@ class _NoOp(torch.autograd.Function):
 
 
 def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.empty_like) -> tuple[Tensor, Tensor]:
-    """Clones z, with planar_flow's signature: what the autograd machinery costs by itself.
+    """Clones z, with planar_flow's signature: this times the autograd machinery alone.
 
     `like` makes log_det and the gradients; an optimizer needs numbers in them: torch.zeros_like.
     """
@@ -78,7 +78,7 @@ def no_op(z: Tensor, u: Tensor, w: Tensor, b: Tensor, like: Callable = torch.emp
 
 @contextlib.contextmanager
 def cuda_form(name: str) -> Iterator[None]:
-    """The cuda backend's kernels take this form, whatever the shape."""
+    """Inside the block, the cuda backend's kernels use this form for every shape."""
     cuda.set_form(name)
     try:
         yield
@@ -87,7 +87,7 @@ def cuda_form(name: str) -> Iterator[None]:
 
 
 class _CudaDirect(PlanarFlowFunction):
-    """Asks for the form in each pass: between them others have their turn."""
+    """Sets the form in each pass, because other contestants run between the passes."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -101,7 +101,7 @@ class _CudaDirect(PlanarFlowFunction):
 
 
 def cuda_direct(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """What the cuda backend's compact form is compared with: the recursion step by step."""
+    """The cuda backend's direct form, the recursion step by step: the compact form is compared with it."""
     return _CudaDirect.apply(Call.of(cuda.CUDA, FlowSpec()), z, u, w, b)
 
 
@@ -119,20 +119,20 @@ def _unavailable(status: str, inputs: list[Tensor]) -> Prepared:
 
 
 def _why_not(name: str, state: dict[str, object], device: torch.device) -> str | None:
-    """The status of a backend that is not on this machine, or not for this device."""
+    """The status of a backend that is missing on this machine, or does not run on this device; None otherwise."""
     if not state["available"]:
         return f"missing: {'; '.join(state['reasons'])}"
     z, b = torch.zeros(1, 1, device=device), torch.zeros(1, device=device)
     try:
         backends.select(shapes.check(z, z, z, b, FlowSpec()), name)
-    except RuntimeError as error:  # the package's own refusal; a broken kernel is timed, and fails
+    except RuntimeError as error:  # only the package's own rejection; a broken kernel is timed, and fails
         return f"not run: {error}"
     return None
 
 
 def ours(device: torch.device | str = "cpu") -> list[Contestant]:
-    """A contestant for each backend of the package, but for the reference, which is a loop; and the cuda
-    backend's direct form."""
+    """A contestant for each backend of the package except the reference, which is a loop; and the cuda backend's direct
+    form."""
     found = []
     for name, state in vvae_fast.info()["backends"].items():
         if name != "reference":

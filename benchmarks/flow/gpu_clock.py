@@ -1,8 +1,8 @@
 """Times of calls on a GPU: by the clock, and on the device alone.
 
-By the clock: calls in a row, as a training loop makes them, from the first launch until the device has done the last.
-On the device: events around each call, whose launches were queued while the device was kept busy, so that no gap
-between them counts, and whose inputs are in no cache.
+By the clock: calls in a row, as in a training loop, from the first launch until the device has finished the last. On
+the device: events around each call. Its launches are queued while the device is busy, so that no gaps between them
+count, and its inputs are in no cache.
 """
 
 import functools
@@ -13,16 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FLUSHED = 256 * 2**20  # bytes written before a call that is timed on the device; an H200 has 60 MB of L2
+FLUSHED = 256 * 2**20  # bytes written before a timed call on the device, to empty its caches; an H200 has 60 MB of L2
 CYCLES = 2e9  # a second of the device's clock, or a little more
-LONGEST_LEAD = 5e-3  # seconds; a loop of a thousand launches fills the queue whatever the lead, and its gaps do count
+LONGEST_LEAD = 5e-3  # seconds; a loop of a thousand launches always fills the queue, so its gaps do count
 MOST_CALLS = 50
 
 
 def wall_seconds(
     call: Callable, setup: Callable | None, count: int, synchronize: Callable[[], None] | None = None
 ) -> float:
-    """Seconds a call, of `count` in a row; what has to be done before each of them is done before the first."""
+    """Seconds per call, of `count` in a row; the setups of all calls run before the first call."""
     synchronize = synchronize or torch.cuda.synchronize
     arguments = [setup()[0] if setup else () for _ in range(count)]
     collecting = gc.isenabled()
@@ -40,7 +40,7 @@ def wall_seconds(
 
 
 def device_seconds(call: Callable, setup: Callable | None, seconds: float, wall: float) -> list[float]:
-    """Seconds of single calls on the device, of as many as take about `seconds`; `wall` is one by the clock."""
+    """Seconds of single calls on the device, as many as take about `seconds`; `wall` is a call's time by the clock."""
     lead = min(1.5 * wall + 50e-6, LONGEST_LEAD)
     count = int(min(MOST_CALLS, max(3, seconds / (lead + wall))))
     flushed, events = _flushed(), []

@@ -1,7 +1,8 @@
-"""Loops over the steps in PyTorch: the plain loop, which every ratio is to, and the reference.
+"""Loops over the steps in PyTorch: the plain loop, to which all ratios are, and the reference.
 
-The plain loop is the fastest that was found of those that do one kind of problem, float32 or float64, at the defaults,
-in at most twenty lines. Tried, forward and backward, in turns, ms of CPU time on one thread with AVX2, medians of 12:
+The plain loop is the fastest that was found among loops for one kind of problem, float32 or float64, at the defaults,
+in at most twenty lines. These were tried: forward and backward, in turns, ms of CPU time on one thread with AVX2,
+medians of 12:
 
                                         128 x 40, K = 80   4,096 x 64, K = 32
     reference                                       78.9                 79.6
@@ -22,13 +23,13 @@ in at most twenty lines. Tried, forward and backward, in turns, ms of CPU time o
     unbind, baddbmm, addcmul                                         33.9
     products of all steps first                                      33.7
 
-unbind and one logarithm of all steps gain most: the gradient of w[k] is a tensor of zeros as large as w for each step.
-The products of all steps first, w . z and w . u, cost as much as step by step at 256 and 512 rows and less at 1,000,
-where a step no longer costs calls but memory.
+unbind and one logarithm of all steps gain most: the gradient of each w[k] is a tensor of zeros as large as w. Computing
+the products of all steps first, w . z and w . u, takes as long as step by step at 256 and 512 rows. It is faster at
+1,000, where memory and not the number of calls limits a step.
 
 Compiled by torch.compile, at 100 x 40, K = 16: the reference 1.01, step by step 0.88, which also compiles in a third of
-the time; with sums of products in the place of addmv and addr 0.89. So the plain loop is what torch.compile is given.
-The products of all steps first were not compared compiled.
+the time; with sums of products in place of addmv and addr 0.89. So torch.compile compiles the plain loop. The form with
+the products of all steps first was not compared compiled.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from vvae_fast import reference
 Loop = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PLAIN, REFERENCE = "plain loop", "reference"  # their names as contestants
-MANY_ROWS = 512  # from which on the products of all steps are computed first
+MANY_ROWS = 512  # with so many rows or more, the products of all steps are computed first
 CHUNK = 32  # steps whose products are computed at a time
 
 
@@ -61,7 +62,7 @@ def _constrained(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step_by_step(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Shared parameters: a matrix-vector product, a tanh and an outer product a step."""
+    """Shared parameters: a matrix-vector product, a tanh and an outer product for each step."""
     u, c = _constrained(u, w)
     h = []
     for u_k, w_k, b_k in zip(u.unbind(), w.unbind(), b.unbind(), strict=True):

@@ -1,4 +1,4 @@
-"""Prepares, checks and times blocks of calls. bench_*.py say what is run, conftest.py in which order."""
+"""Prepares, checks and times blocks of calls. bench_*.py choose what runs, conftest.py the order."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from vvae_fast.spec import FlowSpec
 
 COPY = "copy"  # the contestant that clones z
 TOLERANCES = {"float32": 1e-4, "float64": 1e-11}
-ORACLE_ROWS = 1024  # rows that the oracle takes at a time: its float64 loop saves every step
+ORACLE_ROWS = 1024  # rows at a time in the oracle, because its float64 loop saves every step
 
 
 class Refused(Exception):
@@ -42,11 +42,11 @@ class Block:
 
 @dataclass
 class Timing:
-    """What the rounds of one contestant in one pass of a case gave; times in seconds."""
+    """The times of all rounds of one contestant in one pass of a case, in seconds."""
 
     rounds: list[list[float]] = field(default_factory=list)  # device events on a GPU, else the clock
     host_rounds: list[list[float]] = field(default_factory=list)  # the clock; on a GPU over blocks of calls in a row
-    page_faults: list[float] = field(default_factory=list)  # a call; not counted on a GPU
+    page_faults: list[float] = field(default_factory=list)  # per call; not counted on a GPU
     status: str = "ok"
 
 
@@ -58,7 +58,7 @@ class Run:
     timings: dict[tuple[object, str, str], Timing] = field(default_factory=lambda: defaultdict(Timing))
     compile_seconds: dict[tuple[object, str], float] = field(default_factory=dict)
     unit_rates: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # flops/s, by dtype
-    copy_bytes: dict[object, int] = field(default_factory=dict)  # that a call of COPY reads and writes
+    copy_bytes: dict[object, int] = field(default_factory=dict)  # read and written by a call of COPY
     memory: dict[tuple[object, str], dict[str, int | None]] = field(default_factory=dict)
     calls: dict[tuple[object, str, str], int] = field(default_factory=dict)  # of a block
 
@@ -76,7 +76,7 @@ class Run:
         seconds: float,
         wall_only: bool = False,  # no device events on a GPU
     ) -> None:
-        """Two unrecorded calls, then as many recorded ones as take about `seconds`, 3 to 200 of them."""
+        """Two unrecorded calls, then recorded ones for about `seconds`, 3 to 200 of them."""
         key = (block.group, block.pass_, block.contestant)
         timing = self.timings[key]
         if self.device.type == "cuda":
@@ -95,7 +95,7 @@ class Run:
         timing.page_faults.append(faults / (count + 2))
 
     def _time_on_gpu(self, key, call: Callable, setup: Callable | None, seconds: float, wall_only: bool) -> None:
-        """Clock and device events in blocks of their own: waiting for an event would be in the clock's time."""
+        """Clock and device events in separate blocks: else the clock's time would contain waiting for events."""
         timing = self.timings[key]
         if key not in self.calls:
             gpu_clock.wall_seconds(call, setup, 2)
@@ -106,7 +106,7 @@ class Run:
         timing.rounds.append(host if wall_only else gpu_clock.device_seconds(call, setup, seconds, min(host)))
 
     def refuse(self, block: Block, status: str) -> None:
-        """The row of this contestant says `status`."""
+        """Sets the status in the row of this contestant."""
         self.timings[block.group, block.pass_, block.contestant].status = status
 
     def measure_rate(self, dtype: str) -> None:
@@ -125,12 +125,12 @@ def settle_allocator() -> None:
 
 
 def calls_of_block(seconds: float, call_seconds: float) -> int:
-    """As many calls as take about `seconds`, 3 to 200 of them."""
+    """The number of calls in about `seconds`, from 3 to 200."""
     return int(min(200, max(3, seconds / call_seconds)))
 
 
 def seconds_of(call: Callable, setup: Callable | None = None) -> float:
-    """Of one call and what has to be done before it."""
+    """Seconds of one call, after its setup."""
     start = time.perf_counter()
     call(*(setup()[0] if setup else ()))
     return time.perf_counter() - start
@@ -149,8 +149,8 @@ class Stage:
         self._prepared: dict[str, Prepared | Refused] = {}
 
     def prepared(self, contestant: Contestant, seconds: float = math.inf) -> Prepared:
-        """The contestant, built and checked once; Refused if it is missing, fails, gives another answer or takes
-        longer than `seconds` for that."""
+        """The contestant, built and checked once. Raises Refused if it is missing, fails, gives another answer or takes
+        longer than `seconds`."""
         if contestant.name not in self._prepared:
             try:
                 with time_limit(seconds):
@@ -167,10 +167,10 @@ class Stage:
             prepared = contestant.build([t.detach().requires_grad_() for t in self.inputs])
             start = time.perf_counter()
             got = self.answer(prepared)
-            if contestant.compiled:  # at its first call
+            if contestant.compiled:  # it compiles at its first call
                 seconds = time.perf_counter() - start
                 self.compile_seconds[contestant.name] = seconds - seconds_of(lambda: self.answer(prepared))
-            if contestant.role != "no-op":  # which has no answer to check
+            if contestant.role != "no-op":  # the no-op has no answer to check
                 self._check(contestant, got)
         return prepared
 
@@ -188,7 +188,7 @@ class Stage:
             if x.shape != y.shape:
                 raise Refused(f"wrong: {name} has shape {tuple(x.shape)}, not {tuple(y.shape)}")
             error = (x.double() - y).norm().item() - (slack if name == "log_det" else 0)
-            if not error <= tolerance * y.norm().item():  # a NaN is wrong too
+            if not error <= tolerance * y.norm().item():  # true for NaN too
                 raise Refused(f"wrong: {name} is off by {error / y.norm().item():.1e} of its norm")
 
     def _oracle(self, constraint: str) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ class Stage:
         return self._answers[constraint]
 
     def calls(self, prepared: Prepared, pass_: str) -> tuple[Callable, Callable | None]:
-        """What is timed for a pass, and what is to be done before each call, untimed. Outputs are freed in the call."""
+        """The timed call of a pass, and the untimed setup before each call. Outputs are freed in the call."""
         leaves, grads, forward = prepared.leaves, self.grads, prepared.forward
 
         def run_forward() -> None:
@@ -218,7 +218,7 @@ class Stage:
         return (run_forward if pass_ == "forward" else run_both), None
 
     def copy_calls(self) -> tuple[Callable, None]:
-        """The copy ceiling: z into fresh memory, freed in the call as the contestants' outputs are."""
+        """The copy ceiling: z into new memory, freed in the call like the contestants' outputs."""
 
         def run() -> None:
             self.copy_source.clone()
@@ -227,12 +227,12 @@ class Stage:
 
 
 class TimeUp(BaseException):
-    """No Exception: torch.compile makes something else of those."""
+    """The time is up. It is not an Exception, because torch.compile replaces those by others."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Refuses what the main thread does for longer."""
+    """Raises TimeUp if the main thread takes longer inside the block."""
     if seconds == math.inf:
         yield
         return
@@ -241,7 +241,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeUp
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)  # again and again: a destructor swallows what it gets
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)  # repeated, because a destructor swallows the error
     try:
         yield
     except TimeUp:
@@ -253,20 +253,20 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failures_refused():
-    """Turns whatever a contestant raises into Refused with a one-line status."""
+    """Turns every error of a contestant into Refused with a one-line status."""
     try:
         yield
     except Refused:
         raise
     except Unavailable as reason:
         raise Refused(str(reason)) from reason
-    except Exception as error:  # a contestant is other people's code: its row says what happened
+    except Exception as error:  # contestants are foreign code: the row says what happened
         message = (str(error).splitlines() or [""])[0][:200]
         raise Refused(f"failed: {type(error).__name__}: {message}") from error
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
-    """z [B, D], u, w [*B, K, D], b [*B, K]; w.u small enough for |det| > 0.5 without a constraint as well."""
+    """z [B, D], u, w [*B, K, D], b [*B, K]; w.u is so small that |det| > 0.5 even without a constraint."""
     g = torch.Generator().manual_seed(0)
     sets = (case.rows,) if case.amortized else ()
     shapes = [(case.rows, case.dim), *2 * [(*sets, case.num_steps, case.dim)], (*sets, case.num_steps)]

@@ -1,9 +1,9 @@
-"""Bytes that a contestant saves for its backward, and bytes that a forward and backward need at their peak.
+"""Bytes that a contestant saves for its backward, and peak bytes of a forward and backward.
 
 Saved: the storages that reach autograd's saved-tensor hooks in the forward, each counted once, with and without those
-of the leaves (which the caller holds anyway). Peak: on a GPU the allocator's high-water mark above what was allocated
-before. On a CPU that of the process's resident set (VmHWM), in a forked child in which it is the first call of its
-size: it counts scratch memory that no allocator of PyTorch's sees. Linux only, to about 0.3 MB.
+of the leaves, which the caller holds anyway. Peak: on a GPU, the highest allocation minus the one before the call. On a
+CPU, the same for the process's resident set (VmHWM), in a forked child whose first call of this size it is. That also
+counts scratch memory that PyTorch's allocators do not see. It works on Linux only, to about 0.3 MB.
 """
 
 import atexit
@@ -27,7 +27,7 @@ GPU_METHOD = "torch.cuda.max_memory_allocated"
 
 
 def saved_bytes(prepared: Prepared) -> tuple[int, int]:
-    """Bytes saved for the backward: of all storages, and of those that belong to no leaf."""
+    """Bytes saved for the backward: of all storages, and without those of the leaves."""
     storages: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -35,14 +35,14 @@ def saved_bytes(prepared: Prepared) -> tuple[int, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = prepared.forward()  # kept alive: a storage that is freed may give its address to the next
+        outputs = prepared.forward()  # kept alive, since the address of a freed storage may be reused
     del outputs
     leaves = {t.untyped_storage().data_ptr() for t in prepared.leaves}
     return sum(storages.values()), sum(size for at, size in storages.items() if at not in leaves)
 
 
 def peak_bytes(stage: Stage, contestant: Contestant) -> int | None:
-    """Bytes above its inputs that a forward and backward need at their peak; None where that cannot be measured."""
+    """Peak bytes of a forward and backward, above the inputs; None if they cannot be measured."""
     if stage.device.type == "cuda":
         return _cuda_peak(stage, stage.prepared(contestant))
     if not Path("/proc/self/clear_refs").exists():
@@ -61,13 +61,13 @@ def _cuda_peak(stage: Stage, prepared: Prepared) -> int:
 
 @functools.cache
 def _pool():
-    """One child a task, forked from a process that has imported everything and run nothing."""
+    """One child for each task, forked from a process that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["benchmarks.flow.memory", "normflows.flows", "pyro.distributions.transforms", "pythae.models"]
     )
     kept = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server preloads before it is told our sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server preloads modules before it gets our sys.path
     try:
         pool = context.Pool(1, maxtasksperchild=1)
     finally:
@@ -85,9 +85,9 @@ def _resident_peak(case: Case, contestant: Contestant, threads: int) -> int:
         small.answer(contestant.build([t.requires_grad_() for t in small.inputs]))
         stage = Stage(case, torch.device("cpu"))
         prepared = contestant.build([t.requires_grad_() for t in stage.inputs])
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # freed memory would serve the call, uncounted
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # freed memory is not counted
             libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status_bytes("VmRSS")
         stage.answer(prepared)
         return _status_bytes("VmHWM") - before

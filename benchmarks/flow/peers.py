@@ -1,6 +1,6 @@
-"""The packages that have planar flows, with the case's parameters copied into their modules.
+"""The other packages with planar flows, with the case's parameters copied into their modules.
 
-Each runs its K modules in the Python loop that it runs them in itself, under its own constraint on u.
+Each runs its K modules in its own Python loop, with its own constraint on u.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from benchmarks.flow.contestants import Contestant, Prepared, Unavailable
 
 @contextlib.contextmanager
 def _importing(package: str) -> Iterator[None]:
-    """Imports quietly: what a peer prints, or warns of in its own code, says nothing about this package."""
+    """Imports a peer quietly: its output and its warnings do not concern this package."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ def _shared(inputs: list[Tensor], package: str) -> tuple[Tensor, list[tuple[Tens
 def _stack(grads: tuple[Tensor, ...], like: list[Tensor]) -> tuple[Tensor, ...]:
     """dz and the stacked du, dw, db of K steps, whose leaves come as (u, w, b) after z."""
     dz, *steps = grads
-    dim = like[3].dim() - 1  # of the steps
+    dim = like[3].dim() - 1  # the dimension of the steps
     stacked = (
         torch.stack([g.reshape(t.select(dim, 0).shape) for g in steps[i::3]], dim) for i, t in enumerate(like[1:])
     )
@@ -76,7 +76,7 @@ def _pyro(inputs: list[Tensor]) -> Prepared:
     with _importing("pyro-ppl"):
         from pyro.distributions.transforms.planar import ConditionedPlanar, Planar
     z, u, w, b = inputs
-    if u.dim() > 2:  # what ConditionalPlanar makes of its network's outputs (bias, u, w) for a context
+    if u.dim() > 2:  # as ConditionalPlanar does with its network's outputs (bias, u, w) for a context
         columns = (u, w, b[..., None])
         steps = [[t.detach()[:, k].clone().requires_grad_() for t in columns] for k in range(u.shape[1])]
         flows = [ConditionedPlanar((b_k, u_k, w_k)) for u_k, w_k, b_k in steps]
@@ -85,7 +85,7 @@ def _pyro(inputs: list[Tensor]) -> Prepared:
         steps = [[f.u, f.w, f.bias] for f in flows]
 
     def run(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = z.view_as(z)  # a transform gives back its cached output, of a freed graph, for the same tensor
+        z = z.view_as(z)  # else the transform would return its cached output, whose graph is freed, for the same tensor
         log_det = z.new_zeros(len(z))
         for flow in flows:
             y = flow(z)

@@ -1,4 +1,4 @@
-"""What the benchmarks of one session share: contestants, the case in work, refusals; and the line of progress."""
+"""Shared by the benchmarks of one session: contestants, the current case, rejections, and the line of progress."""
 
 import contextlib
 import math
@@ -14,18 +14,18 @@ from benchmarks.flow.measure import Block, Refused, Run, Stage, failures_refused
 from benchmarks.flow.peers import peers
 
 OUT_OF_TIME = "not run: the session's time was up"
-AFTER_COMPILING, A_CASE = 20, 9  # seconds that torch.compile leaves to its session, and to each case behind its own
+AFTER_COMPILING, A_CASE = 20, 9  # seconds that torch.compile leaves for the session, and for each later case
 
 
 class Bench:
-    """What the benchmark functions share."""
+    """The state that the benchmark functions share."""
 
     def __init__(self, device: str, quick: bool, seconds: float = math.inf) -> None:
         settle_allocator()
         self.run, self.quick, self.on_gpu = Run(torch.device(device)), quick, device == "cuda"
-        self.seconds, self.cut_short = seconds, False  # what the session may take, and whether that was too little
+        self.seconds, self.cut_short = seconds, False  # the session's time, and whether it was too short
         self.contestants: dict[str, Contestant] = {c.name: c for c in [*ours(device), *baselines(), *peers()]}
-        self.backends = [n.removeprefix("vvae_fast ") for n in self._ours() if self.contestants[n].runs]  # of VAE steps
+        self.backends = [n.removeprefix("vvae_fast ") for n in self._ours() if self.contestants[n].runs]  # of steps
         self.started = time.time()
         self._stage: Stage | None = None
 
@@ -41,11 +41,11 @@ class Bench:
         return self.seconds - (time.time() - self.started)
 
     def names(self, case: Case) -> list[str]:
-        """The contestants of a case, with all backends in the place of vvae_fast."""
+        """The contestants of a case, with all backends in place of vvae_fast."""
         return [name for wanted in case.contestants for name in (self._ours() if wanted == "vvae_fast" else [wanted])]
 
     def stage(self, case: Case) -> Stage:
-        """The case in work: the one before it is given up, for its memory."""
+        """The current case; the one before is dropped to free its memory."""
         if self._stage is None or self._stage.case is not case:
             self._stage = None
             self._stage = Stage(case, self.run.device)
@@ -60,7 +60,7 @@ class Bench:
         return self.left - AFTER_COMPILING - A_CASE * behind
 
     def prepared(self, block: Block) -> Prepared:
-        """The block's contestant, ready and checked; Refused otherwise."""
+        """The block's contestant, ready and checked; raises Refused otherwise."""
         contestant = self.contestants[block.contestant]
         if contestant.compiled and self.quick:
             raise Refused("not run: the quick run compiles nothing")
@@ -72,7 +72,7 @@ class Bench:
 
     @contextlib.contextmanager
     def recording(self, block: Block):
-        """A refused contestant becomes a row that says why: a skipped test where it is a peer, else a failed one."""
+        """A refused contestant gets a row that says why. Its test is skipped for a peer, and fails for any other."""
         try:
             with failures_refused():
                 if self.left <= 0:
@@ -81,7 +81,7 @@ class Bench:
                 yield
         except Refused as refusal:
             if str(refusal) == OUT_OF_TIME and self.run.timings[block.group, block.pass_, block.contestant].rounds:
-                pytest.skip(OUT_OF_TIME)  # the rounds before stand
+                pytest.skip(OUT_OF_TIME)  # the earlier rounds count
             self.run.refuse(block, str(refusal))
             contestant = self.contestants.get(block.contestant)
             excused = (contestant and contestant.role == "peer") or str(refusal).startswith(("missing", "not run"))
@@ -89,7 +89,7 @@ class Bench:
 
 
 class Progress:
-    """A line that says where the session is: rewritten in place on a terminal, one for each case and pass elsewhere."""
+    """A line with the session's position: rewritten in place on a terminal, else one line for each case and pass."""
 
     def __init__(self, bench: Bench, reporter, checkpoint: Callable[[], None]) -> None:
         self.bench, self.reporter, self.checkpoint = bench, reporter, checkpoint
@@ -101,12 +101,12 @@ class Progress:
         self.blocks = {item.nodeid: item.callspec.params["block"] for item in items}
         self.groups = list(dict.fromkeys((block.group, block.pass_) for block in self.blocks.values()))
 
-    def pytest_runtest_logstart(self, nodeid):  # the one hook before a test that runs outside the capturing of output
+    def pytest_runtest_logstart(self, nodeid):  # the only hook before a test that runs outside the capture of output
         block = self.blocks[nodeid]
         group = (block.group, block.pass_)
         contestant = self.bench.contestants.get(block.contestant)
         if self.bench.on_gpu and (self.shown != group or (contestant and contestant.compiled)):
-            self.checkpoint()  # a lent machine may be gone before the end, or a compiler take all its time
+            self.checkpoint()  # the machine may go away before the end, or a compiler may take all the time
         seconds = int(time.time() - self.bench.started)
         place = f"{self.groups.index(group) + 1}/{len(self.groups)} {block.group} {block.pass_}"
         line = f"[{100 * self.done // len(self.blocks):3d}%] {seconds // 60}:{seconds % 60:02d} {place}"
