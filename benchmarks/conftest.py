@@ -1,6 +1,6 @@
 """The benchmark session's options and hooks.
 
-pytest runs the blocks in the order in which bench_*.py list them: for each case and pass, in rounds, all contestants.
+pytest runs the blocks in the order of bench_*.py: for each case and pass, all contestants, in rounds.
 """
 
 import math
@@ -23,7 +23,7 @@ GPU_MODULES = (
     "bench_memory",
     "bench_training",
     "bench_planar",
-)  # what takes longest last: the session's time may be up
+)  # the longest last, since the session's time may run out
 
 
 def pytest_addoption(parser):
@@ -37,11 +37,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     _probe(config.getoption("results"))
-    # pytest-benchmark's, where a session is interrupted between two timings: all warnings are errors here.
+    # A warning of pytest-benchmark if a session is interrupted between two timings: all warnings are errors here.
     unused = "ignore:Benchmark fixture was not used:pytest_benchmark.logger.PytestBenchmarkWarning"
     config.addinivalue_line("filterwarnings", unused)
     config.addinivalue_line("filterwarnings", NO_LEAF)
-    # Compile times are those of a cold cache, and inductor reads this when it first compiles.
+    # Compile times are for a cold cache; inductor reads this when it first compiles.
     config.compile_cache = tempfile.mkdtemp(prefix="vvae-fast-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compile_cache
     config.bench = Bench(config.getoption("device"), config.getoption("quick"), config.getoption("seconds"))
@@ -50,7 +50,7 @@ def pytest_configure(config):
 
 
 def _probe(folder: Path) -> None:
-    """Says now, not after the measurements, that nothing can be written there."""
+    """Fails now, and not after the measurements, if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -112,7 +112,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def _write(config, kind: str) -> Path:
-    """Writes what was measured so far; the parts that an earlier call wrote go."""
+    """Writes the measurements so far, and deletes the partial files of an earlier call."""
     bench = config.bench
     rows = results.rows(bench.run, bench.contestants)
     header = results.header(bench.run, kind, time.time() - bench.started, config.getoption("commit"))

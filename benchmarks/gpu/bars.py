@@ -1,4 +1,4 @@
-"""What a GPU run is held to, and the one short table of it that `make gpu` ends with."""
+"""The bars that a GPU run must meet, and the short table that `make gpu` ends with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FB = "forward+backward"
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on what `measured` finds in a run, at least or at most; None where the run does not have it."""
+    """A lower or upper bound on a number of a run. `measured` finds the number, or None if the run does not have it."""
 
     text: str
     bound: float
@@ -30,7 +30,7 @@ class Bar:
 
 
 def _times_faster(case: str, peer: str, ours: str) -> Callable[[Results], float | None]:
-    """How many times longer the peer takes for a forward and backward, by the clock: the rounds' median."""
+    """How many times as long the peer takes for a forward and backward, by the clock: the rounds' median."""
 
     def measured(run: Results) -> float | None:
         found = pick(run, FB, case)
@@ -41,7 +41,7 @@ def _times_faster(case: str, peer: str, ours: str) -> Callable[[Results], float 
 
 
 def _of_the_floor(case: str, pass_: str, ours: str) -> Callable[[Results], float | None]:
-    """The floor over the time on the device; where memory makes the floor, the part of the copy's bandwidth."""
+    """The floor over the time on the device. If memory sets the floor, that is the fraction of the copy's bandwidth."""
 
     def measured(run: Results) -> float | None:
         mine = pick(run, pass_, case).get(ours)
@@ -59,7 +59,7 @@ def _device_us(case: str, pass_: str, ours: str) -> Callable[[Results], float | 
 
 
 def _times_faster_in_a_graph(group: str, ours: str) -> Callable[[Results], float | None]:
-    """How many times longer a step takes than itself as one CUDA graph, by the clock: the rounds' median."""
+    """How many times as long a step takes as the same step in one CUDA graph, by the clock: the rounds' median."""
 
     def measured(run: Results) -> float | None:
         found = pick(run, "step", group)
@@ -70,7 +70,7 @@ def _times_faster_in_a_graph(group: str, ours: str) -> Callable[[Results], float
 
 
 def _step(group: str, ours: str) -> Callable[[Results], float | None]:
-    """Of the vanilla step by the clock, in the same rounds."""
+    """A step's time over the vanilla step's by the clock, in the same rounds."""
 
     def measured(run: Results) -> float | None:
         mine = pick(run, "step", group).get(ours)
@@ -82,8 +82,8 @@ def _step(group: str, ours: str) -> Callable[[Results], float | None]:
 LONG, MANY, WIDE = "shared-B128-D40-K80", "shared-B65536-D64-K32", "shared-B4096-D512-K64"
 TRITON, CUDA = "vvae_fast triton", "vvae_fast cuda"
 
-# Predicted, not measured: a loop on a GPU takes as long as its launches. At LONG the plain loop has a ninth of those of
-# the reference (test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
+# Predicted, not measured: on a GPU a loop takes as long as its launches. At LONG the plain loop has a ninth of the
+# reference's launches (test_loops.py counts them): 6 and 11 times the plain loop are 50 and 100 times the reference.
 BARS = (
     Bar("128 x 40, K = 80, triton, times the plain loop, 6 wanted", 6, _times_faster(LONG, PLAIN, TRITON)),
     Bar("128 x 40, K = 80, triton, times the reference, 50 wanted", 50, _times_faster(LONG, REFERENCE, TRITON)),
@@ -129,8 +129,8 @@ BARS = (
 
 
 def table(run: Results) -> str:
-    """Forward and backward together by the clock, in parentheses how many times as fast as the plain loop, each alone
-    on the device over its floor; steps, memory, bars."""
+    """For each case, forward and backward together by the clock, in parentheses how many times as fast as the plain
+    loop, and each alone on the device over its floor; then steps, memory, bars."""
     ours = [name for name in (CUDA, TRITON) if any(row.contestant == name and row.median for row in run.rows)]
     short = [name.removeprefix("vvae_fast ") for name in ours]
     columns = ["forward + backward, clock", *short, "plain", "reference", "compile"]
@@ -172,7 +172,7 @@ def _over_floor(row: Row | None) -> str:
 
 
 def _steps(run: Results, group: str) -> str:
-    """One optimizer's VAE steps, as ratios to the vanilla one."""
+    """One optimizer's VAE steps, as ratios to the vanilla step."""
     rows = pick(run, "step", group)
     shown = [f"{name} {ratio(row.to_base)}" for name, row in rows.items() if row.median and name != OURS]
     return f"{group}: " + ", ".join(shown)

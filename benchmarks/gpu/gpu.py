@@ -1,10 +1,10 @@
-"""`make gpu`: builds, tests and measures on this machine's GPU, a line a step; docs/gpu.md says what each means.
+"""`make gpu`: builds, tests and measures on this machine's GPU, one line for each step; docs/gpu.md explains the lines.
 
     python -m benchmarks.gpu.gpu [test | bench | sanitize | tune ...] [--results FOLDER] [--commit TEXT]
 
-A target alone takes under 9 minutes; without a name all of them are run in turn. It takes Python's packages as they are
-and installs nothing. Whatever a target and its steps print is in gpu-<target>.log beside the results, as it comes. It
-exits with 0 where no step failed.
+A single target takes under 9 minutes; without a name all targets run in turn. It uses the installed packages and
+installs nothing. The output of a target and its steps goes at once to gpu-<target>.log beside the results. The exit
+status is 0 if no step failed.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from pathlib import Path
 from benchmarks.gpu import prebuilt
 from benchmarks.gpu.gpu_steps import GRACE, ROOT, Failed, Missing, Steps, end_with_what_runs, toolkit
 
-# Seconds at most; what has no number of its own gets what is left of its target's.
+# Limits in seconds; a step without a number gets the rest of its target's time.
 BUILD, SMOKE, TESTS, FAULT, SANITIZED = 130, 60, 260, 40, 150
-LAST_BLOCK = 25  # kept for what the benchmarks have started when their time is up
-TABLE = 5  # kept for what is made of their results
+LAST_BLOCK = 25  # seconds kept for the block that runs when the benchmarks' time is up
+TABLE = 5  # seconds kept for the table of their results
 SETUPTOOLS = 77  # the oldest major version that reads pyproject.toml
 WORKERS = 14  # most of the tests' time is Triton's compiler's
-# The packages are not the pinned ones: what they warn of is shown, and fails nothing.
+# The packages are not the pinned ones, so their warnings are shown and are not errors.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "default"]
 
 
 def environment() -> str:
-    """The versions; Missing where there is nothing to measure."""
+    """The versions; raises Missing if there is nothing to measure."""
     try:
         import torch
     except ImportError as error:
@@ -62,8 +62,8 @@ def nvcc() -> str:
 
 
 def build(steps: Steps) -> str:
-    """The extensions that were built before, where they fit; else new ones, in place: the cuda backend's where there is
-    nvcc, for this GPU alone, which takes less time."""
+    """Uses the prebuilt extensions if they fit, else builds new ones in place. With nvcc that includes the cuda
+    backend's, only for this GPU, which takes less time."""
     misfit = prebuilt.misfit(architecture())
     if misfit is None:
         misfit = cuda_reasons(steps)
@@ -89,7 +89,7 @@ def built(steps: Steps) -> str:
 
 
 def architecture() -> str:
-    """Of the visible GPU, "9.0"."""
+    """The compute capability of the visible GPU, such as "9.0"."""
     import torch
 
     return "{}.{}".format(*torch.cuda.get_device_capability())
@@ -97,7 +97,7 @@ def architecture() -> str:
 
 @functools.cache
 def cuda_reasons(steps: Steps) -> str:
-    """Why the cuda backend cannot run, empty where it can: of a fresh process, which loads what was built."""
+    """Why the cuda backend cannot run, empty if it can. A new process finds out, since it loads the new extensions."""
     ask = "import vvae_fast; print('cuda:', '; '.join(vvae_fast.info()['backends']['cuda']['reasons']))"
     return steps.command([sys.executable, "-c", ask], 60)[-1].removeprefix("cuda:").strip()
 
@@ -109,19 +109,19 @@ def needed(*modules: str) -> None:
 
 
 def smoke(steps: Steps) -> str:
-    """Each kernel of the cuda backend once: what cannot run at all is seen in seconds."""
+    """Runs each kernel of the cuda backend once: this finds in seconds those that cannot run at all."""
     if reasons := cuda_reasons(steps):
         raise Missing(f"the backend cuda: {reasons}")
     return steps.command([sys.executable, "-m", "benchmarks.gpu.sanitize"], SMOKE)[-1]
 
 
 def tests(steps: Steps) -> str:
-    """All that has the marker gpu, in several processes where pytest-xdist is there."""
+    """Runs all tests with the marker gpu, in several processes if pytest-xdist is installed."""
     needed("pytest")
     files = sorted(
         str(f.relative_to(ROOT)) for name in ("gpu", "triton") for f in ROOT.glob(f"tests/*/test_{name}*.py")
     )
-    command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line a test: one that hangs is found
+    command = [*PYTEST, *files, "-m", "gpu", "-v", "--durations=6"]  # a line for each test, to find one that hangs
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist", "-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -131,7 +131,7 @@ def tests(steps: Steps) -> str:
     return summary
 
 
-# What compute-sanitizer says where it did not look: a device, a driver or a container that does not let it.
+# Messages of compute-sanitizer when it checked nothing, because the device, the driver or the container prevents it.
 NOT_LOOKED = (
     *("not supported", "Internal Sanitizer Error", "No attachable process", "before first instrumented API call"),
     *("Failed to", "Unable to", "nsufficient p"),
@@ -139,8 +139,9 @@ NOT_LOOKED = (
 
 
 def sanitizer(steps: Steps) -> str:
-    """compute-sanitizer on a small problem of each kernel of the cuda backend; before, on a read past the end, which it
-    has to find: a sanitizer that looks at nothing finds nothing."""
+    """Runs compute-sanitizer on a small problem of each kernel of the cuda backend. First it must find a deliberate
+    read
+    past the end, since a sanitizer that checks nothing finds nothing."""
     program = toolkit("compute-sanitizer")
     if not program:
         raise Missing("compute-sanitizer")
@@ -159,13 +160,13 @@ def sanitizer(steps: Steps) -> str:
 
 
 def sanitized(steps: Steps, program: str, tool: str, limit: float, *options: str) -> tuple[int, str, str]:
-    """What a tool counted, the first thing that it found, and "N of M cases" that were run; Missing, with its message,
-    where it did not look."""
-    # API errors are those that PyTorch tries out and handles.
+    """The number of errors that a tool found, the first error, and "N of M cases" that ran. Raises Missing, with the
+    tool's message, if it checked nothing."""
+    # API errors are ignored: PyTorch provokes and handles some.
     command = [program, "--tool", tool, "--kernel-name", "kns=vvae", "--report-api-errors", "no", "--print-limit", "10"]
     command += [sys.executable, "-m", "benchmarks.gpu.sanitize", f"--seconds={0.6 * limit:.0f}", *options]
     late = None
-    try:  # an allocation of its own for each tensor: its end is the end of what may be read
+    try:  # a separate allocation for each tensor, so that its end is also the end of the allocation
         lines = steps.command(command, limit, kept=1000, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     except Failed as failed:
         lines = failed.lines
@@ -189,9 +190,9 @@ def backends(steps: Steps, folder: Path) -> str:
     if reasons := cuda_reasons(steps):
         raise Missing(f"the backend cuda: {reasons}")
     file = folder / "_measured.py"
-    file.unlink(missing_ok=True)  # of an earlier run
+    file.unlink(missing_ok=True)  # from an earlier run
     limit = steps.left - GRACE
-    # A shape that Triton compiles for takes seconds, and so does the start.
+    # A shape for which Triton compiles takes seconds, and so does the start.
     command = [sys.executable, "-m", "benchmarks.gpu.tune_backends", f"--write={file}", f"--seconds={limit - 20:.0f}"]
     steps.command(command, limit)
     if not file.exists():
@@ -200,7 +201,7 @@ def backends(steps: Steps, folder: Path) -> str:
 
 
 def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
-    """The suite on the GPU; the results are written whatever became of single contestants."""
+    """Runs the suite on the GPU; the results are written even if single contestants fail."""
     needed("pytest", "pytest_benchmark")
     seconds = steps.left - LAST_BLOCK - GRACE - TABLE
     if seconds <= 0:
@@ -215,7 +216,7 @@ def benchmarks(steps: Steps, folder: Path, commit: str | None) -> str:
 
 
 def newest(folder: Path, since: float) -> Path:
-    """The results that the benchmarks wrote last, not before `since`."""
+    """The last results that the benchmarks wrote, not before `since`."""
     written = [path for path in folder.glob("*/*torch-*.json") if path.stat().st_mtime >= since]
     if not written:
         raise Failed("there are no results")
@@ -223,7 +224,7 @@ def newest(folder: Path, since: float) -> Path:
 
 
 def memory(folder: Path, since: float) -> str:
-    """Part of the benchmarks' run: whether it has the bytes of this package in every case."""
+    """Checks that the benchmarks' run has the bytes of this package in every case."""
     from benchmarks.report import results
 
     found = [row for row in results.read(newest(folder, since)).rows if row.pass_ == "memory" and row.role == "ours"]
@@ -241,7 +242,7 @@ def table(steps: Steps, folder: Path, since: float) -> None:
 
 
 def measured(steps: Steps, folder: Path, commit: str | None) -> None:
-    """The benchmarks, and what is made of their results: of a part of them, where they were cut off."""
+    """Runs the benchmarks, then tabulates their results, or a part of them if the run was cut off."""
     started = time.time()
     steps.step("benchmarks", lambda: benchmarks(steps, folder, commit))
     steps.step("memory", lambda: memory(folder, started))
@@ -249,7 +250,7 @@ def measured(steps: Steps, folder: Path, commit: str | None) -> None:
 
 
 def run(target: str, steps: Steps, folder: Path, commit: str | None) -> int:
-    """A target's steps; without a GPU the first alone."""
+    """Runs a target's steps; without a GPU only the first."""
     steps.step("environment", environment)
     if steps.outcomes["environment"] != "PASS":
         return 1
@@ -267,11 +268,11 @@ def run(target: str, steps: Steps, folder: Path, commit: str | None) -> int:
     return steps.exit_status
 
 
-TARGETS = ("test", "bench", "sanitize", "tune")  # in the order in which their answers are wanted
+TARGETS = ("test", "bench", "sanitize", "tune")  # the most important answers first
 
 
 def run_all(targets: list[str], folder: Path, commit: str | None) -> int:
-    """Each with a clock and a log of its own, whatever became of those before; nothing more where there is no GPU."""
+    """Runs each target with its own clock and log, even if earlier ones failed; stops if there is no GPU."""
     status = 0
     for target in targets:
         with (folder / f"gpu-{target}.log").open("w") as log:

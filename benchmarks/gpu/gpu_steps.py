@@ -1,4 +1,4 @@
-"""Steps of `make gpu`, a line each, their clock and the commands that they run."""
+"""The steps of `make gpu`, one line for each; their clock and their commands."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
-TOTAL = 525  # seconds of a target
+TOTAL = 525  # seconds for a target
 GRACE = 8  # seconds between a command's interrupt, after which pytest says what failed, and its end
 
 
 class Missing(Exception):
-    """The step needs something that is not here; the message names it."""
+    """The step needs something that this machine lacks; the message names it."""
 
 
 class Failed(Exception):
-    """The step did what it should not; the message says what, `lines` are the last that a command printed."""
+    """The step failed. The message says how; `lines` are the last that a command printed."""
 
     def __init__(self, message: str, lines: list[str] | None = None) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class Failed(Exception):
 
 
 class Steps:
-    """Runs steps one after the other, whatever became of those before, and keeps a record of them."""
+    """Runs steps one after the other, even if earlier ones failed, and records their outcomes."""
 
     def __init__(self, log: TextIO, seconds: float = TOTAL) -> None:
         self.log, self.ends = log, time.monotonic() + seconds
@@ -37,16 +37,16 @@ class Steps:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds that are left."""
         return self.ends - time.monotonic()
 
     def say(self, text: str) -> None:
-        """To the log and the terminal, at once: a machine that goes away leaves what it said."""
+        """Prints to the log and the terminal at once, so that nothing is lost if the machine goes away."""
         print(text, file=self.log, flush=True)
         print(text, flush=True)
 
     def step(self, name: str, action: Callable[[], str | None]) -> None:
-        """One line: what became of it, the seconds, and the action's note."""
+        """Runs one step and prints its line: outcome, seconds, and the action's note."""
         start = time.monotonic()
         try:
             outcome, note = "PASS", action()
@@ -60,12 +60,12 @@ class Steps:
         self.say(f"{name}: {outcome} ({time.monotonic() - start:.1f} s){f', {note}' if note else ''}")
 
     def command(self, arguments: list[str], limit: float, kept: int = 20, **environment: str) -> list[str]:
-        """The last lines that it printed; Failed where it exits with another code than 0 or needs longer."""
+        """The last lines that the command printed; raises Failed if its exit code is not 0 or it takes longer."""
         limit = max(min(limit, self.left), 0)
         env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         lines = []
-        # A session of its own, so that the workers of a command that is not done in time end with it.
+        # A new session, so that the workers of a late command end with it.
         process = subprocess.Popen(arguments, cwd=ROOT, env=env, start_new_session=True, **pipes)
         with process, ending(process, limit) as late:
             for line in process.stdout:
@@ -84,8 +84,9 @@ class Steps:
 
 @contextlib.contextmanager
 def ending(process: subprocess.Popen, limit: float) -> Iterator[threading.Event]:
-    """Interrupts the process after so many seconds, and ends it with its workers GRACE later, or when this is left. The
-    event says that it was late."""
+    """Interrupts the process after `limit` seconds, and ends it with its workers GRACE later, or at the end of the
+    block.
+    The event says that it was late."""
     late = threading.Event()
 
     def interrupt() -> None:
@@ -109,13 +110,13 @@ def ending(process: subprocess.Popen, limit: float) -> Iterator[threading.Event]
 
 
 def end_with_what_runs() -> None:
-    """Told to end, by `timeout` or a terminal that closes, this process ends the command that it runs as well."""
+    """If `timeout` or a closing terminal ends this process, it also ends the command that it runs."""
 
     def leave(number: int, _) -> None:
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, leave)
 
 

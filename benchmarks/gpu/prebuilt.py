@@ -1,9 +1,9 @@
-"""Extensions that were built before, and a record beside them of what they were built with: a machine with a GPU then
-spends no minute on compiling. Without a GPU, with nvcc and PyTorch for CUDA,
+"""Prebuilt extensions, and a record of what they were built with, so that a machine with a GPU spends no time on
+compiling. Without a GPU, with nvcc and PyTorch for CUDA,
 
     python -m benchmarks.gpu.prebuilt [--architectures 9.0]
 
-builds them all, strips them and writes the record; `make gpu` takes them where all of it fits.
+builds them all, strips them and writes the record; `make gpu` uses them if the whole record fits.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from pathlib import Path
 from benchmarks.gpu.gpu_steps import ROOT
 
 NAMES = ("_C", "_C_node", "_C_cuda")
-RECORD = "_built.json"  # in the package's folder, as the extensions are
-SOURCES = ("csrc", "build_tools", "setup.py", "vvae_fast/_version.py")  # what the extensions are made of
-BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force")  # whatever is newer than what
+RECORD = "_built.json"  # in the package's folder, like the extensions
+SOURCES = ("csrc", "build_tools", "setup.py", "vvae_fast/_version.py")  # the extensions are made from these
+BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force")  # even if nothing is newer
 
 
 def extensions(root: Path = ROOT) -> list[Path]:
-    """Those of setup.py for this Python, whether they are there or not."""
+    """The paths of setup.py's extensions for this Python, whether they exist or not."""
     return [root / "vvae_fast" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in NAMES]
 
 
 def digest(paths: list[Path], root: Path = ROOT) -> str:
-    """Of the names and contents of files and of all files in folders."""
+    """A checksum of the names and contents of files, and of all files in folders."""
     files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
     found = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts):
@@ -40,7 +40,7 @@ def digest(paths: list[Path], root: Path = ROOT) -> str:
 
 
 def here(root: Path = ROOT) -> dict[str, str]:
-    """What has to be the same where they were built and where they are used."""
+    """The facts that must be the same where the extensions are built and where they are used."""
     import torch
 
     sources = digest([root / name for name in SOURCES], root)
@@ -48,7 +48,7 @@ def here(root: Path = ROOT) -> dict[str, str]:
 
 
 def write(architectures: str, root: Path = ROOT) -> None:
-    """The record of the extensions as they are now; none where not all are there."""
+    """Writes the record of the present extensions; without a complete set it removes the record."""
     record = root / "vvae_fast" / RECORD
     record.unlink(missing_ok=True)
     if all(path.exists() for path in extensions(root)):
@@ -57,7 +57,7 @@ def write(architectures: str, root: Path = ROOT) -> None:
 
 
 def misfit(architecture: str, root: Path = ROOT) -> str | None:
-    """Why the extensions that are there do not serve for a GPU, "9.0"; None where they do."""
+    """Why the present extensions do not fit a GPU of this architecture, such as "9.0"; None if they fit."""
     record = root / "vvae_fast" / RECORD
     if not record.exists():
         return f"there is no vvae_fast/{RECORD}"
@@ -83,7 +83,7 @@ def misfit(architecture: str, root: Path = ROOT) -> str | None:
 
 
 def strip(paths: list[Path]) -> str:
-    """Symbols that nothing looks up go; the note says how much that was."""
+    """Removes unused symbols; the note says how many bytes that saved."""
     program = shutil.which("strip")
     if program is None:
         return "not stripped: there is no strip"

@@ -1,8 +1,8 @@
-"""Runs every kernel of the cuda backend once, on problems so small that compute-sanitizer is done with them in seconds.
+"""Runs every kernel of the cuda backend once, on problems so small that compute-sanitizer takes only seconds.
 
     compute-sanitizer --tool racecheck python -m benchmarks.gpu.sanitize [--seconds 20] [--fault]
 
-A line a case; `--fault` reads past the end of a tensor instead, which shows whether the sanitizer looks at anything.
+It prints a line for each case. `--fault` reads past the end of a tensor instead, to show whether the sanitizer works.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from torch import Tensor
 from vvae_fast.backends import cuda, operators
 from vvae_fast.spec import FlowSpec
 
-NUM_STEPS = 20  # two chunks, the second not full
+NUM_STEPS = 20  # two chunks; the second is not full
 
 
 class Case(NamedTuple):
-    """A forward or an inverse, and its backward, of one form; sets = 0: parameters shared by all rows."""
+    """A forward or an inverse, and its backward, in one form; sets = 0: parameters shared by all rows."""
 
     rows: int
     sets: int
@@ -38,8 +38,8 @@ class Case(NamedTuple):
         return ", ".join([size, dtype, self.form, *what])
 
 
-# Rows that fill no block, columns that are read one by one and in fours. Sets of 20 samples run the kernels of shared
-# parameters, sets of 3 and of 1 those of amortized ones.
+# The rows do not fill a block; the columns are read one by one and in fours. Sets of 20 samples run the kernels for
+# shared parameters, sets of 3 and of 1 those for amortized parameters.
 SHARED = ((37, 0, 6), (150, 0, 100), (60, 3, 100))
 AMORTIZED = ((12, 4, 6), (9, 9, 100))
 CASES = [
@@ -48,7 +48,7 @@ CASES = [
     for shapes, forms in ((SHARED, ("direct", "compact")), (AMORTIZED, ("automatic",)))
     for shape in shapes
     for form in forms
-    if (dtype, form) != (torch.float64, "compact")  # which there is not
+    if (dtype, form) != (torch.float64, "compact")  # which does not exist
 ]
 ELU, SIGMOID = FlowSpec(activation="elu"), FlowSpec(activation="sigmoid")
 CASES += [
@@ -70,7 +70,7 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 
 
 def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
-    """Both passes as the operators have them: nothing of autograd's or the package's beside them."""
+    """Both passes by the operators alone, without autograd and the package's Python code."""
     z, u, w, b, grad_z, grad_log_det = inputs(case, device)
     computed_by, numbers = operators.OPERATORS[backend], case.formulas.arguments()
     if case.inverse:
@@ -84,7 +84,7 @@ def run(case: Case, backend: str = "cuda", device: str = "cuda") -> None:
 
 
 def read_past_the_end() -> None:
-    """A forward whose z has lost its memory behind its first number."""
+    """A forward whose z has memory for its first number only."""
     z, u, w, b, *_ = inputs(CASES[0], "cuda")
     z.untyped_storage().resize_(z.itemsize)
     operators.OPERATORS["cuda"].planar_forward(z, u, w, b, *FlowSpec().arguments(), False)

@@ -3,9 +3,9 @@ each into vvae_fast/backends/_measured.py, which is where `backend=None` looks. 
 
     python -m benchmarks.gpu.tune_backends [--only shared ...] [--seconds S] [--write FILE]
 
-By the clock, since launches decide small shapes; in alternating rounds, float32. A shape is written once both backends
-gave the same answer. `--only` takes a part of a shape's name, "shared 64 32 1024"; shapes measured before on the same
-GPU stay. They are taken in a mixed order: a run that `--seconds` ends has some from everywhere.
+It times by the clock, since launches decide small shapes, in alternating rounds, in float32. A shape is written only if
+both backends gave the same answer. `--only` takes a part of a shape's name, such as "shared 64 32 1024". Shapes
+measured before on the same GPU stay. The order is mixed, so that a run that `--seconds` ends has shapes of all kinds.
 """
 
 import argparse
@@ -30,11 +30,11 @@ BACKENDS = ("triton", "cuda")
 ROUNDS = 7
 BLOCK_SECONDS = 4e-3  # of calls in a row, timed together
 MOST_CALLS = 100
-MOST_NUMBERS = 2**28  # of a tensor: beyond, a shape is not measured
-TOLERANCE = 1e-3  # between the backends' answers, as a part of their norm
+MOST_NUMBERS = 2**28  # shapes with larger tensors are not measured
+TOLERANCE = 1e-3  # between the backends' answers, relative to their norm
 
 Call = Callable[[], tuple[Tensor, ...]]
-Clock = Callable[[str, Call], float]  # seconds of a call of the backend
+Clock = Callable[[str, Call], float]  # seconds of a backend's call
 
 
 class Shape(NamedTuple):
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 def shapes() -> list[Shape]:
-    """Every class whose tensors fit, in a mixed order that is always the same."""
+    """Every class whose tensors fit, in a mixed but fixed order."""
     classes = itertools.product(("shared", "amortized"), gpu_choice.DIMS, gpu_choice.STEPS, gpu_choice.ROWS)
     found = [shape for shape in itertools.starmap(Shape, classes) if _largest(shape) <= MOST_NUMBERS]
     random.Random(0).shuffle(found)
@@ -62,7 +62,7 @@ def shapes() -> list[Shape]:
 
 
 def _largest(shape: Shape) -> int:
-    """Numbers of the largest tensor: z, a or, amortized, u."""
+    """The number of elements of the largest tensor: z, a or, if amortized, u."""
     per_row = shape.dim * shape.num_steps if shape.sets else max(shape.dim, shape.num_steps)
     return shape.rows * per_row
 
@@ -87,7 +87,7 @@ def call_of(leaves: list[Tensor], gradients: tuple[Tensor, Tensor], backend: str
 
 
 def same(answers: list[tuple[Tensor, ...]]) -> bool:
-    """Whether two answers agree; those with a NaN do not."""
+    """Whether two answers agree; answers with a NaN do not."""
     return all(bool((x - y).norm() <= TOLERANCE * y.norm()) for x, y in zip(*answers, strict=True))
 
 
@@ -98,7 +98,7 @@ def measure(shape: Shape, clock: Clock, device: str = "cuda") -> dict[str, float
     try:
         if not same([call() for call in calls.values()]):
             return "the answers differ"
-    except RuntimeError as error:  # a shape that one of them refuses, or has no memory for
+    except RuntimeError as error:  # one of them rejects the shape, or has no memory for it
         return str(error).splitlines()[0]
     times = {name: [] for name in BACKENDS}
     for _ in range(ROUNDS):
@@ -108,13 +108,13 @@ def measure(shape: Shape, clock: Clock, device: str = "cuda") -> dict[str, float
 
 
 def wall_clock(name: str, call: Call) -> float:
-    """Seconds a call, of as many in a row as fill a block."""
+    """Seconds per call, for as many calls in a row as fill a block."""
     once = gpu_clock.wall_seconds(call, None, 1)
     return gpu_clock.wall_seconds(call, None, int(min(MOST_CALLS, max(1, BLOCK_SECONDS / once))))
 
 
 def render(measured_on: str | None, table: dict[tuple, dict[int, str]]) -> str:
-    """The text of _measured.py with the table, in order."""
+    """The text of _measured.py with the table, sorted."""
     text = Path(_measured.__file__).read_text()
     literal = "None" if measured_on is None else f'"{measured_on}"'
     head, name, _ = re.split(r"^(FASTER: .* = )", text, flags=re.MULTILINE)
@@ -125,7 +125,7 @@ def render(measured_on: str | None, table: dict[tuple, dict[int, str]]) -> str:
 
 
 def tune(chosen: list[Shape], clock: Clock, file: Path, gpu: str, seconds: float, device: str = "cuda") -> None:
-    """Writes the faster backend of each shape to the file as it is found."""
+    """Writes the faster backend of each shape to the file as soon as it is known."""
     known = _measured.FASTER if gpu == _measured.MEASURED_ON else {}
     table = {key: dict(by_rows) for key, by_rows in known.items()}
     end = time.monotonic() + seconds
@@ -144,7 +144,7 @@ def tune(chosen: list[Shape], clock: Clock, file: Path, gpu: str, seconds: float
 
 
 def missing() -> str | None:
-    """What keeps the backends from being timed here."""
+    """The reason why the backends cannot be timed here; None if they can."""
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     for name in BACKENDS:

@@ -3,8 +3,8 @@ vvae_fast/kernels/_table.py. On an idle GPU:
 
     python -m benchmarks.gpu.tune_triton [--only forward ...] [--write FILE]
 
-An entry changes only for one that is 3 % faster and gives the answer of the entry before it. `--only` takes a part
-of an entry's name, "direct forward shared 64 few". About a second an entry and candidate, most of it for the compiler.
+A candidate replaces an entry only if it is 3 % faster and gives the same answer. `--only` takes a part of an entry's
+name, such as "direct forward shared 64 few". Each entry and candidate takes about a second, mostly for the compiler.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vvae_fast.spec import FlowSpec
 
 NUM_STEPS = 16
 FEW, MANY = 1024, 65536  # rows at which the two entries of a key are timed
-GAIN = 0.97  # of the time of the entry that stands
+GAIN = 0.97  # a new value must take less than this fraction of the present entry's time
 
 
 class Entry(NamedTuple):
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
         both = list(getattr(_table, self.form)[self.key])
         both[self.column] = value
         getattr(_table, self.form)[self.key] = tuple(both)
-        forget_plans()  # made of the entry before
+        forget_plans()  # they were made from the entry before
 
 
 def entries() -> list[Entry]:
@@ -53,7 +53,7 @@ def entries() -> list[Entry]:
 
 
 def candidates(entry: Entry) -> Iterator[tuple[int, ...]]:
-    """Other values that an entry may have: powers of two around what stands."""
+    """Other possible values of an entry: powers of two around the present one."""
     if entry.form == "DIRECT":
         rows, warps, stages = entry.value
         least = _table.LEAST_ELEMENTS * 32 // entry.key[-1]  # rows of a warp: see the table's note on bits
@@ -97,7 +97,7 @@ def pass_of(entry: Entry, inputs: tuple[torch.Tensor, ...]):
 
 
 def tune(entry: Entry, median_ms, device: str = "cuda") -> tuple[float, float]:
-    """Leaves the fastest value in the table; milliseconds before and after."""
+    """Leaves the fastest value in the table; returns the milliseconds before and after."""
     call, outputs = pass_of(entry, problem_of(entry, device))
     before = best = median_ms(call)
     wanted = [t.clone() for t in outputs]
@@ -122,7 +122,7 @@ def tune(entry: Entry, median_ms, device: str = "cuda") -> tuple[float, float]:
 
 
 def render(measured_on: str | None) -> str:
-    """The text of _table.py for the tables as they are now."""
+    """The text of _table.py for the present tables."""
     text = Path(_table.__file__).read_text()
     for form in ("DIRECT", "COMPACT"):
         start = text.index(f"{form} = {{\n")

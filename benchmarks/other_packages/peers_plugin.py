@@ -1,7 +1,7 @@
-"""A plugin of pytest that puts this package's classes in place of a peer's, and writes what became of each test.
+"""A plugin of pytest that replaces a peer's classes by this package's, and writes the outcome of each test.
 
-peers_tests.py starts pytest with it. PEERS_TESTS holds, as JSON, which peer, the folder from which its tests
-import one another, and the file for the outcomes.
+peers_tests.py starts pytest with it. PEERS_TESTS holds, as JSON, the peer, the folder from which its tests import each
+other, and the file for the outcomes.
 """
 
 import json
@@ -20,7 +20,7 @@ OUTCOMES: dict[str, dict[str, str]] = {}
 
 
 def replace(package: str, theirs: object, ours: object) -> None:
-    """Every name that a package's loaded modules have for one of its classes is ours from now on."""
+    """Replaces one of the package's classes by ours, under every name in the package's loaded modules."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == package and isinstance(module, ModuleType):
             for attribute in [a for a, value in vars(module).items() if value is theirs]:
@@ -45,7 +45,7 @@ def pyro() -> None:
 
 
 def pythae() -> None:
-    """The layer, and a VAE_LinNF that is fused as soon as it is made."""
+    """Replaces the layer, and VAE_LinNF by one that is fused when it is made."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE_LinNF
     from pythae.models.normalizing_flows import PlanarFlow as theirs
@@ -53,7 +53,7 @@ def pythae() -> None:
     from vvae_fast.interop.pythae import PlanarFlow, from_pythae
 
     replace("pythae", theirs, PlanarFlow)
-    torch.serialization.add_safe_globals([BaseDataset])  # of which the tests' own data are
+    torch.serialization.add_safe_globals([BaseDataset])  # the class of the tests' own data
     make = VAE_LinNF.__init__
 
     def fused(self: nn.Module, *args: object, **kwargs: object) -> None:
@@ -65,14 +65,14 @@ def pythae() -> None:
 
 
 def pytorch() -> None:
-    """There is no class to replace: `planar_transforms` join the file's lists. Its helpers need what torch lacks."""
+    """Adds `planar_transforms` to the file's lists, since there is no class to replace; fakes a missing helper."""
     stand_in = ModuleType("torch.testing._internal.common_utils")
-    stand_in.run_tests = lambda: None  # called by `python test_transforms.py` alone; the module needs expecttest
+    stand_in.run_tests = lambda: None  # only `python test_transforms.py` calls it; the real module needs expecttest
     sys.modules[stand_in.__name__] = stand_in
 
 
 def planar_transforms(cache_size: int) -> list[torch.distributions.Transform]:
-    """For the file's data, 3 points of 6 numbers: every activation and constraint, shared parameters and amortized."""
+    """For the file's data, 3 points of 6 numbers: every activation and constraint, shared and amortized parameters."""
     from vvae_fast.distributions import PlanarTransform
 
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def pytest_configure() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' own
         globals()[SETTINGS["peer"]]()
-    sys.path.append(SETTINGS["root"])  # behind the installed peer, of which it may hold a copy
+    sys.path.append(SETTINGS["root"])  # after the installed peer, since the folder may hold a copy of it
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -1,10 +1,10 @@
-"""Runs other packages' own tests of planar flows with this package's classes in their place, and explains what fails.
+"""Runs other packages' own tests of planar flows with this package's classes, and explains the failures.
 
     python -m benchmarks.other_packages.peers_tests [FILE or FOLDER ...]
 
-Of each package the file is taken that the paths hold, such as a checkout of its repository, or else the one that is
-installed with it (normflows brings its own). A table says what ran, and every failure has its reason in EXPLAINED. The
-exit code is 1 where one has none, and 2 where a path holds none of the files.
+For each package it takes the test file in the paths, such as a checkout of its repository, or else the file installed
+with the package (normflows has one). A table says what ran. EXPLAINED has the reasons of known failures. The exit code
+is 1 if a failure has no reason, and 2 if a path holds none of the files.
 """
 
 import argparse
@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Peer(NamedTuple):
     """A file of tests: its name, what its text holds, and which of its tests concern planar flows."""
 
-    package: str  # the plugin's name for it
+    package: str  # its name in the plugin
     module: str  # as it is imported
     file: str
     text: str
     select: str = ""
-    above: int = 0  # how many folders above its own the file's imports start
+    above: int = 0  # the file's imports start so many folders above its own
 
     def is_in(self, path: Path) -> bool:
         return path.name == self.file and re.search(self.text, path.read_text(errors="replace")) is not None
@@ -39,14 +39,14 @@ class Peer(NamedTuple):
 PEERS = (
     Peer("normflows", "normflows", "planar_test.py", r"normflows"),
     Peer("pythae", "pythae", "test_planar_flow.py", r"pythae"),
-    Peer("pythae", "pythae", "test_VAE_LinFlow.py", r"pythae", "not Generation"),  # whose samplers run no flow
+    Peer("pythae", "pythae", "test_VAE_LinFlow.py", r"pythae", "not Generation"),  # those tests run no flow
     Peer("pyro", "pyro", "test_transforms.py", r"import pyro", "planar", above=2),
     Peer("pytorch", "torch", "test_transforms.py", r"from torch\.distributions\.transforms import", "PlanarTransform"),
 )
 
 
 class Reason(NamedTuple):
-    """Why tests fail whose identifier, without folders and file, and whose message the patterns match."""
+    """Why tests fail. The patterns match a test's identifier, without folders and file, and its message."""
 
     package: str
     test: str
@@ -71,7 +71,7 @@ EXPLAINED = (
 
 
 def find(peer: Peer, paths: list[Path]) -> Path | None:
-    """The peer's file among the paths, in the folders among them, or installed."""
+    """The peer's file: one of the paths, in a folder of them, or installed."""
     for path in paths:
         for candidate in [path] if path.is_file() else sorted(path.rglob(peer.file)):
             if peer.is_in(candidate):
@@ -88,7 +88,7 @@ def run(peer: Peer, file: Path) -> dict[str, dict[str, str]]:
     """The outcome and the message of each of the file's tests. Raises RuntimeError if pytest runs none of them."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"peer": peer.package, "root": str(file.parents[peer.above]), "outcomes": f"{folder}/outcomes.json"}
-        Path(folder, "pytest.ini").write_text("[pytest]\n")  # neither the peer's options nor ours
+        Path(folder, "pytest.ini").write_text("[pytest]\n")  # without the peer's options and without ours
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         conftest = file.parent / "conftest.py"
         slow = ["--runslow"] if conftest.is_file() and "--runslow" in conftest.read_text() else []
@@ -112,7 +112,7 @@ def run(peer: Peer, file: Path) -> dict[str, dict[str, str]]:
 
 
 def reason(package: str, test: str, message: str) -> str | None:
-    """Why the test fails; None where nothing explains it."""
+    """Why the test fails; None if no entry explains it."""
     for entry in EXPLAINED:
         if entry.package == package and re.search(entry.test, test) and re.search(entry.message, message):
             return entry.why
@@ -126,7 +126,7 @@ def failures(outcomes: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def lines(peer: Peer, outcomes: dict[str, dict[str, str]]) -> Iterator[str]:
-    """The peer's row of the table, and one for each failure."""
+    """The peer's row of the table, and a row for each failure."""
     counts = {kind: [t["outcome"] for t in outcomes.values()].count(kind) for kind in ("passed", "failed", "skipped")}
     yield ROW.format(peer.package, peer.file, len(outcomes) - counts["skipped"], *counts.values())
     for test, message in failures(outcomes):

@@ -12,7 +12,7 @@ _HASHED = re.compile(r"\b[a-z][0-9a-f]{10}\b")
 
 
 def save(figure: Figure, path: Path, **rc: object) -> None:
-    """`rc` are more of matplotlib's settings, with _ for the dot."""
+    """Writes the figure; `rc` are further settings of matplotlib, with _ for the dot."""
     settings = {"svg.hashsalt": "vvae_fast", **{name.replace("_", ".", 1): value for name, value in rc.items()}}
     with matplotlib.rc_context(settings), replacing(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
@@ -20,8 +20,8 @@ def save(figure: Figure, path: Path, **rc: object) -> None:
 
 
 def with_numbered_ids(text: str) -> str:
-    """Ids numbered as they appear. matplotlib makes them of hashes of coordinates in full precision, whose last bits
-    differ from one processor to another; what is drawn is rounded to six digits.
+    """Numbers the ids in their order. matplotlib makes ids from hashes of coordinates in full precision, whose last
+    bits differ between processors; the drawn coordinates are rounded to six digits.
     """
     named = {f'id="{name}"': name for name in _HASHED.findall(text)}
     hashed = dict.fromkeys(name for key, name in named.items() if key in text)

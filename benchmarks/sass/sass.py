@@ -1,7 +1,7 @@
 """The machine code of NVIDIA's GPUs as `nvdisasm -c` prints it: instructions, blocks and loops. No GPU is needed.
 
-A natural loop is what a branch back to a block that is before it on every path closes: code that ptxas moved behind the
-loop's end, for it runs seldom, belongs to it as well.
+A branch back to a block that is on every path to it closes a natural loop. Code that ptxas moved behind the loop's end,
+because it runs seldom, belongs to the loop too.
 """
 
 import re
@@ -12,16 +12,16 @@ from itertools import pairwise
 _FUNCTION = re.compile(r"^\.text\.(\S+):$")
 _LABEL = re.compile(r"^(\.L_\w+):$")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P(?:T|\d)) )?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
-_ENDS = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET")  # what a block ends with
+_ENDS = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET")  # these end a block
 
 
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    guard: str  # "@P0", "@!UP1", or "" where it always runs
+    guard: str  # "@P0", "@!UP1", or "" if it always runs
     opcode: str  # with its modifiers, "SHFL.BFLY"
     operands: str
-    targets: tuple[str, ...] = ()  # labels that it may go to
+    targets: tuple[str, ...] = ()  # labels that it may jump to
 
     @property
     def kind(self) -> str:
@@ -30,7 +30,7 @@ class Instruction:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether a branch may also go on to what is behind it: by its guard, by a predicate, or by divergence."""
+        """Whether a branch may also continue with the next instruction: by its guard, a predicate, or divergence."""
         if self.guard not in ("", "@PT", "@UPT"):
             return True
         return self.kind == "BRA" and re.match(r"!?U?P\d|UR\d", self.operands) is not None
@@ -38,9 +38,9 @@ class Instruction:
 
 @dataclass
 class Block:
-    first: int  # the place of its first instruction in the kernel
+    first: int  # the index of its first instruction in the kernel
     instructions: list[Instruction]
-    after: tuple[int, ...] = ()  # blocks that may follow, what lies behind first
+    after: tuple[int, ...] = ()  # blocks that may follow; the next one in the code comes first
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Loop:
 class Kernel:
     name: str  # mangled
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # label to the place of what follows it
+    labels: dict[str, int] = field(default_factory=dict)  # label to the index of the next instruction
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -73,7 +73,7 @@ class Kernel:
 
     @cached_property
     def in_order(self) -> list[int]:
-        """The blocks that can be reached, each before what follows it but for the branches back of loops."""
+        """The reachable blocks, each before the blocks that follow it, apart from the loops' branches back."""
         order, seen, stack = [], {0}, [(0, iter(self.blocks[0].after))]
         while stack:
             block, after = stack[-1]
@@ -88,7 +88,7 @@ class Kernel:
 
     @cached_property
     def _dominators(self) -> dict[int, int]:
-        """Of each block that can be reached, the nearest that is on every path to it."""
+        """For each reachable block, the nearest block that is on every path to it."""
         order = self.in_order
         place = {block: i for i, block in enumerate(order)}
         before = {block: [] for block in order}
@@ -114,7 +114,7 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Outer ones before those that they contain."""
+        """All loops, each before the loops that it contains."""
         before: dict[int, list[int]] = {}
         backward = []
         for block in self._dominators:
@@ -153,7 +153,7 @@ def _meet(one: int, other: int, nearest: dict[int, int], place: dict[int, int]) 
 
 
 def parse(text: str) -> list[Kernel]:
-    """What nvdisasm prints of a cubin."""
+    """The kernels in nvdisasm's output for a cubin."""
     kernels: list[Kernel] = []
     for line in text.splitlines():
         if found := _INSTRUCTION.match(line):

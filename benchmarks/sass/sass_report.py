@@ -1,6 +1,6 @@
-"""What each kernel costs by its machine code for sm_90, without a GPU: the rows of sass_cuda.txt and sass_triton.txt,
-made of cubins, and their comparison. `make sass` writes the tables (sass_tables.py); the tests that compile the kernels
-compare. CONTRIBUTING.md says what the columns mean.
+"""The cost of each kernel by its machine code for sm_90, without a GPU: makes the rows of sass_cuda.txt and
+sass_triton.txt from cubins, and compares them. `make sass` writes the tables (sass_tables.py); the tests that compile
+the kernels compare. CONTRIBUTING.md explains the columns.
 """
 
 import importlib.util
@@ -15,22 +15,23 @@ from benchmarks.sass import sass, sass_walk
 HERE = Path(__file__).resolve().parent
 TABLES = {"cuda": HERE / "sass_cuda.txt", "triton": HERE / "sass_triton.txt"}
 ARCH = "sm_90"
-WORSE = 1.05  # how much a figure may grow before the table has to be made anew
+WORSE = 1.05  # a figure may grow by this factor before the table must be written again
 STEPS_OF_CHUNK = 16
-NONE, UNREAD = "-", "?"  # a kernel without such a loop; one whose code was not looked at
-# Kernels of what nearly every call asks.
+NONE, UNREAD = "-", "?"  # a kernel without such a loop; one whose code was not read
+# The kernels of nearly every call.
 USUAL = re.compile(r".*<((Layout|Tiles)<\d+, \d+>, )?float(, StandardFlow(, false)?)?>")
-RESERVED = 1024  # bytes of each block's shared memory that are the system's own on sm_90
+RESERVED = 1024  # bytes of each block's shared memory that the system uses on sm_90
 
 
 class Signature(NamedTuple):
-    """By which a kernel's loop over steps is known among its loops: of those that have these instructions, those inside
-    left out, the longest; the next one where there are more names than one."""
+    """Identifies a kernel's loop over steps: the longest of the loops that have these instructions, not counting those
+    of
+    inner loops. With several names, the next name is the next longest loop."""
 
     names: tuple[str, ...]
-    has: str  # opcodes, "-" before those that it lacks
-    steps: int = 1  # of a turn
-    once: str = ""  # an opcode that each step has once on its usual way, where turns are unrolled; two in an inverse's
+    has: str  # opcodes; "-" marks those that the loop must not have
+    steps: int = 1  # in a turn
+    once: str = ""  # if turns are unrolled: an opcode that occurs once in each usual step, twice in an inverse's
 
 
 LOOPS = {
@@ -55,16 +56,16 @@ TRITON_LOOPS = {
 
 class Row(NamedTuple):
     registers: int
-    spilled: int  # bytes of a thread that lie in memory
-    shared: int  # bytes of a block that are known when it is compiled
-    divergent: int  # branches at a shuffle for lanes that have parted, in the loop
-    elsewhere: int  # and in the rest of the kernel
+    spilled: int  # bytes of a thread in memory
+    shared: int  # bytes of a block that are known at compile time
+    divergent: int  # branches for diverged lanes at a shuffle, in the loop
+    elsewhere: int  # the same in the rest of the kernel
     steps: int  # in a turn of the loop
-    instructions: int  # in the loop, its rare ways too
-    usual: int  # in one turn
+    instructions: int  # in the loop, including rare paths
+    usual: int  # instructions on the usual path of one turn
     cycles: int  # of a turn, see sass_walk.py
     chain: int
-    loop: str  # what it goes over, NONE or UNREAD: then all figures of the loop are 0
+    loop: str  # what the loop goes over; with NONE or UNREAD all figures of the loop are 0
     kernel: str  # with its arguments
 
     @property
@@ -80,7 +81,7 @@ HARDLY_MORE_A_STEP = ("instructions", "usual", "cycles", "chain")
 
 
 def disassembler() -> dict[str, Path] | None:
-    """cuobjdump and nvdisasm: Triton's, whose version is pinned, or those on PATH."""
+    """cuobjdump and nvdisasm: those of Triton, whose version is pinned, or those on PATH."""
     triton = importlib.util.find_spec("triton")  # importing it takes a second
     folder = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton else None
     found = {name: shutil.which(name, path=folder) or shutil.which(name) for name in ("cuobjdump", "nvdisasm")}
@@ -88,7 +89,7 @@ def disassembler() -> dict[str, Path] | None:
 
 
 def version_of(program: str | Path) -> str:
-    """Of one of CUDA's programs, as "V13.0.88"."""
+    """The version of one of CUDA's programs, such as "V13.0.88"."""
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"\bV\d+\.\d+\.\d+", said)[0]
 
@@ -117,7 +118,7 @@ def _has(own: list[sass.Instruction], signature: Signature) -> bool:
 
 
 def loops_over_steps(kernel: sass.Kernel, signature: Signature) -> list[tuple[str, sass.Loop]]:
-    """With what they go over."""
+    """The kernel's loops over steps, each with what it goes over."""
     found = [loop for loop in kernel.loops if _has(kernel.own(loop), signature)]
     found.sort(key=lambda loop: -len(kernel.own(loop)))
     return list(zip(signature.names, found, strict=False))
@@ -128,7 +129,7 @@ def _divergent(instructions: list[sass.Instruction]) -> int:
 
 
 def rows_of(kernel: sass.Kernel, name: str, used: tuple[int, int, int], signatures: dict[str, Signature]) -> list[Row]:
-    """A row for each loop, or one without."""
+    """A row for each loop, or one row without a loop."""
     signature = signatures.get(re.match(r"\w+", name)[0])
     loops = loops_over_steps(kernel, signature) if signature else []
     if not loops:
@@ -147,7 +148,7 @@ def rows_of(kernel: sass.Kernel, name: str, used: tuple[int, int, int], signatur
 
 
 def _numbers_of(cubin: Path, names: list[str]) -> str:
-    """The kernels' places in the table of symbols, as nvdisasm asks for them."""
+    """The kernels' indices in the symbol table, in nvdisasm's format."""
     said = subprocess.run(["readelf", "-sW", cubin], capture_output=True, text=True, check=True).stdout
     functions = [line.split() for line in said.splitlines() if " FUNC " in line]
     symbols = {words[-1]: words[0].rstrip(":") for words in functions}
@@ -157,7 +158,7 @@ def _numbers_of(cubin: Path, names: list[str]) -> str:
 def rows_of_cubin(
     cubin: Path, tools: dict[str, Path], signatures: dict[str, Signature], wanted: re.Pattern[str] | None = None
 ) -> list[Row]:
-    """Kernels whose names are not `wanted` are left UNREAD: disassembling takes most of the time."""
+    """The rows of a cubin. Kernels whose names are not `wanted` stay UNREAD: disassembling takes most of the time."""
     used = resources(cubin, tools)
     names = dict(zip(used, readable(list(used)), strict=True))
     read = [name for name in used if wanted is None or wanted.fullmatch(names[name])]
@@ -173,7 +174,7 @@ def rows_of_cubin(
 
 
 def text_of(rows: list[Row], versions: dict[str, str]) -> str:
-    """A table whose lines stand still where their own figures do."""
+    """The table; a line stays the same unless its own figures change."""
     lines = [f"# {name} {version}" for name, version in versions.items()]
     lines.append(" ".join(f"{HEADINGS[key]:>6}" for key in Row._fields[:-1]) + " " + HEADINGS["kernel"])
     for row in sorted(rows, key=lambda row: (row.kernel, row.loop)):
@@ -192,7 +193,7 @@ def read(text: str) -> tuple[list[Row], dict[str, str]]:
 
 
 def worse(rows: list[Row], table: list[Row]) -> list[str]:
-    """What costs more than the table says, and kernels that only one of them has; empty where the table may stay."""
+    """Costs above those of the table, and kernels that only one side has; empty if the table still holds."""
     now, then = ({row.kernel for row in some} for some in (rows, table))
     said = [f"{kernel} is not in the table" for kernel in sorted(now - then)]
     said += [f"{kernel} is in the table and was not compiled" for kernel in sorted(then - now)]

@@ -1,6 +1,6 @@
-"""`make sass`: compiles every CUDA kernel and every Triton kernel for sm_90, without a GPU, and writes what they cost
-into sass_cuda.txt and sass_triton.txt; CONTRIBUTING.md says what the columns mean. The tests that compile the kernels
-compare what they have with these tables.
+"""`make sass`: compiles every CUDA kernel and every Triton kernel for sm_90, without a GPU, and writes their costs into
+sass_cuda.txt and sass_triton.txt. CONTRIBUTING.md explains the columns. The tests that compile the kernels compare with
+these tables.
 
     python -m benchmarks.sass.sass_tables [cuda | triton]    # both by default; the CUDA kernels take nvcc eight minutes
 """
@@ -19,7 +19,7 @@ from benchmarks.sass.sass_report import ARCH, LOOPS, TABLES, TRITON_LOOPS, Row
 
 
 def rows_of_objects(folder: Path, tools: dict[str, Path], wanted: re.Pattern[str] | None = None) -> list[Row]:
-    """Of the object files that nvcc left in the folder; `wanted` as rows_of_cubin has it."""
+    """The rows of nvcc's object files in the folder; `wanted` as in rows_of_cubin."""
     objects = sorted(path.resolve() for path in folder.glob("*.o"))
 
     def rows(path: Path) -> list[Row]:
@@ -33,7 +33,7 @@ def rows_of_objects(folder: Path, tools: dict[str, Path], wanted: re.Pattern[str
 
 
 def rows_of_launches(launches: list[dict], folder: Path, tools: dict[str, Path]) -> list[Row]:
-    """Of what compile_kernels.py compiled into the folder; launches of the same code are read once."""
+    """The rows of the files that compile_kernels.py wrote into the folder; launches of the same code are read once."""
     of_code: dict[str, list[Row]] = {}
     rows, seen = [], {}
     for launch in launches:
@@ -52,7 +52,7 @@ def rows_of_launches(launches: list[dict], folder: Path, tools: dict[str, Path])
 
 
 def versions(table: str, tools: dict[str, Path]) -> dict[str, str]:
-    """Of the programs that the figures depend on."""
+    """The versions of the programs that the figures depend on."""
     if table == "cuda":
         compiler = {"nvcc": sass_report.version_of("nvcc")}
     else:

@@ -1,11 +1,11 @@
-"""What one turn of a loop costs one warp, by walking through its machine code: an estimate whose ratios can be trusted,
-and whose cycles cannot.
+"""Estimates the cost of one turn of a loop for one warp, by walking through its machine code. Trust the ratios of these
+estimates, not their cycles.
 
-The way through a turn is the usual one: no lane leaves the others at a shuffle, no vote finds a lane, no division takes
-the subroutine for its rare operands; of the ways that are left, the one with most special functions, which is that of
-tanh and of the constraint, and of these the one with fewest instructions, which is that of aligned rows. Loops inside
-are passed by. An instruction issues each cycle, in order, when what it reads is there; LATENCY says when that is.
-Memory answers as the first cache does: what waits for memory, for other warps or for a unit, no figure here shows.
+The walk takes the usual path: lanes do not diverge at a shuffle, votes find no lane, divisions do not call the
+subroutine for rare operands. Of the paths that are left it takes those with most special functions, as for tanh and the
+constraint, and of these the one with fewest instructions, as for aligned rows. It skips inner loops. One instruction
+issues in each cycle, in order, when its operands are ready; LATENCY says when that is. Memory is as fast as the first
+cache: the figures contain no waiting for memory, for other warps or for a unit.
 """
 
 import re
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from benchmarks.sass.sass import Instruction, Kernel, Loop
 
-TURNS = (3, 6)  # what is measured: by then the turns are alike
+TURNS = (3, 6)  # these turns are measured: from the third on all are alike
 
-# Cycles until a result can be read, by the first kind that the opcode begins with; all others are ARITHMETIC.
+# Cycles until a result can be read, by the first kind with which the opcode begins; all others are ARITHMETIC.
 ARITHMETIC = 4
 LATENCY = [
     (("LDG", "LD.", "ATOM"), 35),
@@ -30,7 +30,7 @@ LATENCY = [
 _NO_RESULT = ("ST", "RED.", "BAR", "BRA", "BRX", "EXIT", "NOP", "BSSY", "BSYNC", "WARPSYNC", "MEMBAR", "ERRBAR")
 _NO_RESULT += ("CALL", "RET", "CCTL", "ENDCOLLECTIVE", "YIELD", "WARPGROUP", "FENCE", "LDGSTS", "BREAK")
 _NO_RESULT += ("DEPBAR", "LDGDEPBAR")
-_TESTS = ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UISETP", "UPLOP3", "FCHK", "PSETP")  # no register is written
+_TESTS = ("ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UISETP", "UPLOP3", "FCHK", "PSETP")  # they write no register
 _PAIRS = ("DFMA", "DADD", "DMUL", "DSETP")
 _REGISTER = re.compile(r"(?<![\w.])(U?R)(\d+)(\.64)?|(?<![\w.])(U?P)(\d)")
 
@@ -45,7 +45,7 @@ class Access(NamedTuple):
 class Turn(NamedTuple):
     instructions: int
     in_order: int  # cycles, one instruction after the other
-    chain: int  # cycles, if nothing but its operands and barriers kept an instruction waiting
+    chain: int  # cycles, if an instruction waits only for its operands and for barriers
 
 
 def latency(opcode: str) -> int:
@@ -64,7 +64,7 @@ def _registers(operand: str, width: int) -> list[str]:
 
 
 def _width_written(opcode: str) -> int:
-    """Registers in a row that an instruction writes."""
+    """The number of consecutive registers that an instruction writes."""
     if opcode.startswith("HGMMA"):
         return int(re.search(r"\.64x(\d+)x", opcode)[1]) // 2
     if opcode.startswith(("HMMA", "LDSM.16.M88.4")) or ".128" in opcode:
@@ -75,7 +75,7 @@ def _width_written(opcode: str) -> int:
 
 
 def _width_read(opcode: str, nth: int) -> int:
-    """The same of the nth operand, the result being the 0th."""
+    """The number of consecutive registers in the nth operand; the result is the 0th."""
     if opcode.startswith("HMMA"):
         return {1: 4, 2: 2, 3: 4}.get(nth, 1)
     if opcode.startswith("HGMMA"):
@@ -90,7 +90,7 @@ def _width_read(opcode: str, nth: int) -> int:
 
 
 def _number_written(kind: str, opcode: str, operands: list[str]) -> int:
-    """How many of the operands in front are results."""
+    """How many of the first operands are results."""
     if kind in _TESTS:
         return 1 if kind == "FCHK" else 2
     if opcode.startswith(_NO_RESULT):
@@ -119,7 +119,7 @@ def _access(opcode: str, guard: str, text: str) -> Access:
     if kind == "R2P":
         writes += every
     if guard:
-        reads += [*_registers(guard.lstrip("@!"), 1), *writes]  # where it does not run the old value stays
+        reads += [*_registers(guard.lstrip("@!"), 1), *writes]  # if it does not run, the old value stays
     return Access(tuple(reads), tuple(writes), latency(opcode), opcode.startswith("BAR"))
 
 
@@ -143,10 +143,10 @@ def _usual(kernel: Kernel, block: int) -> tuple[int, ...]:
 
 
 def usual_way(kernel: Kernel, loop: Loop) -> list[Instruction]:
-    """The instructions of a turn, from the loop's first block to a branch back to it."""
+    """The instructions of one turn on the usual path, from the loop's first block to a branch back to it."""
     inside = frozenset().union(*(other.blocks for other in kernel.inner(loop)))
     rank = {block: i for i, block in enumerate(kernel.in_order)}
-    best: dict[int, tuple[int, int, int | None]] = {}  # from a block on: special functions, -instructions, what follows
+    best: dict[int, tuple[int, int, int | None]] = {}  # from a block on: special functions, -instructions, next block
     for block in sorted(loop.blocks, key=rank.__getitem__, reverse=True):
         own = [] if block in inside else kernel.blocks[block].instructions
         if any(one.kind == "CALL" for one in own):
@@ -170,8 +170,8 @@ def usual_way(kernel: Kernel, loop: Loop) -> list[Instruction]:
 
 
 def _cycles(accesses: list[Access], in_order: bool) -> int:
-    """Of a turn, when turns follow each other."""
-    there: dict[str, int] = {}  # when a register can be read
+    """Cycles of one turn among several in a row."""
+    there: dict[str, int] = {}  # the cycle when a register can be read
     now, last, ends = 0, 0, []
     for turn in range(TURNS[1]):
         for reads, writes, takes, waits_for_all in accesses:

@@ -3,10 +3,10 @@
     python -m benchmarks.study.epochs --config configs/digits.yaml
     python -m benchmarks.study.epochs --config configs/mnist_mlp_cpu.yaml --root DIR
 
-A step draws the batch and its bits, runs forward and backward and the optimiser, as in training. The loops over the
-flow's steps are those of loops.py, the plain loop and the reference. Blocks of steps of all models alternate, one round
-after another, in one process; an epoch's time is the median of the rounds' median steps times the number of
-batches. On the CPU one thread runs, and its own time counts: what other programs take of a busy machine is not in it.
+A step draws the batch and its bits, and runs forward, backward and the optimizer, as in training. The loops over the
+flow's steps are the plain loop and the reference of loops.py. Blocks of steps of all models alternate, round by round,
+in one process. An epoch's time is the median of the rounds' median steps times the number of batches. On the CPU one
+thread runs, and its CPU time counts, so that other programs on a busy machine do not change it.
 """
 
 import argparse
@@ -74,15 +74,15 @@ def _endless(loader) -> Iterator[Tensor]:
 
 
 def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int, num_steps: int) -> dict:
-    """The content of EPOCHS: an epoch's seconds for each model and loop, and those of the best and worst round."""
+    """The content of EPOCHS: seconds of an epoch for each model and loop, and in the best and the worst round."""
     contestants = {
         (model, name): Contestant(replace(base, model=model.kind, num_steps=model.num_steps), dataset, loop)
         for model in models
         for name, loop in LOOPS.items()
-        if model.kind != VANILLA or name == OURS  # it has no flow to loop over
+        if model.kind != VANILLA or name == OURS  # the vanilla VAE has no flow to loop over
     }
     for contestant in contestants.values():
-        contestant.block(num_steps)  # the first steps allocate, and compile on a GPU
+        contestant.block(num_steps)  # the first steps allocate memory, and compile on a GPU
         contestant.medians.clear()
     for _ in range(rounds):
         for contestant in contestants.values():

@@ -15,7 +15,7 @@ STYLES = {"neg_elbo": ("-ELBO", "--", "s"), "nll": ("NLL", "-", "o"), "gap": ("g
 
 def write(results: Results, path: Path) -> None:
     """An SVG; the same results give the same bytes."""
-    svg.save(_draw(results), path, svg_fonttype="none")  # text as text
+    svg.save(_draw(results), path, svg_fonttype="none")  # text stays text
 
 
 def _draw(results: Results) -> Figure:

@@ -1,7 +1,7 @@
 """docs/results.md and its figures from the committed results of studies: `make results`.
 
-Everything here is a function of docs/results/ and configs/: the same files give the same bytes. Of our numbers none is
-typed in.
+Everything here is a function of docs/results/ and configs/: the same files give the same bytes. None of our numbers is
+typed by hand.
 """
 
 import sys
@@ -28,7 +28,7 @@ TITLES = {
 
 
 def model_table(results: Results) -> str:
-    """A row a model: means and deviations over the seeds, and the seconds of an epoch with each loop."""
+    """A row for each model: means and deviations over the seeds, and the seconds of an epoch with each loop."""
     lines = []
     for model in [VANILLA_MODEL, *results.flows(AMORTIZED), *results.flows(SHARED)]:
         scores = [results.score(model, key).text() for key in ("neg_elbo", "nll", "gap", "kl")]
@@ -57,7 +57,7 @@ def _seconds(results: Results, model: Model, backend: str) -> str:
 
 
 def published_table(results: Results, published: list[dict]) -> str:
-    """Ours beside theirs, which were reached under other protocols."""
+    """Our numbers beside published ones, which come from other protocols."""
     columns = ["model", "K", "ours: -ELBO", "ours: NLL", "theirs: -ELBO", "theirs: NLL", "theirs", "their protocol"]
     lines = []
     for row in published:
@@ -69,7 +69,7 @@ def published_table(results: Results, published: list[dict]) -> str:
 
 
 def section(results: Results, published: list[dict]) -> str:
-    """A study: its protocol, table, figure, what was found, and what others have."""
+    """A study: its protocol, table, figure, findings, and published numbers."""
     name = results.study.name
     seeds = ", ".join(map(str, results.study.seeds))
     machine = results.environment
@@ -100,7 +100,7 @@ def page(studies: list[Results], published: dict[str, list[dict]]) -> str:
 
 
 def main(folder: Path = FOLDER, path: Path = PAGE) -> int:
-    """Writes the page, and beside it the figures."""
+    """Writes the page and its figures."""
     try:
         studies = read_all(folder)
     except Unusable as error:

@@ -1,4 +1,4 @@
-"""The results of a study as its compare wrote them, and what the page needs to know of them."""
+"""Reads the results of a study, as `vvae-fast compare` wrote them, for the page."""
 
 import json
 import statistics
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
 CONFIGS = ROOT / "configs"
 EPOCHS = "epochs.json"
-OURS = "vvae_fast"  # beside the loops, of EPOCHS
-CLEAR = 2.0  # a mean difference is clear from so many standard deviations of the seeds' differences on
+OURS = "vvae_fast"  # this package's name in EPOCHS, beside the loops
+CLEAR = 2.0  # a mean difference is clear above so many standard deviations of the seeds' differences
 VANILLA_MODEL = Model(VANILLA, 0)
 
 
 class Unusable(Exception):
-    """Results that are not those of the study's file, or lack a run."""
+    """The results do not belong to the study's file, or lack a run."""
 
 
 class Spread(NamedTuple):
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """A study and its runs: of each model those of all seeds, in the order of the study's file."""
+    """A study and its runs: for each model the runs of all seeds, in the order of the study's file."""
 
     study: Study
     runs: dict[Model, list[dict]]
@@ -50,20 +50,20 @@ class Results:
         return _spread([run[key] for run in self.runs[model]])
 
     def difference(self, model: Model, key: str) -> Spread:
-        """The model's score less that of the vanilla VAE, seed by seed."""
+        """The model's score minus the vanilla VAE's, seed by seed."""
         pairs = zip(self.runs[model], self.runs[VANILLA_MODEL], strict=True)
         return _spread([run[key] - vanilla[key] for run, vanilla in pairs])
 
     def flows(self, kind: str) -> list[Model]:
-        """The models of a kind, from the shortest flow on."""
+        """The models of a kind, the shortest flow first."""
         return sorted((model for model in self.runs if model.kind == kind), key=lambda model: model.num_steps)
 
     def has_seconds(self, backend: str) -> bool:
-        """Whether any were measured with it."""
+        """Whether any seconds were measured with this backend."""
         return any(row["backend"] == backend for row in (self.epochs or {"epochs": []})["epochs"])
 
     def seconds(self, model: Model, backend: str) -> float | None:
-        """Of an epoch; None where it was not measured. The vanilla VAE has no flow, and is the same for all."""
+        """Seconds of an epoch; None if not measured. The vanilla VAE has no flow: its seconds hold for all backends."""
         backend = OURS if model.kind == VANILLA else backend
         wanted = (model.kind, model.num_steps, backend)
         rows = [] if self.epochs is None else self.epochs["epochs"]
@@ -75,7 +75,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 def read(folder: Path, config: Path) -> Results:
-    """The results in a folder, of the study in a file. Raises Unusable if they are not its, or incomplete."""
+    """A folder's results for the study in a file. Raises Unusable if they do not belong to it, or are incomplete."""
     study = load_study(config)
     content = json.loads((folder / RESULTS).read_text())
     for name, value in study.settings.items():
@@ -95,5 +95,5 @@ def _key(model: Model) -> tuple[str, int]:
 
 
 def read_all(folder: Path = FOLDER, configs: Path = CONFIGS) -> list[Results]:
-    """Of every study that has results, by name."""
+    """The results of every study that has some, sorted by name."""
     return [read(path.parent, configs / f"{path.parent.name}.yaml") for path in sorted(folder.glob(f"*/{RESULTS}"))]

@@ -1,4 +1,4 @@
-"""The sentences of docs/results.md. Whatever number or direction they state is computed from the results."""
+"""The sentences of docs/results.md. Every number and direction in them is computed from the results."""
 
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
@@ -32,7 +32,7 @@ hand, except those that others published, in `published.yaml`.
 
 
 def findings(results: Results) -> str:
-    """What helps, by how much, and what does not: against the vanilla VAE, seed by seed."""
+    """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
     parts = [_kind_sentence(results, kind) for kind in kinds(results)]
     parts.append(_where_the_gain_is(results))
     parts.append(_cost(results))
@@ -54,7 +54,7 @@ def _kind_sentence(results: Results, kind: str) -> str:
 
 
 def verdict(differences: list[Spread]) -> str:
-    """In words, for differences to the vanilla VAE of flows of several lengths."""
+    """A verdict in words on the differences between flows of several lengths and the vanilla VAE."""
     helping = sum(x.is_clear and x.mean < 0 for x in differences)
     harming = sum(x.is_clear and x.mean > 0 for x in differences)
     count = len(differences)
@@ -70,7 +70,7 @@ def verdict(differences: list[Spread]) -> str:
 
 
 def best(results: Results, kind: str) -> Model:
-    """The model of a kind with the least mean NLL."""
+    """The model of a kind with the smallest mean NLL."""
     return min(results.flows(kind), key=lambda model: results.score(model, "nll").mean)
 
 
@@ -85,7 +85,7 @@ def _where_the_gain_is(results: Results) -> str:
 
 
 def _cost(results: Results) -> str:
-    """How much longer an epoch of the longest flow of each kind takes than one of the vanilla VAE."""
+    """How long an epoch takes with the longest flow of each kind, compared with the vanilla VAE."""
     vanilla = results.seconds(VANILLA_MODEL, OURS)
     if vanilla is None:
         return ""
