@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
 def ordinary_call(backend: Backend, inverse: bool, num_steps: int | None, *spec: Any) -> Call:
-    """The call of a spec that nobody has checked: it is, once for all equal arguments. Raises a TypeError, too,
+    """The call of an unchecked spec, which is checked once for all equal arguments. Raises a TypeError, too,
     for what cannot be a key."""
     return Call.of(backend, FlowSpec(*spec).checked(inverse), inverse, num_steps)
 

@@ -1,38 +1,37 @@
 """The only reader of environment variables; VVAE_FAST_* are read once, when the package is imported.
 
-VVAE_FAST_BACKEND: the backend used where neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
+VVAE_FAST_BACKEND: the backend if neither `backend=` nor `use_backend` names one ("auto" or unset: the fastest).
 VVAE_FAST_ISA: the instruction set of the CPU kernels ("avx512", "avx2", "baseline"; unset: the widest that runs here).
-VVAE_FAST_NODE: "0" leaves out the autograd nodes in C++, whose place those in Python take (unset: used where they are).
-LOCAL_RANK, LOCAL_WORLD_SIZE: torchrun's own; which of how many processes of this machine this is, read when asked for.
-A process is one of several where all of torchrun's variables are there, and alone where any is missing, whatever the
-others say: `is_launched`.
-TRITON_INTERPRET: Triton's own; "1" runs the kernels of the Triton backend on the CPU, in Python and in one thread.
+VVAE_FAST_NODE: "0" uses the autograd nodes in Python in place of those in C++ (unset: C++ if they are available).
+LOCAL_RANK, LOCAL_WORLD_SIZE: set by torchrun; the number of this process on this machine, and how many there are. They
+are read at each call. A process is one of several only if all of torchrun's variables are set: see `is_launched`.
+TRITON_INTERPRET: Triton's variable; "1" runs the kernels of the Triton backend on the CPU, in Python and in one thread.
 """
 
 import os
 
 
 def backend() -> str:
-    """The backend that the environment asks for; "auto" when it asks for none."""
+    """The backend that the environment names; "auto" if it names none."""
     return os.environ.get("VVAE_FAST_BACKEND", "") or "auto"
 
 
 def isa() -> str | None:
-    """The instruction set that the environment asks for, or None."""
+    """The instruction set that the environment names, or None."""
     return os.environ.get("VVAE_FAST_ISA", "") or None
 
 
 def wants_node() -> bool:
-    """Whether the autograd nodes in C++ may serve."""
+    """Whether the autograd nodes in C++ may be used."""
     return os.environ.get("VVAE_FAST_NODE", "") != "0"
 
 
 def triton_interprets() -> bool:
-    """Whether Triton interprets its kernels, in which case they take tensors on the CPU."""
+    """Whether Triton interprets its kernels; then they take tensors on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-# What torchrun sets.
+# The variables that torchrun sets.
 RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 OTHERS = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 # Lightning reads a rank from these, too, when it is imported.
@@ -40,9 +39,9 @@ OTHER_RANKS = ("SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process: whether all of its variables are there.
+    """Whether torchrun has started this process: whether all of its variables are set.
 
-    Raises ValueError, in one line, where a number among them is none or they contradict each other.
+    Raises ValueError, in one line, if one of them is not a number, or if they contradict each other.
     """
     numbers = {name: _number(name) for name in (*NUMBERS, *OTHER_RANKS) if name in os.environ}
     if not all(name in os.environ for name in (*NUMBERS, *OTHERS)):
@@ -56,7 +55,7 @@ def is_launched() -> bool:
 
 
 def leftovers() -> list[str]:
-    """The variables that name this process one of several, which it is not: `NAME=value`."""
+    """The variables, as `NAME=value`, that wrongly say that this process is one of several."""
     if is_launched():
         return []
     found = [name for name in (*NUMBERS, OTHERS[0]) if name in os.environ]

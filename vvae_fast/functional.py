@@ -31,7 +31,7 @@ def planar_flow(
     Rezende & Mohamed 2015, equations 10 to 13, with the invertibility constraint of their appendix A.1 on u.
 
     Args:
-        z: [*batch, D], any leading dimensions, none included.
+        z: [*batch, D], any number of leading dimensions, or none.
         u, w: [K, D], shared by all samples, or [*params, K, D], amortized, where *params are the trailing dimensions of
             *batch: z [S, B, D] with u [B, K, D] draws S samples per data point and copies nothing.
         b: u's shape without D.
@@ -39,8 +39,8 @@ def planar_flow(
         slope: leaky_relu's below 0, above 0; the other activations ignore it.
         constraint: "softplus" maps u to u_hat with w . u_hat > -1, so that each step is invertible; "log_softplus" does
             so by flowjax's formula, docs/math.md (29); "none" leaves u.
-        log_det_eps: 0.0 is exact. Above 0, log(|det| + eps) of each step in place of log|det|: for models of pythae,
-            which has 1e-4.
+        log_det_eps: 0.0 is exact. Above 0, each step has log(|det| + eps) in place of log|det|: for models of pythae,
+            which uses 1e-4.
         backend: one of `vvae_fast.info()["backends"]`, or None for `use_backend`'s, the environment's or the fastest.
 
     Returns:
@@ -48,9 +48,9 @@ def planar_flow(
         log q_K(z_K) = log q_0(z) - log_det.
 
     Raises:
-        TypeError: an argument is no floating tensor or no number, or dtypes differ outside torch.autocast.
-        ValueError: shapes, devices, names or numbers that do not fit; the message says which and what was wanted.
-        RuntimeError: the backend asked for cannot run this problem; the message has the reasons.
+        TypeError: an argument is not a floating tensor or not a number, or dtypes differ outside torch.autocast.
+        ValueError: shapes, devices, names or numbers do not fit; the message says which and what was expected.
+        RuntimeError: the requested backend cannot run this problem; the message has the reasons.
     """
     spec = constraint, activation, slope, log_det_eps
     return _flow(node.is_ordinary, z, (u, w, b), spec, backend)
@@ -88,11 +88,11 @@ def planar_flow_inverse(
 ) -> tuple[Tensor, Tensor]:
     """The z_0 [*batch, D] that `planar_flow` maps to z, and the log_det [*batch] of the inverse map, in nats.
 
-    Arguments and errors are those of `planar_flow`. What guarantees no inverse is refused with a ValueError:
+    Arguments and errors are those of `planar_flow`. Settings that do not guarantee an inverse raise ValueError:
     constraint="none", and leaky_relu with a slope above 1.
 
-    In float32 the root of each step is right for w . u from -80 to 1e34, its gradients from -40: below, z_0 or its
-    gradient leaves the range of float32 itself, growing as 1 / softplus(w . u) and its square.
+    In float32 the root of each step is right for w . u from -80 to 1e34, and its gradients from -40. Below that, z_0 or
+    its gradient leaves the range of float32: they grow as 1 / softplus(w . u) and its square.
     """
     spec = constraint, activation, slope, 0.0
     return _flow(node.is_ordinary, z, (u, w, b), spec, backend, inverse=True)
@@ -107,8 +107,8 @@ def _flow(
     inverse: bool = False,
     sizes: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """A call of u, w and b, or of the tensor in which they are packed with the sizes K and D. What is ordinary has no
-    checks but the operators' own."""
+    """A call with u, w and b, or with the tensor that packs them and the sizes K and D. Only the operators check an
+    ordinary call."""
     num_steps = sizes[0] if sizes else None
     # torch.compile and forward-mode AD look on without a trace that is_ordinary would see.
     if not (_is_compiling() or forward_ad._current_level >= 0) and is_ordinary(z, *params, *sizes):
@@ -120,7 +120,7 @@ def _flow(
                     return call.node(z, *params, *call.node_arguments)
                 return autograd.run(call, z, *params)
         except _REFUSALS:
-            try:  # in the words of the checks, which may find nothing
+            try:  # the checks have the clearer messages, but may find nothing
                 _check(z, params, spec, backend, inverse, sizes)
             except _REFUSALS as reason:
                 raise reason from None
@@ -141,7 +141,7 @@ def _check(
     inverse: bool,
     sizes: tuple[int, ...],
 ) -> tuple[shapes.Problem, Backend, bool]:
-    """The problem, who runs it, and whether all dtypes are alike. Raises what is wrong with the call."""
+    """The problem, its backend, and whether all dtypes are the same. Raises the call's error if there is one."""
     u, w, b = shapes.unpack(params[0].detach(), *sizes) if sizes else params
     problem = shapes.check(z, u, w, b, FlowSpec(*spec), inverse)
     return problem, backends.select(problem, backend), z.dtype == u.dtype == w.dtype == b.dtype

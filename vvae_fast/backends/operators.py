@@ -1,4 +1,4 @@
-"""What a backend computes: the operators' schemas and their fakes.
+"""The operators that a backend implements: their schemas and their fakes.
 
     planar_forward(z, u, w, b, *spec, save) -> (z_K, log_det, a)
     planar_backward(grad_z, grad_log_det, z, u, w, b, a, *spec, params=True) -> (dz, du, dw, db)
@@ -7,11 +7,11 @@
     planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *spec, params=True) -> (dz, du, dw, db)
 
 z [R, D]; shared u, w [K, D] and b [K], or P sets u, w [P, K, D] and b [P, K], row r using set r mod P; any strides.
-packed [P, K (2 D + 1)] holds the u, w and b of each set behind one another, as a linear head computes them.
+packed [P, K (2 D + 1)] holds u, w and b of each set, concatenated as a linear head computes them.
 The pre-activations a are [K, R] when `save`, else empty: with z they are all that the backward needs. log_det and a
-have the dtype of computation. The inverse's a are the same pre-activations, and its z is what it was given, z_K.
-Without `params` nobody wants du, dw, db or dpacked: they are empty, [0], and the kernels leave out what they can of
-their work; dz has the same bits.
+have the dtype of computation. The inverse's a are the same pre-activations, and its z is its input, z_K.
+Without `params` du, dw, db and dpacked are unused: they are empty, [0], and the kernels leave out as much of their work
+as they can; dz has the same bits.
 *spec are `FlowSpec.arguments`. The operators of the other backends are named triton_planar_forward,
 cuda_planar_forward and so on.
 """

@@ -97,7 +97,7 @@ def select(problem: Problem, name: str | None) -> Backend:
 def select_ordinary(
     z: Tensor, u: Tensor, name: str | None, inverse: bool = False, num_steps: int | None = None
 ) -> Backend:
-    """`select` for an ordinary call, whose arguments nobody has checked; u may be packed, if its steps are told."""
+    """`select` for an ordinary call with unchecked arguments; u may be packed, if the number of steps is given."""
     if z.is_cpu and not cpp.load_error:
         asked = name if name is not None else environment_name if _override.name is None else _override.name
         if asked in (AUTO, CPP.name):  # nearly every call
