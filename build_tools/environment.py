@@ -26,7 +26,7 @@ def say(message: str) -> None:
 
 
 def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A compiler's run, both of its streams in stdout; OSError where it does not start."""
+    """A compiler's run, both of its streams in stdout; OSError if it does not start."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
 
 

@@ -21,7 +21,7 @@ _set_tracing_state = torch._C._set_tracing_state  # type: ignore[attr-defined]  
 
 
 class Problem(NamedTuple):
-    """What a backend has to know of a call: row r of z uses parameter set r mod num_sets."""
+    """The facts about a call that a backend needs: row r of z uses parameter set r mod num_sets."""
 
     rows: int
     dim: int
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 def untraced(check: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A check that leaves no trace: while torch.jit.trace records, sizes are tensors, and whoever asks is warned."""
+    """A check that leaves no trace: while torch.jit.trace records, sizes are tensors, and reading them warns."""
 
     @functools.wraps(check)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -91,10 +91,10 @@ def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> b
 def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: bool = False) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
 
-    The problem has the spec as `FlowSpec.checked` gives it.
+    The problem has the spec that `FlowSpec.checked` returns.
 
-    Raises TypeError for what is not a floating tensor or a number or mixes dtypes, ValueError for shapes, devices,
-    names and numbers out of range.
+    Raises TypeError for mixed dtypes, or if an argument is not a floating tensor or number, ValueError for shapes,
+    devices, names and numbers out of range.
     """
     alike = _alike(z, u, w, b)
     if not alike:
@@ -118,17 +118,17 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: b
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of computation: the half precisions are computed and accumulated in float32, and so is log_det."""
+    """The dtype of computation: half precisions, and their log_det, are computed and accumulated in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def full_precision(t: Tensor) -> Tensor:
-    """A tensor of half precision in float32, any other as it is: sums and densities need the mantissa."""
+    """A half-precision tensor in float32, any other unchanged: sums and densities need the digits."""
     return t.float() if t.dtype in HALVES else t
 
 
 def autocasts(t: Tensor) -> bool:
-    """Whether torch.autocast chooses the dtypes on a tensor's device; some devices, such as meta, know none."""
+    """Whether torch.autocast chooses the dtypes on a tensor's device; some devices, such as meta, have no autocast."""
     return torch.amp.is_autocast_available(t.device.type) and torch.is_autocast_enabled(t.device.type)
 
 
@@ -144,7 +144,7 @@ def num_sets(u: Tensor) -> int:
 
 
 def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
-    """Raises ValueError where z [R, D], u, w [K, D] or [P, K, D] and b [K] or [P, K] do not fit: a kernel would read
+    """Raises ValueError if z [R, D], u, w [K, D] or [P, K, D] and b [K] or [P, K] do not fit: a kernel would read
     other memory. For operators that are called past `check`."""
     of_z, of_u = z.shape, u.shape  # asked for once: every call of an operator comes here
     fits = len(of_z) == 2 and len(of_u) in (2, 3) and of_u[-1] == of_z[1] and of_u[-2] * of_u[-1] < 2**31
@@ -164,7 +164,7 @@ def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
 
 
 def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_steps: int) -> None:
-    """Raises ValueError where grad_z [R, D], grad_log_det [R] or the pre-activations a [K, R] do not fit z [R, D]."""
+    """Raises ValueError if grad_z [R, D], grad_log_det [R] or the pre-activations a [K, R] do not fit z [R, D]."""
     if not z.device == grad_z.device == grad_log_det.device == a.device:
         _check_device(z, grad_z=grad_z, grad_log_det=grad_log_det, a=a)
     rows, dtype = z.shape[0], compute_dtype(z.dtype)
@@ -178,9 +178,9 @@ def check_saved(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, a: Tensor, num_
 
 
 def check_size(name: str, value: object, least: int) -> int:
-    """A size or a count as an int; whatever can index a list is one, numpy's integers too, but for bools.
+    """A size or a count as an int; anything that can index a list is one, also numpy's integers, but not bools.
 
-    Raises TypeError where it is none, ValueError where it is below `least`.
+    Raises TypeError for anything else, ValueError if it is below `least`.
     """
     if type(value) is not int:
         value = as_index(name, value)
@@ -190,7 +190,7 @@ def check_size(name: str, value: object, least: int) -> int:
 
 
 def as_index(name: str, value: Any) -> int:
-    """What can index a list as an int. Raises TypeError for anything else, a bool included."""
+    """Anything that can index a list, as an int. Raises TypeError for anything else, and for bools."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -206,7 +206,7 @@ def _is_bool(value: object) -> bool:
 
 
 def is_trailing(params: torch.Size, batch: torch.Size) -> bool:
-    """Whether the parameters' batch dimensions end those of z: the only broadcast there is."""
+    """Whether the parameters' batch dimensions are the trailing ones of z: the only allowed broadcast."""
     return params == batch[len(batch) - len(params) :]  # shorter than params where there are too many of them
 
 

@@ -1,4 +1,4 @@
-"""What a flow computes, as one value: made from the arguments of a call, checked once, and handed on to the backend."""
+"""What a flow computes, as one value: made from the arguments of a call, checked once, and passed to the backend."""
 
 import math
 import numbers
@@ -13,8 +13,8 @@ LARGEST = torch.finfo(torch.float32).max  # of a spec's numbers: beyond, they ar
 
 
 class FlowSpec(NamedTuple):
-    """The constraint of u, the activation h, its slope below 0 where it is leaky_relu, and the eps inside the logarithm
-    of the determinant."""
+    """The constraint of u, the activation h, leaky_relu's slope below 0, and the eps inside the logarithm of the
+    determinant."""
 
     constraint: str = "softplus"
     activation: str = "tanh"
@@ -22,13 +22,13 @@ class FlowSpec(NamedTuple):
     log_det_eps: float = 0.0
 
     def arguments(self, inverse: bool = False) -> tuple[int | float, ...]:
-        """The spec as operators take it: those of the inverse have no eps."""
+        """The spec as arguments of operators; those of the inverse have no eps."""
         numbers = CONSTRAINTS.index(self.constraint), ACTIVATIONS.index(self.activation), self.slope, self.log_det_eps
         return numbers[:3] if inverse else numbers
 
     @classmethod
     def of_arguments(cls, constraint: int, activation: int, slope: float, log_det_eps: float = 0.0) -> "FlowSpec":
-        """The spec that operators were told as numbers. Raises ValueError for a number without a name."""
+        """The spec from the numbers that operators take. Raises ValueError for a number without a name."""
         for name, number, names in (("constraint", constraint, CONSTRAINTS), ("activation", activation, ACTIVATIONS)):
             if not 0 <= number < len(names):
                 raise ValueError(f"{name} must be in [0, {len(names) - 1}], got {number}: {names}")
@@ -39,10 +39,10 @@ class FlowSpec(NamedTuple):
         return {"activation": self.activation, "slope": self.slope, "constraint": self.constraint}
 
     def checked(self, inverse: bool = False) -> "FlowSpec":
-        """The spec with Python's own floats, which operators take no other than.
+        """The spec with Python's own floats, the only ones that operators take.
 
-        Raises ValueError for an unknown name, TypeError or ValueError where a number is none or out of range, and
-        ValueError where an `inverse` is not guaranteed.
+        Raises ValueError for an unknown name, TypeError or ValueError if a number is not one or out of range, and
+        ValueError if an `inverse` is not guaranteed.
         """
         constraint, activation, slope, log_det_eps = self
         if activation not in ACTIVATIONS:
@@ -60,7 +60,7 @@ class FlowSpec(NamedTuple):
         return spec
 
     def check_invertible(self) -> None:
-        """Raises ValueError, with the reason, where a step may have no inverse."""
+        """Raises ValueError, with the reason, if a step may have no inverse."""
         if self.constraint == "none":
             raise ValueError(
                 'constraint must be "softplus" or "log_softplus" to invert, got "none": w . u <= -1 has no inverse'

@@ -35,7 +35,7 @@ def isa() -> str | None:
 
 
 def set_isa(name: str) -> None:
-    """Makes the kernels use another instruction set; ValueError where this machine or build lacks it."""
+    """Makes the kernels use another instruction set; ValueError if this machine or build lacks it."""
     levels = isa_levels()
     if name not in levels:
         raise ValueError(f"the instruction set must be one of {levels} on this machine, got {name!r}")

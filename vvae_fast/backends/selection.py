@@ -49,7 +49,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def check_name(name: str, source: str = "backend") -> None:
-    """Raises ValueError where `name`, which `source` gave, is neither a backend nor "auto"."""
+    """Raises ValueError if `name`, which `source` gave, is neither a backend nor "auto"."""
     if not isinstance(name, str) or name not in (*NAMES, AUTO):
         raise ValueError(f"{source} must be one of {(*NAMES, AUTO)}, got {name!r}")
 
