@@ -1,4 +1,4 @@
-# make demo | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
+# make demo | check | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
 # .venv when missing and rebuilds what changed only.
 # make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
 # of them in turn. RESULTS=folder, COMMIT=what git cannot tell. make gpu-prebuilt: what they would build, built before, on a
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
+.PHONY: demo check test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
 	gpu-prebuilt clean
 
 demo: .venv/built
@@ -16,14 +16,23 @@ demo: .venv/built
 
 # A process for each core, up to four; a file's tests stay together. WORKERS=0: all in one process.
 WORKERS ?= auto
-test: .venv/built
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
-# The property tests with 2,000 examples each, other ones in every run: SEED=number repeats one.
+# Between two commits.
+check: lint
+	$(PYTEST) $(BY_FILE) tests/core tests/house
+
+test: .venv/built
+	$(PYTEST) $(BY_FILE) --durations 10
+
+# What has the marker long, then the property tests with 2,000 examples each, other ones in every run: SEED=number repeats
+# one.
 test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 test-long: .venv/built
 	@echo "make test-long SEED=$(SEED) draws the same examples again"
-	$(BIN)/python -m pytest tests/cpu/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
+	$(PYTEST) $(BY_FILE) --durations 10 -m long
+	$(PYTEST) --dist load tests/cpu/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
 # The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/cpu/sanitized.py.
 sanitize: .venv/built

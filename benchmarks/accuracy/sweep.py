@@ -124,7 +124,7 @@ class CudaOnHost:
     def __init__(self) -> None:
         import cuda_host
 
-        self.host, self.program = cuda_host, cuda_host.build(("plain",))["plain"]
+        self.host, self.program = cuda_host, cuda_host.build("plain")
 
     def answers(self, inputs: list[Input], problems: list[Problem]) -> list[dict[str, Answer]]:
         cases, names = [], []

@@ -25,6 +25,7 @@ SOURCES = ["isa_avx512.cpp", "isa_avx2.cpp", "isa_baseline.cpp"]
 
 
 # With g++ the build has compiled all three; here one of them, for warnings: they share all their code but the vectors.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("compiler", "source"),
     [

@@ -167,35 +167,28 @@ def run_commands(commands: list[list]) -> None:
 
 
 @functools.cache
-def build(sanitizers: tuple[str, ...] = tuple(SANITIZERS)) -> dict[str, Path]:
-    """The program for each sanitizer that there is, in a folder with its object files and its csrc.
+def build(sanitizer: str) -> Path | None:
+    """The program, in a folder with its object files and its csrc; None where g++ has not what the sanitizer needs.
 
     Processes of pytest-xdist share what the first of them builds.
     """
+    if not has_runtime(sanitizer):
+        return None
     root = Path(os.environ.get(FOLDER) or _temporary().name)
-    folders = {sanitizer: root / sanitizer for sanitizer in sanitizers if has_runtime(sanitizer)}
-    with FileLock(root / "cuda_on_host.lock"):
-        _compile({sanitizer: path for sanitizer, path in folders.items() if not (path / "run").exists()})
-    return {sanitizer: path / "run" for sanitizer, path in folders.items()}
+    with FileLock(root / f"{sanitizer}.lock"):
+        if not (root / sanitizer / "run").exists():
+            _compile(sanitizer, root / sanitizer)
+    return root / sanitizer / "run"
 
 
-def _compile(folders: dict[str, Path]) -> None:
-    for sanitizer, path in folders.items():
-        shutil.rmtree(path, ignore_errors=True)  # what a build that failed has left
-        copy_sources(path, DTYPES_OF[sanitizer])
-    work = [
-        (source, sanitizer, path)
-        for sanitizer, path in folders.items()
-        for source in [*sources(path / "csrc"), HERE / "cuda_on_host" / "run.cpp"]
-    ]
-    longest_first = sorted(work, key=lambda one: -one[0].stat().st_size)
-    run_commands(
-        [
-            compiling(source, path / "csrc", path / f"{source.stem}.o", sanitizer)
-            for source, sanitizer, path in longest_first
-        ]
-    )
-    run_commands([linking(sorted(path.glob("*.o")), path / "run", name) for name, path in folders.items()])
+def _compile(sanitizer: str, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a build that failed has left
+    copy_sources(folder, DTYPES_OF[sanitizer])
+    csrc = folder / "csrc"
+    work = [*sources(csrc), HERE / "cuda_on_host" / "run.cpp"]
+    longest_first = sorted(work, key=lambda source: -source.stat().st_size)
+    run_commands([compiling(source, csrc, folder / f"{source.stem}.o", sanitizer) for source in longest_first])
+    run_commands([linking(sorted(folder.glob("*.o")), folder / "run", sanitizer)])
 
 
 @functools.cache
@@ -208,9 +201,10 @@ def program(sanitizer: str) -> Path:
     """Built once in a session; skips the test where something is missing."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed")
-    if sanitizer not in build():
+    built = build(sanitizer)
+    if built is None:
         pytest.skip(f"g++ has no runtime of the sanitizer {sanitizer!r}")
-    return build()[sanitizer]
+    return built
 
 
 def symbols(program: Path) -> dict[int, str]:

@@ -22,6 +22,7 @@ def compiled(folder) -> list[Compiled]:
     return compile_cuda(folder)
 
 
+@pytest.mark.long
 def test_every_kernel_compiles_for_every_architecture(compiled):
     names = kernel_names()
     assert names
@@ -32,12 +33,14 @@ def test_every_kernel_compiles_for_every_architecture(compiled):
     assert by_arch["sm_80"] < by_arch["sm_90"]
 
 
+@pytest.mark.long
 def test_nothing_spills(compiled):
     wrong = [entry for entry in compiled if entry.spills]
     assert not wrong, "\n".join(map(str, wrong))
     assert all(0 < entry.registers <= 255 for entry in compiled)  # they were read
 
 
+@pytest.mark.long
 def test_no_kernel_costs_more_than_the_table_says(compiled, folder):
     """`make sass` makes the table anew; the figures depend on the compiler. Of seldom used kernels only what they take
     of the machine is compared: disassembling all takes a minute."""

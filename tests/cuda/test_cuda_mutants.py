@@ -12,6 +12,8 @@ from problems import random_problem, relative_errors
 
 from vvae_fast.spec import FlowSpec
 
+pytestmark = pytest.mark.long
+
 
 class Mutant(NamedTuple):
     name: str

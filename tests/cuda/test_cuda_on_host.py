@@ -91,7 +91,9 @@ def plain():
     return cuda_host.program("plain")
 
 
-@pytest.mark.parametrize("sanitizer", cuda_host.SANITIZERS)
+@pytest.mark.parametrize(
+    "sanitizer", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in ("address", "thread"))]
+)
 def test_every_kernel(sanitizer):
     program, cases = cuda_host.program(sanitizer), every_kernel(cuda_host.DTYPES_OF[sanitizer])
     done = cuda_host.run(program, cases)

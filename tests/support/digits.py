@@ -90,17 +90,22 @@ def growing_flows() -> list[Problem]:
     ]
 
 
-def assert_digits(problem: Problem, got: tuple[Tensor, ...], level: str) -> None:
+def assert_digits_of_each(problem: Problem, answers: dict[str, tuple[Tensor, ...]]) -> None:
     """Within 10 times the error of the reference in float32 or 2e-6, against the reference in float64. The reference
     counts with its worst error over the problem and neighbours that differ in the last places: it can be exact by luck.
     """
-    ours = relative_errors(got, run(problem, "reference", torch.float64))
-    allowed = [FLOOR] * len(ours)
+    exact = run(problem, "reference", torch.float64)
+    allowed = [FLOOR] * len(exact)
     for p in neighbours(problem):
         errors = relative_errors(run(p, "reference"), run(p, "reference", torch.float64))
         allowed = [max(most, MOST_RATIO * error) for most, error in zip(allowed, errors, strict=True)]
-    found = dict(zip(NAMES, zip(ours, allowed, strict=True), strict=True))
-    assert all(error <= most for error, most in found.values()), (level, found)
+    for level, got in answers.items():
+        found = dict(zip(NAMES, zip(relative_errors(got, exact), allowed, strict=True), strict=True))
+        assert all(error <= most for error, most in found.values()), (problem.name, level, found)
+
+
+def assert_digits(problem: Problem, got: tuple[Tensor, ...], level: str) -> None:
+    assert_digits_of_each(problem, {level: got})
 
 
 def neighbours(problem: Problem) -> list[Problem]:

@@ -15,6 +15,7 @@ from triton_cases import cases, of_report
 
 from benchmarks.sass import sass_report, sass_tables
 
+pytestmark = pytest.mark.long
 LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the targets has
 
 
