@@ -34,7 +34,7 @@ from vvae_fast.kernels.launch import (
     sizes,
     unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, step_adjoint, unit
+from vvae_fast.kernels.math import AnyFlow, activate, step_adjoint, unit
 from vvae_fast.spec import FlowSpec as Formulas
 
 
@@ -108,7 +108,7 @@ def compact_backward_kernel(
         delta_row = delta + first * rows + row  # [R]
         delta_tile = delta_row[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
         a_tile = (a + first * rows + row)[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
-        h, h_prime = activate(tl.load(a_tile, saved, F.absent), F)  # [R, CHUNK]
+        h, h_prime = activate(tl.load(a_tile, saved, F.padding_preactivation), F)  # [R, CHUNK]
         of_step = unit(s, CONSTRAINT)[None, :]
         d, _ = step_adjoint(q, lambda_[:, None], h, h_prime, c[None, :], s[None, :], of_step, F)  # [R, CHUNK]
         tl.store(delta_tile, d, saved)  # with q for e: the sum in (11) comes with the scan
@@ -166,7 +166,7 @@ def _plan(
         (num_sets * num_blocks,),
         *(rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*grad_z[1], *grad_log_det[1], *set_strides(u, 3), *set_strides(w, 3)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, AnyFlow.of(formulas)),
         config.precision,
         num_warps=config.num_warps,
     )

@@ -32,7 +32,7 @@ from vvae_fast.kernels.launch import (
     sizes,
     unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, log_abs_determinant
+from vvae_fast.kernels.math import AnyFlow, activate, log_abs_determinant
 from vvae_fast.spec import FlowSpec as Formulas
 
 
@@ -196,7 +196,7 @@ def _plan(
         *(rows, rows_per_set, num_steps, num_sets, num_blocks),
         *(*z[1], *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
         *(dim, config.block_dim, config.block_rows, config.in_registers),
-        *(num_sets == 1, formulas.constraint, Activation.of(formulas), save, config.precision),
+        *(num_sets == 1, formulas.constraint, AnyFlow.of(formulas), save, config.precision),
         num_warps=config.num_warps,
         capped=not config.in_registers,
     )

@@ -20,7 +20,7 @@ from vvae_fast.kernels.launch import (
     sizes,
     unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, adjoint_parts, constrain, constrain_backward, unit
+from vvae_fast.kernels.math import AnyFlow, activate, adjoint_parts, constrain, constrain_backward, unit
 from vvae_fast.spec import FlowSpec as Formulas
 
 
@@ -77,7 +77,7 @@ def compact_gradients_kernel(
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
             saved = steps[:, None] & inside[None, :]  # [CHUNK, R]
             mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
-            h, h_prime = activate(tl.load(a + row[None, :], saved, F.absent), F)  # [CHUNK, R]
+            h, h_prime = activate(tl.load(a + row[None, :], saved, F.padding_preactivation), F)  # [CHUNK, R]
             d = tl.load(delta + step[:, None] * rows + row[None, :], saved, 0)  # [CHUNK, R]
             g = tl.load(grad_z + row[:, None] * grad_z_row + col[None, :] * grad_z_col, mask, 0).to(dtype)
             z_0 = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
@@ -104,7 +104,7 @@ def compact_gradients_kernel(
             row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
             inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
             saved = steps[:, None] & inside[None, :]  # [CHUNK, R]
-            h, _ = activate(tl.load(a + row[None, :], saved, F.absent), F)  # [CHUNK, R]
+            h, _ = activate(tl.load(a + row[None, :], saved, F.padding_preactivation), F)  # [CHUNK, R]
             mask = (later < num_steps)[:, None] & inside[None, :]  # [BLOCK_STEPS, R]
             d = tl.load(delta + later[:, None] * rows + row[None, :], mask, 0)  # [BLOCK_STEPS, R]
             triangle = dot(h, tl.trans(d), triangle, PRECISION)
@@ -237,7 +237,7 @@ def _plan(
         *(rows, rows_per_set, num_steps, num_sets, num_slices, config.num_blocks),
         *(*grad_z[1], *grad_log_det[1], *z[1]),
         *(dim, config.block_dim, config.block_steps, config.block_rows, num_sets == 1),
-        *(formulas.constraint, Activation.of(formulas), config.precision),
+        *(formulas.constraint, AnyFlow.of(formulas), config.precision),
         num_warps=config.num_warps,
         capped=True,
     )

@@ -24,7 +24,7 @@ from vvae_fast.kernels.launch import (
     sizes,
     unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
+from vvae_fast.kernels.math import AnyFlow, activate, constrain, constrain_backward, step_adjoint, unit
 from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
 from vvae_fast.spec import FlowSpec as Formulas
 
@@ -122,7 +122,7 @@ def direct_backward_kernel(
                 u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
                 w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
                 _, _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
-                h, _ = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                h, _ = activate(tl.load(a_at, inside, F.padding_preactivation), F)  # [R]
                 z_k += (u_k + (rho * inv_n)[:, None] * w_k) * (sign * h)[:, None]
                 u_at += sign * u_step
                 w_at += sign * w_step
@@ -150,7 +150,7 @@ def direct_backward_kernel(
                 alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
                 c, s, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [S]
                 u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-                h, h_prime = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                h, h_prime = activate(tl.load(a_at, inside, F.padding_preactivation), F)  # [R]
                 e = tl.sum(g * u_hat, 1)  # [R]
                 if INVERSE:
                     delta, gamma = inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F)  # [R]
@@ -272,7 +272,7 @@ def _plan(
             *(rows, num_steps, num_sets, first_block, of_launch, partial),
             *(*grad_z[1], *grad_log_det[1], *z[1], *set_strides(u, 3), *set_strides(w, 3)),
             *(*to_sets, kept_set),
-            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
+            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, AnyFlow.of(formulas)),
             *(inverse, num_blocks > 1, sweep, walk_back, config.num_stages),
             num_warps=config.num_warps,
             capped=True,

@@ -20,7 +20,7 @@ from vvae_fast.kernels.launch import (
     sizes,
     unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, constrain, log_abs_determinant
+from vvae_fast.kernels.math import AnyFlow, activate, constrain, log_abs_determinant
 from vvae_fast.kernels.root import solve
 from vvae_fast.spec import FlowSpec as Formulas
 
@@ -123,7 +123,7 @@ def _plan(
         (ceil_div(rows, config.block_rows),),
         *(rows, num_steps, num_sets),
         *(*z[1], *set_strides(u, 3), *set_strides(w, 3), *set_strides(b, 2)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
+        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, AnyFlow.of(formulas)),
         *(inverse, save, config.num_stages),
         num_warps=config.num_warps,
         capped=True,
