@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import (
+from vvae_fast.kernels.blocks import (
     CHUNK,
     GRAM,
     constrain_chunk,

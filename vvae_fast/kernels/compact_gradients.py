@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import CHUNK, dot, rows_of
+from vvae_fast.kernels.blocks import CHUNK, dot, rows_of
 from vvae_fast.kernels.launch import (
     Launch,
     Layout,
