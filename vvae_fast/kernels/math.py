@@ -4,7 +4,7 @@ log_det.h, with the same names.
 float32 or float64. No libdevice, which Triton's interpreter lacks, and none of the hardware's approximations of tanh
 and exp, which miss the accuracy rule: tanh comes from e^x - 1 at full relative precision. NaN stays NaN.
 
-CONSTRAINT is a name of shapes.CONSTRAINTS, F an `AnyFlow`: kernels are compiled for them.
+CONSTRAINT is a name of spec.CONSTRAINTS, F an `AnyFlow`: kernels are compiled for them.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vvae_fast.spec import FlowSpec as Formulas
+from vvae_fast.spec import FlowSpec
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -22,7 +22,7 @@ class AnyFlow(NamedTuple):
     """The activation and its numbers, for which a kernel is compiled: Triton would round numbers to float32 if they
     were arguments."""
 
-    kind: str  # a name of shapes.ACTIVATIONS
+    kind: str  # a name of spec.ACTIVATIONS
     slope: float  # leaky_relu's below 0
     eps: float  # inside the logarithm, docs/math.md (31)
     # Of rows and steps that a block has too many. Their gradients are 0 and stay 0: with this pre-activation h is
@@ -31,10 +31,10 @@ class AnyFlow(NamedTuple):
 
     @classmethod
     @functools.cache
-    def of(cls, formulas: Formulas) -> "AnyFlow":
-        kind = formulas.activation
-        slope = float(formulas.slope) if kind == "leaky_relu" else 1.0  # so the others compile once for every slope
-        return cls(kind, slope, float(formulas.log_det_eps), 1000.0 if kind in ("tanh", "sigmoid") else 0.0)
+    def of(cls, spec: FlowSpec) -> "AnyFlow":
+        kind = spec.activation
+        slope = float(spec.slope) if kind == "leaky_relu" else 1.0  # so the others compile once for every slope
+        return cls(kind, slope, float(spec.log_det_eps), 1000.0 if kind in ("tanh", "sigmoid") else 0.0)
 
 
 @triton.jit
