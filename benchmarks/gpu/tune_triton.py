@@ -86,14 +86,14 @@ def pass_of(entry: Entry, inputs: tuple[torch.Tensor, ...]):
     z = inputs[0]
     forms = importlib.import_module(f"vvae_fast.kernels.{entry.form.lower()}_forward")
     launch = getattr(forms, f"launch_{entry.form.lower()}_forward")
-    z_K, log_det, a = torch.empty_like(z), z.new_empty(len(z)), z.new_empty(NUM_STEPS, len(z))
+    z_K, log_det, a = outputs = torch.empty_like(z), z.new_empty(len(z)), z.new_empty(NUM_STEPS, len(z))
     if "forward" in entry.key:
-        return lambda: launch(*inputs, z_K, log_det, a, FlowSpec(), True), (z_K, log_det, a)
-    launch(*inputs, z_K, log_det, a, FlowSpec(), True)
+        return lambda: launch(inputs, outputs, FlowSpec(), True), outputs
+    launch(inputs, outputs, FlowSpec(), True)
     forms = importlib.import_module(f"vvae_fast.kernels.{entry.form.lower()}_backward")
     launch_back = getattr(forms, f"launch_{entry.form.lower()}_backward")
-    outputs = tuple(torch.empty_like(t) for t in inputs)
-    return lambda: launch_back(z_K, log_det, *inputs[:3], a, *outputs, FlowSpec()), outputs
+    saved, (dz, *gradients) = (z_K, log_det, *inputs[:3]), (torch.empty_like(t) for t in inputs)
+    return lambda: launch_back(saved, a, dz, tuple(gradients), FlowSpec()), (dz, *gradients)
 
 
 def tune(entry: Entry, median_ms, device: str = "cuda") -> tuple[float, float]:

@@ -47,13 +47,13 @@ def compact(p: Problem, constraint: str = "softplus", save: bool = True, **other
     z_K, dz = torch.empty_like(z.contiguous()), torch.empty_like(z.contiguous())
     log_det = z.new_empty(z.shape[0], dtype=shapes.compute_dtype(z.dtype))
     a = log_det.new_empty((num_steps, z.shape[0]) if save else (0,))
-    launch_compact_forward(z, p.u, p.w, p.b, z_K, log_det, a, formulas, save)
+    launch_compact_forward((z, p.u, p.w, p.b), (z_K, log_det, a), formulas, save)
     outputs = z_K.view(*batch, dim).cpu(), log_det.view(batch).cpu()
     if not save:
         return outputs
     grads = [torch.empty_like(t.contiguous()) for t in (p.u, p.w, p.b)]
     grad_log_det = p.grad_log_det.reshape(-1).to(log_det.dtype)
-    launch_compact_backward(grad_z, grad_log_det, z, p.u, p.w, a, dz, *grads, formulas)
+    launch_compact_backward((grad_z, grad_log_det, z, p.u, p.w), a, dz, tuple(grads), formulas)
     return *outputs, dz.view(*batch, dim).cpu(), *(t.cpu() for t in grads)
 
 

@@ -161,7 +161,7 @@ def test_memory_of_the_z_that_the_way_back_takes(monkeypatch, dtype, rows, sets,
     u, b = (u, b) if sets > 1 else (u[0], b[0])
     a = torch.empty(5, rows, dtype=torch.float32, device="meta")
     du, dw, db = torch.empty_like(u), torch.empty_like(u), torch.empty_like(b)
-    direct_backward.launch_direct_backward(z, a[0], z, u, u, a, torch.empty_like(z), du, dw, db, FlowSpec())
+    direct_backward.launch_direct_backward((z, a[0], z, u, u), a, torch.empty_like(z), (du, dw, db), FlowSpec())
     kept = launched[0][10]
     assert kept is dw if wanted is None else kept.shape == wanted
     assert kept.dtype == torch.float32

@@ -81,17 +81,15 @@ def arguments(dtype=torch.float32, device="meta", rows=ROWS, steps=STEPS, dim=DI
 
 
 def call(form: str, inverse=False, **args) -> None:
-    inputs = [args[name] for name in "zuwb"]
+    inputs = tuple(args[name] for name in "zuwb")
     options = {"inverse": inverse} if form == "direct" else {}
     outputs = torch.empty_like(args["z"]), torch.empty_like(args["a"][0]), args["a"]
     forward = direct_forward.launch_direct_forward if form == "direct" else compact_forward.launch_compact_forward
     backward = direct_backward.launch_direct_backward if form == "direct" else compact_backward.launch_compact_backward
-    forward(*inputs, *outputs, args["formulas"], args["save"], **options)
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
-    if "gradients" in args:
-        gradients[1:] = args["gradients"]
-    saved = (args["grad_z"], args["grad_log_det"], *inputs[:3], args["a"])
-    backward(*saved, *gradients, args["formulas"], **options)
+    forward(inputs, outputs, args["formulas"], args["save"], **options)
+    dz, *gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+    inputs = (args["grad_z"], args["grad_log_det"], *inputs[:3])
+    backward(inputs, args["a"], dz, tuple(args.get("gradients", gradients)), args["formulas"], **options)
 
 
 # What differs, and which of the launches it has to be told to; the others may keep their plan.
@@ -176,7 +174,8 @@ def test_gradients_in_one_packed_tensor_have_plans_of_their_own(form, launched):
     alone = launched[-1][0].arguments
     call(form, **arguments(sets=sets, gradients=gradients))
     assert launched[-1][0].arguments != alone
-    assert size in launched[-1][0].arguments
+    fixed = next(x for x in launched[-1][0].arguments if isinstance(x, launch.Fixed))
+    assert fixed.du.set == fixed.dw.set == fixed.db.set == size
 
 
 @pytest.mark.usefixtures("launched")
@@ -247,9 +246,9 @@ def test_threads_share_the_plans(form):
 
     def told(plan, changed):
         args = arguments(**changed)
-        layouts = map(launch.layout, (args[name] for name in "zuwb"))
+        layouts = launch.layouts(*(args[name] for name in "zuwb"))
         inverse = [False] if form == "direct" else []
-        made = plan(*layouts, args["z"].dtype, args["z"].device, args["formulas"], args["save"], *inverse)
+        made = plan(layouts, args["z"].dtype, args["z"].device, args["formulas"], args["save"], *inverse)
         of = made[0] if form == "direct" else made.launch
         return of.programs, of.arguments, of.options
 

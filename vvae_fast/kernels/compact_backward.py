@@ -8,34 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_chunk import (
+from vvae_fast.kernels.blocks import (
     CHUNK,
     GRAM,
     constrain_chunk,
     dot,
     load_params,
     load_state,
-    rows_of,
+    load_w_and_u_hat,
+    rows_of_program,
     scan_back,
     store_gram,
+    store_state,
 )
-from vvae_fast.kernels.compact_gradients import launch_compact_gradients
-from vvae_fast.kernels.launch import (
-    Launch,
-    Layout,
-    ceil_div,
-    copied,
-    launch,
-    layout,
-    planned,
-    set_strides,
-    sizes,
-    unit_columns,
-)
-from vvae_fast.kernels.math import Activation, activate, step_adjoint, unit
-from vvae_fast.spec import FlowSpec as Formulas
+from vvae_fast.kernels.compact_gradients import GradientsPlan, launch_gradients, plan_gradients
+from vvae_fast.kernels.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.kernels.math import AnyFlow, activate, step_adjoint, unit
+from vvae_fast.spec import FlowSpec
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])
@@ -46,72 +36,58 @@ def compact_backward_kernel(
     w,  # [sets, K, D]
     a,  # [K, rows]
     dz,  # [rows, D], contiguous
-    state,  # [rows, D], contiguous: g between chunks; dz or, for half precision, float32
     delta,  # [K, rows]
     constraint,  # [sets, 3, K]: c, s and of_w, where u_hat = u + of_w w
+    state,  # [rows, D], contiguous: g between chunks; dz or, for half precision, float32
     scratch,  # [programs, GRAM + CHUNK BLOCK_ROWS]: a chunk's Gram matrix, and its h' [CHUNK, BLOCK_ROWS]
     rows,
     rows_per_set,
     num_steps,
     num_sets,
     num_blocks,  # of rows, in a set
-    grad_z_row: tl.constexpr,
-    grad_z_col: tl.constexpr,
-    grad_log_det_row: tl.constexpr,
-    u_set: tl.constexpr,
-    u_step: tl.constexpr,
-    u_col: tl.constexpr,
-    w_set: tl.constexpr,
-    w_step: tl.constexpr,
-    w_col: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    SHARED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     CONSTRAINT: tl.constexpr,
     F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta and dz of BLOCK_ROWS rows of one set a program, and the constraint of the set, for compact_gradients.py."""
+    D: tl.constexpr = FIXED.dim
     dtype: tl.constexpr = a.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    owner, block = program // num_blocks, program % num_blocks
-    row = rows_of(owner, block, num_sets, BLOCK_ROWS, SHARED)  # [R]
-    inside = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < rows_per_set  # [R]
+    program, owner, block, row, inside = rows_of_program(num_blocks, num_sets, rows_per_set, BLOCK_ROWS, FIXED.shared)
     scratch += program * (GRAM + CHUNK * BLOCK_ROWS)
     slope = scratch + GRAM + tl.arange(0, BLOCK_ROWS)  # [R]
     rows = rows.to(tl.int64)
     step = tl.arange(0, CHUNK)  # [CHUNK]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     constraint += owner * 3 * num_steps
-    lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0)  # [R]
+    lambda_ = tl.load(grad_log_det + row * FIXED.grad_log_det, inside, 0)  # [R]
     chunks = tl.cdiv(num_steps, CHUNK)
     for nth in tl.range(chunks, num_stages=1):
         first = (chunks - 1 - nth).to(tl.int64) * CHUNK
         steps = first + step < num_steps  # [CHUNK]
         left = tl.where(inside, num_steps - first, 0)  # [R]
-        u_at = u + owner * u_set + (first + step)[:, None] * u_step  # [CHUNK, 1]
-        w_at = w + owner * w_set + (first + step)[:, None] * w_step  # [CHUNK, 1]
-        c, s, _, of_w = constrain_chunk(u_at, w_at, u_col, w_col, steps, D, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
-        q = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
+        u_at = u + owner * FIXED.u.set + (first + step)[:, None] * FIXED.u.step  # [CHUNK, 1]
+        w_at = w + owner * FIXED.w.set + (first + step)[:, None] * FIXED.w.step  # [CHUNK, 1]
+        c, s, _, of_w = constrain_chunk(u_at, w_at, steps, FIXED, BLOCK_D, CONSTRAINT, dtype)  # [CHUNK]
+        products = tl.zeros([BLOCK_ROWS, CHUNK], dtype)
         gram = tl.zeros([CHUNK, CHUNK], dtype)
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
             at = start + col  # [BLOCK_D]
-            w_k = load_params(w_at, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
-            u_hat = load_params(u_at, at, u_col, steps, D, dtype) + of_w[:, None] * w_k
-            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
-            g = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, state, row, at, mask, D)  # [R, BLOCK_D]
-            q = dot(g, tl.trans(u_hat), q, PRECISION)
+            w_k, u_hat = load_w_and_u_hat(u_at, w_at, of_w, at, steps, FIXED)  # [CHUNK, BLOCK_D]
+            g = load_state(nth > 0, grad_z, FIXED.grad_z, state, row, inside, at, D)  # [R, BLOCK_D]
+            products = dot(g, tl.trans(u_hat), products, PRECISION)
             gram = dot(u_hat, tl.trans(w_k), gram, PRECISION)
 
         saved = inside[:, None] & steps[None, :]  # [R, CHUNK]
         delta_row = delta + first * rows + row  # [R]
         delta_tile = delta_row[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
         a_tile = (a + first * rows + row)[:, None] + step.to(tl.int64)[None, :] * rows  # [R, CHUNK]
-        h, h_prime = activate(tl.load(a_tile, saved, F.absent), F)  # [R, CHUNK]
+        h, h_prime = activate(tl.load(a_tile, saved, F.padding_preactivation), F)  # [R, CHUNK]
         of_step = unit(s, CONSTRAINT)[None, :]
-        d, _ = step_adjoint(q, lambda_[:, None], h, h_prime, c[None, :], s[None, :], of_step, F)  # [R, CHUNK]
-        tl.store(delta_tile, d, saved)  # with q for e: the sum in (11) comes with the scan
+        d, _ = step_adjoint(products, lambda_[:, None], h, h_prime, c[None, :], s[None, :], of_step, F)  # [R, CHUNK]
+        tl.store(delta_tile, d, saved)  # without the sum in (11), which comes with the scan
         tl.store(slope[:, None] + step[None, :] * BLOCK_ROWS, h_prime)
         store_gram(scratch, gram)
         if block == 0:
@@ -125,74 +101,53 @@ def compact_backward_kernel(
 
         for start in tl.range(0, D, BLOCK_D, num_stages=1):
             at = start + col  # [BLOCK_D]
-            w_k = load_params(w_at, at, w_col, steps, D, dtype)  # [CHUNK, BLOCK_D]
-            mask = inside[:, None] & (at < D)[None, :]  # [R, BLOCK_D]
-            g = load_state(nth > 0, grad_z, grad_z_row, grad_z_col, state, row, at, mask, D)  # [R, BLOCK_D]
+            w_k = load_params(w_at, at, FIXED.w, steps, D, dtype)  # [CHUNK, BLOCK_D]
+            g = load_state(nth > 0, grad_z, FIXED.grad_z, state, row, inside, at, D)  # [R, BLOCK_D]
             g = dot(d, w_k, g, PRECISION)
-            if nth + 1 < chunks:
-                tl.store(state + row[:, None] * D + at[None, :], g, mask)
-            else:
-                tl.store(dz + row[:, None] * D + at[None, :], g, mask)
+            store_state(nth + 1 < chunks, state, dz, g, row, inside, at, D)
         tl.debug_barrier()  # other threads read this g next
 
 
 class _Plan(NamedTuple):
-    copies: tuple[bool, ...] | None  # of grad_z, z, u and w
+    copies: tuple[bool, ...] | None  # of the inputs
     constraint: tuple[int, int, int]
-    scratch: tuple[int, int]
     state: torch.dtype | None  # of g between chunks; None: dz
+    scratch: tuple[int, int]
     launch: Launch
+    gradients: GradientsPlan
 
 
 @planned
-def _plan(
-    grad_z: Layout,
-    grad_log_det: Layout,
-    z: Layout,
-    u: Layout,
-    w: Layout,
-    dtype: torch.dtype,
-    device: torch.device,
-    formulas: Formulas,
-) -> _Plan:
-    """For `dtype` the tensors' own."""
-    copies, (grad_z, z, u, w) = unit_columns(grad_z, z, u, w)
-    (rows, dim, num_steps, num_sets), computed = sizes(z, u), shapes.compute_dtype(dtype)
-    rows_per_set = rows // num_sets
-    config = _heuristics.compact("backward", rows, dim, num_sets == 1, computed)
-    num_blocks = ceil_div(rows_per_set, config.block_rows)
-    launches = Launch(
+def _plan(of_tensors: tuple[Layout, ...], dtype: torch.dtype, device: torch.device, spec: FlowSpec) -> _Plan:
+    names = ("grad_z", "grad_log_det", "z", "u", "w", "du", "dw", "db")
+    call = Call(dict(zip(names, of_tensors, strict=True)), dtype)
+    config = _heuristics.compact("backward", call.rows, call.dim, call.shared, call.dtype)
+    num_blocks = ceil_div(call.rows_per_set, config.block_rows)
+    programs = call.num_sets * num_blocks
+    plan = Launch(
         compact_backward_kernel,
-        (num_sets * num_blocks,),
-        *(rows, rows_per_set, num_steps, num_sets, num_blocks),
-        *(*grad_z[1], *grad_log_det[1], *set_strides(u, 3), *set_strides(w, 3)),
-        *(dim, config.block_dim, config.block_rows, num_sets == 1, formulas.constraint, Activation.of(formulas)),
-        config.precision,
+        (programs,),
+        *(call.rows, call.rows_per_set, call.num_steps, call.num_sets, num_blocks),
+        call.fixed("grad_z", "grad_log_det", "u", "w"),
+        *(config.block_rows, config.block_dim, spec.constraint, AnyFlow.of(spec), config.precision),
         num_warps=config.num_warps,
     )
-    scratch = num_sets * num_blocks, GRAM.value + CHUNK.value * config.block_rows
-    return _Plan(copies, (num_sets, 3, num_steps), scratch, None if dtype == computed else computed, launches)
+    state, scratch = None if dtype == call.dtype else call.dtype, GRAM.value + CHUNK.value * config.block_rows
+    constraint = call.num_sets, 3, call.num_steps
+    return _Plan(call.copies, constraint, state, (programs, scratch), plan, plan_gradients(call, spec))
 
 
 def launch_compact_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    a: Tensor,
-    dz: Tensor,
-    du: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    formulas: Formulas,
-    params: bool = True,
+    inputs: Tensors, a: Tensor, dz: Tensor, gradients: Tensors, spec: FlowSpec, params: bool = True
 ) -> None:
-    """Fills dz [R, D], contiguous, and with `params` du, dw, db, in which the steps of a set are contiguous."""
-    plan = _plan(*map(layout, (grad_z, grad_log_det, z, u, w)), z.dtype, z.device, formulas)
-    grad_z, z, u, w = copied(plan.copies, grad_z, z, u, w)
-    delta, constraint, scratch = torch.empty_like(a), a.new_empty(plan.constraint), a.new_empty(plan.scratch)
+    """From grad_z, grad_log_det, z, u and w, and from the saved a, fills dz [R, D], contiguous, and with `params` the
+    gradients du, dw and db, in which the steps of a set are contiguous."""
+    z = inputs[2]
+    plan = _plan(layouts(*inputs, *gradients), z.dtype, z.device, spec)
+    grad_z, grad_log_det, z, u, w = copied(plan.copies, inputs)
+    delta, constraint = torch.empty_like(a), a.new_empty(plan.constraint)
     state = dz if plan.state is None else torch.empty_like(dz, dtype=plan.state)
-    launch(plan.launch, grad_z, grad_log_det, u, w, a, dz, state, delta, constraint, scratch)
+    scratch = a.new_empty(plan.scratch)
+    launch(plan.launch, grad_z, grad_log_det, u, w, a, dz, delta, constraint, state, scratch)
     if params:
-        launch_compact_gradients(grad_z, grad_log_det, z, u, w, a, delta, constraint, du, dw, db, formulas)
+        launch_gradients(plan.gradients, (grad_z, grad_log_det, z), (u, w), (a, delta, constraint), gradients)

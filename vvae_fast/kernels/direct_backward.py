@@ -9,24 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vvae_fast import shapes
 from vvae_fast.kernels import _heuristics
+from vvae_fast.kernels.blocks import elements, sum_partials
 from vvae_fast.kernels.launch import (
     BARRIER_ORDERS_MEMORY,
+    Call,
     Launch,
     Layout,
+    Params,
+    Tensors,
     ceil_div,
     copied,
     launch,
-    layout,
+    layouts,
     planned,
-    set_strides,
-    sizes,
-    unit_columns,
 )
-from vvae_fast.kernels.math import Activation, activate, constrain, constrain_backward, step_adjoint, unit
+from vvae_fast.kernels.math import AnyFlow, activate, constrain, constrain_backward, step_adjoint, unit
 from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
-from vvae_fast.spec import FlowSpec as Formulas
+from vvae_fast.spec import FlowSpec
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])
@@ -48,25 +48,10 @@ def direct_backward_kernel(
     first_block,
     num_blocks,  # of rows that a program takes in turn, adding up the gradients of its parameters
     partial,  # numbers from a program's gradients to the next one's where parameters are shared
-    grad_z_row: tl.constexpr,
-    grad_z_col: tl.constexpr,
-    grad_log_det_row: tl.constexpr,
-    z_row: tl.constexpr,
-    z_col: tl.constexpr,
-    u_set: tl.constexpr,
-    u_step: tl.constexpr,
-    u_col: tl.constexpr,
-    w_set: tl.constexpr,
-    w_step: tl.constexpr,
-    w_col: tl.constexpr,
-    du_set: tl.constexpr,
-    dw_set: tl.constexpr,
-    db_set: tl.constexpr,
-    kept_set: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    FIXED: tl.constexpr,
+    KEPT_SET: tl.constexpr,  # stride
     BLOCK_ROWS: tl.constexpr,
-    SHARED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     CONSTRAINT: tl.constexpr,
     F: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -78,13 +63,14 @@ def direct_backward_kernel(
     """SWEEP keeps the z_{k-1} of a block of rows, WALK_BACK uses them. Parameters have one row where they are shared:
     [S, BLOCK_D], S = 1 or BLOCK_ROWS. The inverse is a flow of its own, from its z_K and from the last step to the
     first, docs/math.md (40)."""
+    D: tl.constexpr = FIXED.dim
     dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     sign: tl.constexpr = -1 if INVERSE else 1  # in which the sweep takes the steps
     first_step = num_steps.to(tl.int64) - 1 if INVERSE else 0
-    end = -1 if INVERSE else num_steps.to(tl.int64)  # behind the last step
-    if SHARED:
+    end = -1 if INVERSE else num_steps.to(tl.int64)  # the step after the last one
+    if FIXED.shared:
         owner = tl.zeros([1], tl.int64)  # [S]
         owned = tl.full([1], 1, tl.int1)  # [S]
         target = program * partial
@@ -95,16 +81,16 @@ def direct_backward_kernel(
         owned = owner < num_sets
         target = 0
         kept_step: tl.constexpr = D
-        kept += owner[:, None] * kept_set + col[None, :]  # [R, BLOCK_D]
-    u += owner[:, None] * u_set + col[None, :] * u_col  # [S, BLOCK_D]
-    w += owner[:, None] * w_set + col[None, :] * w_col  # [S, BLOCK_D]
-    du += target + owner[:, None] * du_set + end * D + col[None, :]  # [S, BLOCK_D]
-    dw += target + owner[:, None] * dw_set + end * D + col[None, :]  # [S, BLOCK_D]
-    db += target + owner * db_set + end  # [S]
+        kept += owner[:, None] * KEPT_SET + col[None, :]  # [R, BLOCK_D]
+    u += owner[:, None] * FIXED.u.set + col[None, :] * FIXED.u.col  # [S, BLOCK_D]
+    w += owner[:, None] * FIXED.w.set + col[None, :] * FIXED.w.col  # [S, BLOCK_D]
+    du += target + owner[:, None] * FIXED.du.set + end * D + col[None, :]  # [S, BLOCK_D]
+    dw += target + owner[:, None] * FIXED.dw.set + end * D + col[None, :]  # [S, BLOCK_D]
+    db += target + owner * FIXED.db.set + end  # [S]
     params = owned[:, None] & (col < D)[None, :]  # [S, BLOCK_D]
 
     for block in tl.range(first_block, first_block + num_blocks):
-        if SHARED:
+        if FIXED.shared:
             first = (block * tl.num_programs(0).to(tl.int64) + program) * BLOCK_ROWS
             row = first + tl.arange(0, BLOCK_ROWS)  # [R]
             inside = row < rows
@@ -114,32 +100,36 @@ def direct_backward_kernel(
         mask = inside[:, None] & (col < D)[None, :]  # [R, BLOCK_D]
 
         if SWEEP:
-            z_k = tl.load(z + row[:, None] * z_row + col[None, :] * z_col, mask, 0).to(dtype)  # [R, BLOCK_D]
-            u_at, w_at = u + first_step * u_step, w + first_step * w_step  # where step k of a loop is
+            z_k = tl.load(elements(z, row, col, FIXED.z), mask, 0).to(dtype)  # [R, BLOCK_D]
+            u_at, w_at = u + first_step * FIXED.u.step, w + first_step * FIXED.w.step  # of the loop's step
             a_at, kept_at = a + row + first_step * rows, kept + first_step * kept_step
             for _ in tl.range(num_steps, num_stages=STAGES):
                 tl.store(kept_at, z_k, mask)
                 u_k = tl.load(u_at, params, 0).to(dtype)  # [S, BLOCK_D]
                 w_k = tl.load(w_at, params, 0).to(dtype)  # [S, BLOCK_D]
                 _, _, _, rho, inv_n, _, _ = constrain(tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1), CONSTRAINT)  # [S]
-                h, _ = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                h, _ = activate(tl.load(a_at, inside, F.padding_preactivation), F)  # [R]
                 z_k += (u_k + (rho * inv_n)[:, None] * w_k) * (sign * h)[:, None]
-                u_at += sign * u_step
-                w_at += sign * w_step
+                u_at += sign * FIXED.u.step
+                w_at += sign * FIXED.w.step
                 a_at += sign * rows
                 kept_at += sign * kept_step
         if SWEEP and WALK_BACK:
             tl.debug_barrier()  # another thread may read this z
 
         if WALK_BACK:
-            at = row[:, None] * grad_z_row + col[None, :] * grad_z_col
-            g = tl.load(grad_z + at, mask, 0).to(dtype)  # [R, BLOCK_D]
-            lambda_ = tl.load(grad_log_det + row * grad_log_det_row, inside, 0).to(dtype)  # [R]
-            u_at, w_at, a_at, kept_at = u + end * u_step, w + end * w_step, a + row + end * rows, kept + end * kept_step
+            g = tl.load(elements(grad_z, row, col, FIXED.grad_z), mask, 0).to(dtype)  # [R, BLOCK_D]
+            lambda_ = tl.load(grad_log_det + row * FIXED.grad_log_det, inside, 0).to(dtype)  # [R]
+            u_at, w_at, a_at, kept_at = (
+                u + end * FIXED.u.step,
+                w + end * FIXED.w.step,
+                a + row + end * rows,
+                kept + end * kept_step,
+            )
             du_at, dw_at, db_at = du, dw, db
             for _ in tl.range(num_steps, num_stages=STAGES):
-                u_at -= sign * u_step
-                w_at -= sign * w_step
+                u_at -= sign * FIXED.u.step
+                w_at -= sign * FIXED.w.step
                 a_at -= sign * rows
                 kept_at -= sign * kept_step
                 du_at -= sign * D
@@ -150,7 +140,7 @@ def direct_backward_kernel(
                 alpha, n = tl.sum(w_k * u_k, 1), tl.sum(w_k * w_k, 1)  # [S]
                 c, s, _, rho, inv_n, rising, falling = constrain(alpha, n, CONSTRAINT)  # [S]
                 u_hat = u_k + (rho * inv_n)[:, None] * w_k  # [S, BLOCK_D]
-                h, h_prime = activate(tl.load(a_at, inside, F.absent), F)  # [R]
+                h, h_prime = activate(tl.load(a_at, inside, F.padding_preactivation), F)  # [R]
                 e = tl.sum(g * u_hat, 1)  # [R]
                 if INVERSE:
                     delta, gamma = inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F)  # [R]
@@ -161,7 +151,7 @@ def direct_backward_kernel(
                 dw_k = tl.load(kept_at, mask, 0) * delta[:, None]  # [R, BLOCK_D]
                 db_k, delta_h = delta, delta * h  # [R]
                 g += w_k * delta[:, None]
-                if SHARED:
+                if FIXED.shared:
                     v, dw_k = tl.sum(v, 0)[None, :], tl.sum(dw_k, 0)[None, :]  # [S, BLOCK_D]
                     db_k, gamma = tl.sum(db_k, 0, keep_dims=True), tl.sum(gamma, 0, keep_dims=True)  # [S]
                     if INVERSE:
@@ -186,7 +176,7 @@ def direct_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_partials", "matrix", "size", "blocks"])
 def add_partials_kernel(
-    partials,  # [sets, num_partials, partial]: du, dw and db behind one another
+    partials,  # [sets, num_partials, partial]: du, dw and db, concatenated
     du,  # [sets, K, D], a set's steps contiguous
     dw,  # [sets, K, D], a set's steps contiguous
     db,  # [sets, K]
@@ -195,9 +185,7 @@ def add_partials_kernel(
     matrix,  # K D
     size,  # K (2 D + 1)
     blocks,  # of a set
-    du_set: tl.constexpr,
-    dw_set: tl.constexpr,
-    db_set: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -206,18 +194,14 @@ def add_partials_kernel(
     owner = program // blocks
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     partials += owner * num_partials * partial
-    total = tl.zeros([BLOCK], partials.dtype.element_ty)
-    for first in tl.range(0, num_partials, BLOCK_PARTIALS):
-        which = first + tl.arange(0, BLOCK_PARTIALS)  # [BLOCK_PARTIALS]
-        mask = (which < num_partials)[:, None] & (i < size)[None, :]
-        total += tl.sum(tl.load(partials + which.to(tl.int64)[:, None] * partial + i[None, :], mask, 0), 0)
-    tl.store(du + owner * du_set + i, total, i < matrix)
-    tl.store(dw + owner * dw_set + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
-    tl.store(db + owner * db_set + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
+    total = sum_partials(partials, partial.to(tl.int64), num_partials, i, i < size, BLOCK_PARTIALS)
+    tl.store(du + owner * FIXED.du.set + i, total, i < matrix)
+    tl.store(dw + owner * FIXED.dw.set + (i - matrix), total, (i >= matrix) & (i < 2 * matrix))
+    tl.store(db + owner * FIXED.db.set + (i - 2 * matrix), total, (i >= 2 * matrix) & (i < size))
 
 
 class _Plan(NamedTuple):
-    copies: tuple[bool, ...] | None  # of grad_z, z, u and w
+    copies: tuple[bool, ...] | None  # of the inputs
     launches: tuple[Launch, ...]  # of direct_backward_kernel, in turn
     kept: tuple[int, ...] | None  # None: dw, in which each dw_k takes the place of its z_{k-1}, read just before
     partials: tuple[int, int] | None  # where du, dw and db are added up by a launch of its own
@@ -227,40 +211,29 @@ class _Plan(NamedTuple):
 
 @planned
 def _plan(
-    grad_z: Layout,
-    grad_log_det: Layout,
-    z: Layout,
-    u: Layout,
-    w: Layout,
-    du: Layout,
-    dw: Layout,
-    db: Layout,
-    dtype: torch.dtype,
-    device: torch.device,
-    formulas: Formulas,
-    inverse: bool,
+    of_tensors: tuple[Layout, ...], dtype: torch.dtype, device: torch.device, spec: FlowSpec, inverse: bool
 ) -> _Plan:
-    """For `dtype` the tensors' own."""
-    copies, (grad_z, z, u, w) = unit_columns(grad_z, z, u, w)
-    (rows, dim, num_steps, num_sets), computed = sizes(z, u), shapes.compute_dtype(dtype)
-    shared = num_sets == 1
-    config = _heuristics.direct("backward", rows, dim, shared, computed)
-    matrix, size = num_steps * dim, num_steps * (2 * dim + 1)
-    if shared:
-        programs = _heuristics.num_partials(rows, size, config)
-        num_blocks = ceil_div(rows, programs * config.block_rows)
+    names = ("grad_z", "grad_log_det", "z", "u", "w", "du", "dw", "db")
+    call = Call(dict(zip(names, of_tensors, strict=True)), dtype)
+    config = _heuristics.direct("backward", call.rows, call.dim, call.shared, call.dtype)
+    matrix, size = call.num_steps * call.dim, call.num_steps * (2 * call.dim + 1)
+    if call.shared:
+        programs = _heuristics.num_partials(call.rows, size, config)
+        num_blocks = ceil_div(call.rows, programs * config.block_rows)
     else:
-        programs, num_blocks = ceil_div(num_sets, config.block_rows), rows // num_sets
-    in_partials = programs > 1 if shared else num_blocks > 1 and dtype != computed
+        programs, num_blocks = ceil_div(call.num_sets, config.block_rows), call.rows_per_set
+    in_partials = programs > 1 if call.shared else num_blocks > 1 and dtype != call.dtype
     partial = 16 * ceil_div(size, 16)  # aligned
-    sets = tuple(set_strides(t, n)[0] for t, n in ((du, 3), (dw, 3), (db, 2)))
-    to_sets = (0, 0, 0) if shared else (partial,) * 3 if in_partials else sets
-    if shared:
-        kept, kept_set = (programs, num_steps, config.block_rows, dim), 0
-    elif num_blocks == 1 and dtype == computed:
-        kept, kept_set = None, sets[1]
+    fixed = call.fixed(*names)
+    if call.shared:
+        kept, kept_set = (programs, call.num_steps, config.block_rows, call.dim), 0
+    elif num_blocks == 1 and dtype == call.dtype:
+        kept, kept_set = None, fixed.dw.set
     else:
-        kept, kept_set = (num_sets, num_steps, dim), matrix
+        kept, kept_set = (call.num_sets, call.num_steps, call.dim), matrix
+    if in_partials and not call.shared:
+        to_partials = Params(partial, call.dim, 1)
+        fixed = fixed._replace(du=to_partials, dw=to_partials, db=to_partials)
     # (first block, blocks, SWEEP, WALK_BACK): a launch for what another thread may read, if a barrier orders nothing.
     parts = [(0, num_blocks, True, True)]
     if not BARRIER_ORDERS_MEMORY:
@@ -269,56 +242,57 @@ def _plan(
         Launch(
             direct_backward_kernel,
             (programs,),
-            *(rows, num_steps, num_sets, first_block, of_launch, partial),
-            *(*grad_z[1], *grad_log_det[1], *z[1], *set_strides(u, 3), *set_strides(w, 3)),
-            *(*to_sets, kept_set),
-            *(dim, config.block_dim, config.block_rows, shared, formulas.constraint, Activation.of(formulas)),
+            *(call.rows, call.num_steps, call.num_sets, first_block, of_launch, partial, fixed, kept_set),
+            *(config.block_rows, config.block_dim, spec.constraint, AnyFlow.of(spec)),
             *(inverse, num_blocks > 1, sweep, walk_back, config.num_stages),
             num_warps=config.num_warps,
             capped=True,
         )
         for first_block, of_launch, sweep, walk_back in parts
     )
-    adding = None
-    if in_partials:
-        block, num_partials = 32, programs if shared else 1
-        blocks = ceil_div(size, block)
-        adding = Launch(
-            add_partials_kernel,
-            (num_sets * blocks,),
-            *(num_partials, partial, matrix, size, blocks, *sets),
-            *(128 if shared else 1, block),
-            num_warps=8 if shared else 1,
-        )
-    partials = (programs if shared else num_sets, partial) if in_partials else None
-    return _Plan(copies, launches, kept, partials, (matrix, matrix, partial - 2 * matrix), adding)
+    return _Plan(
+        call.copies,
+        launches,
+        kept,
+        (programs if call.shared else call.num_sets, partial) if in_partials else None,
+        (matrix, matrix, partial - 2 * matrix),
+        _plan_adding(call, programs, partial) if in_partials else None,
+    )
+
+
+def _plan_adding(call: Call, programs: int, partial: int) -> Launch:
+    """The launch that adds the partial sums: of all programs where parameters are shared, else one for each set."""
+    matrix, size, block = call.num_steps * call.dim, call.num_steps * (2 * call.dim + 1), 32
+    blocks = ceil_div(size, block)
+    return Launch(
+        add_partials_kernel,
+        (call.num_sets * blocks,),
+        *(programs if call.shared else 1, partial, matrix, size, blocks, call.fixed("du", "dw", "db")),
+        *(128 if call.shared else 1, block),
+        num_warps=8 if call.shared else 1,
+    )
 
 
 def launch_direct_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
+    inputs: Tensors,
     a: Tensor,
     dz: Tensor,
-    du: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    formulas: Formulas,
+    gradients: Tensors,
+    spec: FlowSpec,
     params: bool = True,
     inverse: bool = False,
 ) -> None:
-    """Fills dz [R, D], contiguous, and du, dw, db, in which the steps of a set are contiguous. The inverse's z is what
-    it was given, z_K, and a are its roots. Without `params` du, dw and db hold anything."""
-    plan = _plan(*map(layout, (grad_z, grad_log_det, z, u, w, du, dw, db)), z.dtype, z.device, formulas, inverse)
-    grad_z, z, u, w = copied(plan.copies, grad_z, z, u, w)
-    to = du, dw, db
+    """From grad_z, grad_log_det, z, u and w, and from the saved a, fills dz [R, D], contiguous, and the gradients du,
+    dw and db, in which the steps of a set are contiguous. The inverse's z is what it was given, z_K, and a are its
+    roots. Without `params` the gradients hold anything."""
+    z = inputs[2]
+    plan = _plan(layouts(*inputs, *gradients), z.dtype, z.device, spec, inverse)
+    inputs, to = copied(plan.copies, inputs), gradients
     if plan.partials is not None:
         partials = a.new_empty(plan.partials)
         to = partials.split_with_sizes(plan.of_partials, 1)
-    kept = dw if plan.kept is None else a.new_empty(plan.kept)
+    kept = gradients[1] if plan.kept is None else a.new_empty(plan.kept)
     for of_rows in plan.launches:
-        launch(of_rows, grad_z, grad_log_det, z, u, w, a, dz, *to, kept)
+        launch(of_rows, *inputs, a, dz, *to, kept)
     if plan.adding is not None and params:
-        launch(plan.adding, partials, du, dw, db)
+        launch(plan.adding, partials, *gradients)

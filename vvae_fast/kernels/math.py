@@ -1,40 +1,40 @@
-"""The scalar formulas of a planar step on Triton tensors: the twin of csrc/planar_math.h, same names, same order.
+"""The formulas of a planar step on Triton tensors: the twin of csrc/planar's exp.h, constraint.h, activation.h and
+log_det.h, with the same names.
 
 float32 or float64. No libdevice, which Triton's interpreter lacks, and none of the hardware's approximations of tanh
 and exp, which miss the accuracy rule: tanh comes from e^x - 1 at full relative precision. NaN stays NaN.
 
-CONSTRAINT is a name of shapes.CONSTRAINTS, F an `Activation`: kernels are compiled for them.
+CONSTRAINT is a name of spec.CONSTRAINTS, F an `AnyFlow`: kernels are compiled for them.
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from vvae_fast.spec import FlowSpec as Formulas
+from vvae_fast.spec import FlowSpec
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """What the kernels know of the activation when they are compiled. Constants, for as arguments numbers would come as
-    float32."""
+class AnyFlow(NamedTuple):
+    """The activation and its numbers, for which a kernel is compiled: Triton would round numbers to float32 if they
+    were arguments."""
 
-    kind: str  # a name of shapes.ACTIVATIONS
+    kind: str  # a name of spec.ACTIVATIONS
     slope: float  # leaky_relu's below 0
     eps: float  # inside the logarithm, docs/math.md (31)
-    # The pre-activation of rows behind the last, whose gradients are zeros and have to stay so: h is small, and the
-    # determinant is 1 wherever the gradient of its logarithm divides by it.
-    absent: float
+    # Of rows and steps that a block has too many. Their gradients are 0 and stay 0: with this pre-activation h is
+    # small, and the determinant is 1 wherever a gradient divides by it.
+    padding_preactivation: float
 
     @classmethod
     @functools.cache
-    def of(cls, formulas: Formulas) -> "Activation":
-        _, kind, slope, eps = formulas
-        used = float(slope) if kind == "leaky_relu" else 1.0  # another slope compiles nothing new for the others
-        return cls(kind, used, float(eps), 1000.0 if kind in ("tanh", "sigmoid") else 0.0)
+    def of(cls, spec: FlowSpec) -> "AnyFlow":
+        kind = spec.activation
+        slope = float(spec.slope) if kind == "leaky_relu" else 1.0  # so the others compile once for every slope
+        return cls(kind, slope, float(spec.log_det_eps), 1000.0 if kind in ("tanh", "sigmoid") else 0.0)
 
 
 @triton.jit
@@ -94,7 +94,10 @@ def log1p_of_positive(x):
 @triton.jit
 def constrain(alpha, n, CONSTRAINT: tl.constexpr):
     """c, s, sunk, rho, inv_n, rising, falling from alpha = w . u and n = |w|^2, docs/math.md (4) to (6) or (29), (30).
-    sunk is what log s lies below the least s that is held, else 0, (38); rising is dc/dalpha over unit(s), (39)."""
+
+    sunk, (38): how far log s lies below that of the least s that is held, else 0. rising is dc/dalpha over unit(s),
+    (39); falling is -drho/dalpha.
+    """
     if CONSTRAINT == "none":
         zero = tl.zeros_like(alpha)
         return alpha, 1 + alpha, zero, zero, zero, zero + 1, zero
@@ -121,7 +124,7 @@ def constrain(alpha, n, CONSTRAINT: tl.constexpr):
 
 @triton.jit
 def unit(s, CONSTRAINT: tl.constexpr):
-    """docs/math.md (39): where s is held, gradients of c are kept times this, for dL/dc itself grows as 1 / s."""
+    """docs/math.md (39): gradients of c are kept times this, because dL/dc itself grows as 1 / s."""
     if CONSTRAINT == "none":
         return tl.full(s.shape, 1, s.dtype)
     else:
@@ -171,7 +174,7 @@ def activate(a, F: tl.constexpr):
 
 
 @triton.jit
-def rest(h, h_prime, F: tl.constexpr):
+def one_minus_slope(h, h_prime, F: tl.constexpr):
     """1 - h', without a subtraction that cancels."""
     if F.kind == "tanh":
         return h * h
@@ -195,7 +198,7 @@ def h_second(h, h_prime, F: tl.constexpr):
 
 
 @triton.jit
-def beyond(x, F: tl.constexpr):
+def away_from_zero(x, F: tl.constexpr):
     """x, further from zero by the eps of docs/math.md (31)."""
     if F.eps == 0:
         return x
@@ -204,8 +207,8 @@ def beyond(x, F: tl.constexpr):
 
 
 @triton.jit
-def excess(x, F: tl.constexpr):
-    """What docs/math.md (8) adds to 1: c h', and eps with it."""
+def det_minus_one(x, F: tl.constexpr):
+    """x = c h', and the eps of docs/math.md (31) with it: what (8) adds to 1."""
     if F.eps == 0:
         return x
     else:
@@ -214,27 +217,27 @@ def excess(x, F: tl.constexpr):
 
 @triton.jit
 def determinant(h, h_prime, c, s, F: tl.constexpr):
-    """docs/math.md (7): 1 + c h', and near its zero the same number as a sum of positive terms; with the eps of (31),
-    the number whose logarithm is taken."""
+    """docs/math.md (7): 1 + c h', and near its zero the same number as a sum of positive terms. With the eps of (31) it
+    is the number whose logarithm is taken."""
     x = c * h_prime
-    return beyond(tl.where((x >= -0.5) | (c < -2), 1 + x, s - c * rest(h, h_prime, F)), F)
+    return away_from_zero(tl.where((x >= -0.5) | (c < -2), 1 + x, s - c * one_minus_slope(h, h_prime, F)), F)
 
 
 @triton.jit
 def log_abs_determinant(h, h_prime, c, s, sunk, F: tl.constexpr):
     """docs/math.md (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both. sunk, (38),
-    is all of the determinant where nothing else is left of it."""
+    counts where s is all that is left of the determinant."""
     x = c * h_prime
     det = determinant(h, h_prime, c, s, F)
     lossy = (x >= -0.5) & (x <= 1.152921504606847e18)  # no correction of infinity
     below = tl.where(tl.abs(det) < 2 * s, sunk, 0)  # never where it is lossy: there det is no less than 1/2
-    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(excess(x, F), det), below)
+    return tl.log(tl.abs(det)) + tl.where(lossy, log_correction(det_minus_one(x, F), det), below)
 
 
 @triton.jit
 def inverse_determinant(lambda_, h, h_prime, c, s, F: tl.constexpr):
-    """1 / det for docs/math.md (11), 0 where lambda is 0, as it is for rows behind the last: their determinant may be
-    0. tanh's there is 1."""
+    """1 / det for docs/math.md (11), 0 where lambda is 0. lambda is 0 in rows behind the last, whose determinant may be
+    0; with tanh it is 1 there."""
     inverse = 1 / determinant(h, h_prime, c, s, F)
     if F.kind == "tanh":
         return inverse
@@ -245,7 +248,7 @@ def inverse_determinant(lambda_, h, h_prime, c, s, F: tl.constexpr):
 @triton.jit
 def adjoint_parts(lambda_, h, h_prime, c, s, unit, F: tl.constexpr):
     """slope, bend and gamma of one step: delta = dL/da is e slope + bend and gamma is dL/dc times unit, docs/math.md
-    (11), (12), (15). lambda comes last: what it multiplies stays in range, (39)."""
+    (11), (12), (15). lambda is multiplied last: its factor stays in range, (39)."""
     inverse = inverse_determinant(lambda_, h, h_prime, c, s, F)
     return h_prime, lambda_ * (c * inverse * h_second(h, h_prime, F)), lambda_ * (unit * inverse * h_prime)
 

@@ -3,6 +3,8 @@
 Shapes as in backends/operators.py. With no rows or no steps there is nothing to launch.
 """
 
+import functools
+
 from torch import Tensor
 
 from vvae_fast import shapes
@@ -11,18 +13,24 @@ from vvae_fast.kernels.compact_backward import launch_compact_backward
 from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.kernels.direct_backward import launch_direct_backward
 from vvae_fast.kernels.direct_forward import launch_direct_forward
-from vvae_fast.spec import FlowSpec as Formulas
+from vvae_fast.kernels.launch import Tensors
+from vvae_fast.spec import FlowSpec
 
 
 def planar_forward(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, save: bool
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool, inverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z_K [R, D] in z's dtype, log_det [R] and, if `save`, a [K, R] in the dtype of computation."""
-    z_K, log_det, a = _outputs(z, u, w, b, save)
+    """z_K [R, D] in z's dtype, log_det [R] and, if `save`, a [K, R] in the dtype of computation. Of the inverse, always
+    in the direct form, z_0, the inverse map's log_det and the roots a."""
+    outputs = _outputs(z, u, w, b, save)
+    if inverse:
+        _check_direct(z)
     if _is_launched(z, u):
-        launch_forward = launch_compact_forward if _is_compact(z, u) else launch_direct_forward
-        launch_forward(z, u, w, b, z_K, log_det, a, formulas, save)
-    return z_K, log_det, a
+        if inverse or not _is_compact(z, u):
+            launch_direct_forward((z, u, w, b), outputs, spec, save, inverse)
+        else:
+            launch_compact_forward((z, u, w, b), outputs, spec, save)
+    return outputs
 
 
 def planar_backward(
@@ -33,15 +41,21 @@ def planar_backward(
     w: Tensor,
     b: Tensor,
     a: Tensor,
-    formulas: Formulas,
+    spec: FlowSpec,
     params: bool = True,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz [R, D], du and dw as u, db as b; all contiguous, in the dtype of z; all but dz empty without `params`. Of the
-    inverse where it is asked for, in the direct form."""
+    inverse, always in the direct form, z is its own z."""
+    if inverse:
+        _check_direct(z)
     du, dw, db = u.new_empty(u.shape), w.new_empty(w.shape), b.new_empty(b.shape)
-    dz = _backward(grad_z, grad_log_det, z, u, w, b, a, du, dw, db, formulas, params, inverse)
+    dz = _backward((grad_z, grad_log_det, z, u, w), b, a, (du, dw, db), spec, params, inverse)
     return dz, *((du, dw, db) if params else _nothing(z, 3))
+
+
+planar_inverse = functools.partial(planar_forward, inverse=True)
+planar_inverse_backward = functools.partial(planar_backward, inverse=True)
 
 
 def planar_backward_packed(
@@ -50,10 +64,10 @@ def planar_backward_packed(
     z: Tensor,
     packed: Tensor,
     a: Tensor,
-    formulas: Formulas,
+    spec: FlowSpec,
     params: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db lie behind one another; empty without `params`."""
+    """dz [R, D] and dpacked [P, K (2 D + 1)], in which du, dw and db are concatenated; empty without `params`."""
     if z.dim() != 2 or a.dim() != 2:
         raise ValueError(f"z must be [R, D] and a [K, R], got {tuple(z.shape)} and {tuple(a.shape)}")
     num_steps, dim = a.shape[0], z.shape[1]
@@ -61,36 +75,9 @@ def planar_backward_packed(
         wanted = f"[P, K (2 D + 1)] with K = {num_steps} and D = {dim}"
         raise ValueError(f"packed must have shape {wanted}, got {tuple(packed.shape)}")
     dpacked = packed.new_empty(packed.shape)
-    parts, gradients = (shapes.unpack(t, num_steps, dim) for t in (packed, dpacked))
-    dz = _backward(grad_z, grad_log_det, z, *parts, a, *gradients, formulas, params)
+    (u, w, b), gradients = (shapes.unpack(t, num_steps, dim) for t in (packed, dpacked))
+    dz = _backward((grad_z, grad_log_det, z, u, w), b, a, gradients, spec, params)
     return dz, *((dpacked,) if params else _nothing(z, 1))
-
-
-def planar_inverse(
-    z: Tensor, u: Tensor, w: Tensor, b: Tensor, formulas: Formulas, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z_0 [R, D] in z's dtype, the inverse map's log_det [R] and, if `save`, the roots a [K, R]: in the direct form."""
-    z_0, log_det, a = _outputs(z, u, w, b, save)
-    _check_direct(z)
-    if _is_launched(z, u):
-        launch_direct_forward(z, u, w, b, z_0, log_det, a, formulas, save, inverse=True)
-    return z_0, log_det, a
-
-
-def planar_inverse_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    formulas: Formulas,
-    params: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`planar_backward` of the inverse, whose own z is z."""
-    _check_direct(z)
-    return planar_backward(grad_z, grad_log_det, z, u, w, b, a, formulas, params, inverse=True)
 
 
 def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +92,7 @@ def _outputs(z: Tensor, u: Tensor, w: Tensor, b: Tensor, save: bool) -> tuple[Te
 
 
 def _nothing(z: Tensor, count: int) -> tuple[Tensor, ...]:
-    """What the operators return for gradients that nobody wants."""
+    """What the operators return for unused gradients."""
     return tuple(z.new_empty(0) for _ in range(count))
 
 
@@ -125,33 +112,21 @@ def _is_compact(z: Tensor, u: Tensor) -> bool:
 
 
 def _backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    u: Tensor,
-    w: Tensor,
-    b: Tensor,
-    a: Tensor,
-    du: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    formulas: Formulas,
-    params: bool,
-    inverse: bool = False,
+    inputs: Tensors, b: Tensor, a: Tensor, gradients: Tensors, spec: FlowSpec, params: bool, inverse: bool = False
 ) -> Tensor:
-    """Fills du, dw and db, in which a set's steps are contiguous, and returns dz. Without `params` they are room to
-    work in: the direct form's kernel computes its sums all the same, and the launch that adds these is left out."""
+    """From grad_z, grad_log_det, z, u and w fills du, dw and db, in which a set's steps are contiguous, and returns dz.
+    Without `params` they are room to work in: the direct form's kernel computes its sums all the same, and the launch
+    that adds these is left out."""
+    grad_z, grad_log_det, z, u, w = inputs
     shapes.check_rows(z, u, w, b)
     shapes.check_saved(grad_z, grad_log_det, z, a, u.shape[-2])
     dz = z.new_empty(z.shape)
-    if _is_launched(z, u):
-        arguments = (grad_z, grad_log_det, z, u, w, a, dz, du, dw, db, formulas)
-        if not inverse and _is_compact(z, u):
-            launch_compact_backward(*arguments, params)
-        else:
-            launch_direct_backward(*arguments, params, inverse)
-    else:
+    if not _is_launched(z, u):
         dz.copy_(grad_z)
-        for t in (du, dw, db):
+        for t in gradients:
             t.zero_()
+    elif inverse or not _is_compact(z, u):
+        launch_direct_backward(inputs, a, dz, gradients, spec, params, inverse)
+    else:
+        launch_compact_backward(inputs, a, dz, gradients, spec, params)
     return dz

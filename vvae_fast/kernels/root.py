@@ -1,7 +1,7 @@
 """The scalar equation of a step's inverse, docs/math.md (17), (33) to (35), (37), (39), (40), on Triton tensors.
 
-The twin of csrc/planar_root.h, same names, same order. Shapes: x and rhs [R], a row each; c, s [R], or [1] where they
-are shared.
+The twin of csrc/planar/root.h, with the same names. Shapes: x and rhs [R], one number a row; c and s [R], or [1] where
+parameters are shared.
 """
 
 import triton
@@ -45,10 +45,10 @@ def magnitude(x, rhs, F: tl.constexpr):
 
 @triton.jit
 def search(rhs, c, s, F: tl.constexpr):
-    """The roots by Halley's steps, docs/math.md (33), a bisection where one leaves the bracket. A row that has its root
-    stays, whatever the others need."""
-    # The most steps, the length under which a step is the last one, relative to min(|x|, 1), and the residual, relative
-    # to `magnitude`, that is rounding: csrc/exponential.h.
+    """The roots by Halley's steps, docs/math.md (33), and a bisection where such a step leaves the bracket. A row that
+    has found its root keeps it while others go on."""
+    # As in csrc/planar/float_format.h. A step shorter than last_step, relative to min(|x|, 1), is the last one; a
+    # residual below noise, relative to `magnitude`, is rounding.
     most: tl.constexpr = 120 if rhs.dtype == tl.float64 else 60
     last_step: tl.constexpr = 2.0**-18 if rhs.dtype == tl.float64 else 2.0**-8
     noise: tl.constexpr = 2.0**-53 if rhs.dtype == tl.float64 else 2.0**-24
@@ -90,8 +90,8 @@ def solve(rhs, c, s, F: tl.constexpr):
 
 @triton.jit
 def inverse_adjoint_parts(lambda_, h, h_prime, c, s, F: tl.constexpr):
-    """slope, bend and gamma of one step of the inverse: mu = dL/dR is e slope + bend and gamma is dL/dc times s, (35),
-    (39), in which mu's share is not yet."""
+    """slope, bend and gamma of one step of the inverse, (35), (39): mu = dL/dR is e slope + bend; gamma is dL/dc times
+    s, without mu's share."""
     inverse = 1 / determinant(h, h_prime, c, s, F)
     bend = -lambda_ * (c * inverse * h_second(h, h_prime, F)) * inverse
     return -h_prime * inverse, bend, -lambda_ * (s * inverse * h_prime)
@@ -113,6 +113,6 @@ def inverse_step_adjoint(e, lambda_, h, h_prime, c, s, F: tl.constexpr):
 
 @triton.jit
 def inverse_of_u(dalpha, delta_h, inv_n):
-    """What dw has of u, docs/math.md (6): where w = 0, also what makes z_k of (40) z_{k-1}. delta_h is the sum over a
-    set's rows of delta h, h that of the reversed flow."""
+    """The factor of u in dw, docs/math.md (6). Where w = 0 it also turns the z_k of (40) into z_{k-1}: there it is
+    delta_h, the sum of delta h over a set's rows, with the reversed flow's h."""
     return tl.where(inv_n == 0, delta_h, dalpha)
