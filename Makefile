@@ -1,4 +1,4 @@
-# make demo | check | test | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
+# make demo | check | test | test-compiled | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
 # .venv when missing and rebuilds what changed only.
 # make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
 # of them in turn. RESULTS=folder, COMMIT=what git cannot tell. make gpu-prebuilt: what they would build, built before, on a
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo check test test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
+.PHONY: demo check test test-compiled test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
 	gpu-prebuilt clean
 
 demo: .venv/built
@@ -26,12 +26,14 @@ check: lint
 test: .venv/built
 	$(PYTEST) $(BY_FILE) --durations 10
 
-# What has the marker long, then the property tests with 2,000 examples each, other ones in every run: SEED=number repeats
-# one.
-test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
-test-long: .venv/built
-	@echo "make test-long SEED=$(SEED) draws the same examples again"
+# What has the marker long: it compiles for minutes.
+test-compiled: .venv/built
 	$(PYTEST) $(BY_FILE) --durations 10 -m long
+
+# The same, then the property tests with 2,000 examples each, other ones in every run: SEED=number repeats one.
+test-long: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+test-long: test-compiled
+	@echo "make test-long SEED=$(SEED) draws the same examples again"
 	$(PYTEST) --dist load tests/cpu/test_properties*.py --hypothesis-profile=long --hypothesis-seed=$(SEED)
 
 # The C++ kernels and operators under AddressSanitizer with UBSan, and under ThreadSanitizer; see tests/cpu/sanitized.py.
