@@ -23,7 +23,7 @@ import cuda_host
 
 import vvae_fast
 from vvae_fast.backends import cpp, cuda
-from vvae_fast.kernels import launch
+from vvae_fast.triton import launch
 
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 

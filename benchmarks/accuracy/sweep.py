@@ -17,8 +17,8 @@ import vvae_fast
 from benchmarks.accuracy.sweep_inputs import Input
 from vvae_fast.backends import cuda
 from vvae_fast.functional import packed_planar_flow
-from vvae_fast.kernels import _heuristics
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
 
 Answer = tuple[Tensor, ...]  # the tensors of NAMES
 

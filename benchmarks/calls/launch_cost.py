@@ -28,7 +28,8 @@ from count_variants import fake_driver
 from triton.runtime import driver
 
 from vvae_fast.backends import operators
-from vvae_fast.kernels import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import (
     compact_backward,
     compact_forward,
     compact_gradients,
@@ -36,7 +37,6 @@ from vvae_fast.kernels import (
     direct_forward,
     planar,
 )
-from vvae_fast.spec import FlowSpec
 
 LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 CASES = {  # rows, D, K, parameter sets

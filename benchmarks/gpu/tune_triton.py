@@ -1,5 +1,5 @@
 """Times the candidates for every entry of the Triton kernels' table on the GPU at hand and writes the fastest into
-vvae_fast/kernels/_table.py. On an idle GPU:
+vvae_fast/triton/_table.py. On an idle GPU:
 
     python -m benchmarks.gpu.tune_triton [--only forward ...] [--write FILE]
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast.kernels import _table
-from vvae_fast.kernels.launch import forget_plans
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _table
+from vvae_fast.triton.launch import forget_plans
 
 NUM_STEPS = 16
 FEW, MANY = 1024, 65536  # rows at which the two entries of a key are timed
@@ -84,13 +84,13 @@ def problem_of(entry: Entry, device: str = "cuda") -> tuple[torch.Tensor, ...]:
 def pass_of(entry: Entry, inputs: tuple[torch.Tensor, ...]):
     """A call of the pass that the entry belongs to, in its form."""
     z = inputs[0]
-    forms = importlib.import_module(f"vvae_fast.kernels.{entry.form.lower()}_forward")
+    forms = importlib.import_module(f"vvae_fast.triton.{entry.form.lower()}_forward")
     launch = getattr(forms, f"launch_{entry.form.lower()}_forward")
     z_K, log_det, a = outputs = torch.empty_like(z), z.new_empty(len(z)), z.new_empty(NUM_STEPS, len(z))
     if "forward" in entry.key:
         return lambda: launch(inputs, outputs, FlowSpec(), True), outputs
     launch(inputs, outputs, FlowSpec(), True)
-    forms = importlib.import_module(f"vvae_fast.kernels.{entry.form.lower()}_backward")
+    forms = importlib.import_module(f"vvae_fast.triton.{entry.form.lower()}_backward")
     launch_back = getattr(forms, f"launch_{entry.form.lower()}_backward")
     saved, (dz, *gradients) = (z_K, log_det, *inputs[:3]), (torch.empty_like(t) for t in inputs)
     return lambda: launch_back(saved, a, dz, tuple(gradients), FlowSpec()), (dz, *gradients)

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.gpu import tune_triton
 from benchmarks.gpu.tune_triton import Entry
-from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward
+from vvae_fast.triton import _heuristics, _table, direct_backward, direct_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRY = Entry("DIRECT", ("backward", "shared", 4), 0)

@@ -31,8 +31,8 @@ from test_planar_flow import (
 import vvae_fast
 from vvae_fast import shapes
 from vvae_fast.backends import cuda
-from vvae_fast.kernels import _heuristics
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS
+from vvae_fast.triton import _heuristics
 
 pytestmark = pytest.mark.gpu
 CUDA_FORMS = pytest.mark.parametrize("form", ["direct", "compact"])

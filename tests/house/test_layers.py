@@ -17,7 +17,7 @@ ROOMS = [
     "spec",
     "shapes",
     "reference",
-    "kernels",
+    "triton",
     "node",
     "backends",
     "autograd",

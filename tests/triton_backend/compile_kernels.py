@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is installed
 
-from vvae_fast.kernels import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import (
     _heuristics,
     compact_backward,
     compact_forward,
@@ -31,7 +32,6 @@ from vvae_fast.kernels import (
     launch,
     planar,
 )
-from vvae_fast.spec import FlowSpec
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LAUNCHING = (

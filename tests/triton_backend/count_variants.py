@@ -16,8 +16,8 @@ from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is installed
 
-from vvae_fast.kernels import planar
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import planar
 
 
 class Launcher:
@@ -65,7 +65,7 @@ def main(problems: list) -> None:
         forward_and_backward(*problem)
     counts = Counter()
     for name, module in sys.modules.items():
-        if name.startswith("vvae_fast.kernels."):
+        if name.startswith("vvae_fast.triton."):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction) and kernel.__module__ == name:
                     counts[kernel.__name__] += sum(len(cache[0]) for cache in kernel.device_caches.values())

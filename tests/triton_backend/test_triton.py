@@ -24,8 +24,8 @@ from vvae_fast.backends import operators
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import _heuristics, _table, direct_backward, direct_forward, launch
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics, _table, direct_backward, direct_forward, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = operators.OPERATORS["triton"]

@@ -16,10 +16,10 @@ from problems import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vvae_fast import shapes
-from vvae_fast.kernels import _heuristics, _table, launch, planar
-from vvae_fast.kernels.compact_backward import launch_compact_backward
-from vvae_fast.kernels.compact_forward import launch_compact_forward
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics, _table, launch, planar
+from vvae_fast.triton.compact_backward import launch_compact_backward
+from vvae_fast.triton.compact_forward import launch_compact_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

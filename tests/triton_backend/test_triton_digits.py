@@ -15,7 +15,7 @@ from vvae_fast.spec import FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import _heuristics, direct_backward
+from vvae_fast.triton import _heuristics, direct_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = operators.OPERATORS["triton"]

@@ -20,9 +20,9 @@ from vvae_fast.backends import operators, selection
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.math import AnyFlow
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.math import AnyFlow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_DEVICE = {"backend": "triton", "device": DEVICE}

@@ -15,7 +15,7 @@ from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import _heuristics, direct_backward, launch, planar
+from vvae_fast.triton import _heuristics, direct_backward, launch, planar
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = operators.OPERATORS["triton"]

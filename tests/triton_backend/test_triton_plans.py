@@ -8,7 +8,8 @@ from problems import random_problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from vvae_fast.kernels import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import (
     _heuristics,
     compact_backward,
     compact_forward,
@@ -18,7 +19,6 @@ from vvae_fast.kernels import (
     launch,
     planar,
 )
-from vvae_fast.spec import FlowSpec
 
 LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

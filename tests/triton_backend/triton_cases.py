@@ -1,6 +1,6 @@
 """What of Triton is compiled for GPUs that are not here: problems that ask for every kernel the table can choose."""
 
-from vvae_fast.kernels import _table
+from vvae_fast.triton import _table
 
 
 def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vvae_fast import config, kernels, node
+from vvae_fast import config, node
+from vvae_fast import triton as kernels
 from vvae_fast._version import __version__
 from vvae_fast.backends import cpp, cuda, gpu_choice
 from vvae_fast.backends.base import Backend

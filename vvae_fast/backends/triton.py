@@ -1,8 +1,8 @@
-"""The Triton kernels of vvae_fast/kernels, which the first call imports, as PyTorch's operators."""
+"""The Triton kernels of vvae_fast/triton, which the first call imports, as PyTorch's operators."""
 
 import torch
 
-from vvae_fast import kernels
+from vvae_fast import triton as kernels
 from vvae_fast.backends import operators
 from vvae_fast.backends.base import Backend
 

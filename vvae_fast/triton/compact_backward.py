@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.blocks import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.blocks import (
     CHUNK,
     GRAM,
     constrain_chunk,
@@ -22,10 +23,9 @@ from vvae_fast.kernels.blocks import (
     store_gram,
     store_state,
 )
-from vvae_fast.kernels.compact_gradients import GradientsPlan, launch_gradients, plan_gradients
-from vvae_fast.kernels.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
-from vvae_fast.kernels.math import AnyFlow, activate, step_adjoint, unit
-from vvae_fast.spec import FlowSpec
+from vvae_fast.triton.compact_gradients import GradientsPlan, launch_gradients, plan_gradients
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.math import AnyFlow, activate, step_adjoint, unit
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.blocks import CHUNK, dot, elements, load_params, load_w_and_u_hat, rows_of, sum_partials
-from vvae_fast.kernels.launch import Call, Launch, Tensors, ceil_div, launch
-from vvae_fast.kernels.math import AnyFlow, activate, adjoint_parts, constrain, constrain_backward, unit
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.blocks import CHUNK, dot, elements, load_params, load_w_and_u_hat, rows_of, sum_partials
+from vvae_fast.triton.launch import Call, Launch, Tensors, ceil_div, launch
+from vvae_fast.triton.math import AnyFlow, activate, adjoint_parts, constrain, constrain_backward, unit
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_slices", "num_blocks"])

@@ -7,7 +7,7 @@ parameters are shared.
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels.math import activate, determinant, h_second
+from vvae_fast.triton.math import activate, determinant, h_second
 
 
 @triton.jit

@@ -8,13 +8,13 @@ import functools
 from torch import Tensor
 
 from vvae_fast import shapes
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.compact_backward import launch_compact_backward
-from vvae_fast.kernels.compact_forward import launch_compact_forward
-from vvae_fast.kernels.direct_backward import launch_direct_backward
-from vvae_fast.kernels.direct_forward import launch_direct_forward
-from vvae_fast.kernels.launch import Tensors
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.compact_backward import launch_compact_backward
+from vvae_fast.triton.compact_forward import launch_compact_forward
+from vvae_fast.triton.direct_backward import launch_direct_backward
+from vvae_fast.triton.direct_forward import launch_direct_forward
+from vvae_fast.triton.launch import Tensors
 
 
 def planar_forward(

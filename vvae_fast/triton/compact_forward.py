@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.blocks import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.blocks import (
     CHUNK,
     GRAM,
     constrain_chunk,
@@ -20,9 +21,8 @@ from vvae_fast.kernels.blocks import (
     store_gram,
     store_state,
 )
-from vvae_fast.kernels.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
-from vvae_fast.kernels.math import AnyFlow, activate, log_abs_determinant
-from vvae_fast.spec import FlowSpec
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.math import AnyFlow, activate, log_abs_determinant
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_steps", "num_sets", "num_blocks"])

@@ -8,7 +8,7 @@ no step waits for another thread. Every dot product of a step, an H, a delta, is
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels.math import activate, constrain
+from vvae_fast.triton.math import activate, constrain
 
 CHUNK = tl.constexpr(16)  # steps
 GRAM = tl.constexpr(16 * 16)  # numbers of a chunk's Gram matrix

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.blocks import elements, sum_partials
-from vvae_fast.kernels.launch import (
+from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.blocks import elements, sum_partials
+from vvae_fast.triton.launch import (
     BARRIER_ORDERS_MEMORY,
     Call,
     Launch,
@@ -24,9 +25,8 @@ from vvae_fast.kernels.launch import (
     layouts,
     planned,
 )
-from vvae_fast.kernels.math import AnyFlow, activate, constrain, constrain_backward, step_adjoint, unit
-from vvae_fast.kernels.root import inverse_of_u, inverse_step_adjoint
-from vvae_fast.spec import FlowSpec
+from vvae_fast.triton.math import AnyFlow, activate, constrain, constrain_backward, step_adjoint, unit
+from vvae_fast.triton.root import inverse_of_u, inverse_step_adjoint
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets", "first_block", "num_blocks"])

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 
 from vvae_fast import config
-from vvae_fast.kernels import _heuristics, launch
 from vvae_fast.shapes import Problem
+from vvae_fast.triton import _heuristics, launch
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -53,4 +53,4 @@ def unsupported(problem: Problem) -> list[str]:
 @functools.cache
 def find_planar() -> ModuleType:
     """planar.py, which has the operators."""
-    return importlib.import_module("vvae_fast.kernels.planar")
+    return importlib.import_module("vvae_fast.triton.planar")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from vvae_fast.kernels import _table, launch
+from vvae_fast.triton import _table, launch
 
 # Programs that share out the rows of shared parameters, and numbers in the partial sums that they leave.
 _MOST_PARTIALS = 1024

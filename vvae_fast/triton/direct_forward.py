@@ -5,12 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vvae_fast.kernels import _heuristics
-from vvae_fast.kernels.blocks import elements
-from vvae_fast.kernels.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
-from vvae_fast.kernels.math import AnyFlow, activate, constrain, log_abs_determinant
-from vvae_fast.kernels.root import solve
 from vvae_fast.spec import FlowSpec
+from vvae_fast.triton import _heuristics
+from vvae_fast.triton.blocks import elements
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.math import AnyFlow, activate, constrain, log_abs_determinant
+from vvae_fast.triton.root import solve
 
 
 @triton.jit(do_not_specialize=["rows", "num_steps", "num_sets"])
