@@ -12,8 +12,6 @@ from problems import random_problem, relative_errors
 
 from vvae_fast.spec import FlowSpec
 
-pytestmark = pytest.mark.long
-
 
 class Mutant(NamedTuple):
     name: str
@@ -100,7 +98,7 @@ MUTANTS = [
     ),
     Mutant(
         "the last row is left out",
-        "shared_forward.cu",
+        "stage.cuh",
         "const bool inside = group < p.split.block_rows && first_row + group < p.split.rows_per_set;",
         "const bool inside = group < p.split.block_rows && first_row + group + 1 < p.split.rows_per_set;",
         ("shared_forward.cu",),
@@ -109,8 +107,8 @@ MUTANTS = [
     ),
     Mutant(
         "the inverse stages steps while others still read those behind",
-        "shared_inverse.cu",
-        "        if (!fresh) __syncthreads();  // the steps before are done with\n",
+        "stage.cuh",
+        "          if (!fresh) __syncthreads();  // the steps before are done with\n",
         "",
         ("shared_inverse.cu",),
         "thread",
@@ -219,7 +217,17 @@ def said_of(program) -> str:
     return "\n".join(filter(None, said))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+each_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+
+
+@each_mutant
+def test_each_fault_on_purpose_is_one_change(mutant):
+    (path,) = (cuda_host.CSRC / "cuda").rglob(mutant.file)
+    assert path.read_text().count(mutant.old) == 1
+
+
+@pytest.mark.long
+@each_mutant
 def test_a_wrong_kernel_is_found(mutant, tmp_path):
     program = build(mutant, tmp_path)
     said = said_of(program)
@@ -227,6 +235,7 @@ def test_a_wrong_kernel_is_found(mutant, tmp_path):
     assert mutant.caught in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sanitizer", cuda_host.SANITIZERS)
 def test_the_right_kernels_are_not(sanitizer):
     assert said_of(cuda_host.program(sanitizer)) == ""
