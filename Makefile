@@ -26,7 +26,7 @@ check: lint
 test: .venv/built
 	$(PYTEST) $(BY_FILE) --durations 10
 
-# What has the marker long: it compiles for minutes.
+# What has the marker long: it compiles for minutes, or varies what make test tries.
 test-compiled: .venv/built
 	$(PYTEST) $(BY_FILE) --durations 10 -m long
 

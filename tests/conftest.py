@@ -28,10 +28,28 @@ from vvae_fast.triton import launch
 os.environ.pop("TRITON_INTERPRET", None)  # child processes start as a user's would
 
 
+def positions(item) -> list[int]:
+    """Of a case's values, one for each `parametrize` of its test."""
+    found = []
+    for marker in item.iter_markers("parametrize"):
+        names, values = marker.args
+        case = item.callspec.params
+        value = case[names] if isinstance(names, str) else tuple(case[name] for name in names)
+        found.append(list(values).index(value))
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """The Triton kernels' own tests are tests of the GPU where there is one, and interpreted where not."""
+    """The Triton kernels' own tests are tests of the GPU if there is one, and interpreted if not.
+
+    What the marker one_in leaves out of a grid is long. Each value stays in some case. So does each pair of two axes'
+    values if a third axis has n values or more.
+    """
     for item in items:
+        thinned = item.get_closest_marker("one_in")
+        if thinned and sum(positions(item)) % thinned.args[0]:
+            item.add_marker("long")
         if item.path.name.startswith("test_triton") and torch.cuda.is_available():
             item.add_marker("gpu")
 

@@ -80,6 +80,7 @@ def rows(text: str) -> dict[tuple[str, str], str]:
     return {(row[0], row[1]): " ".join(row[2:]) for row in words}
 
 
+@pytest.mark.long
 def test_every_peer_runs_with_our_classes(tmp_path):
     pytest.importorskip("normflows"), pytest.importorskip("pyro"), pytest.importorskip("pythae")
     files = {

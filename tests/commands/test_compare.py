@@ -86,6 +86,7 @@ def test_another_configuration_is_refused_before_anything_is_trained(data, tmp_p
     assert not (out / "vanilla-seed1").exists()
 
 
+@pytest.mark.long
 def test_sigkill_loses_no_finished_epoch(data, tmp_path):
     """A killed program's comparison, taken up again, ends where an uninterrupted one ends."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -45,7 +45,15 @@ def test_a_table_in_ascii(data, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
-@pytest.mark.parametrize("reader", ["| true", "| head -1", "> /dev/full", ">&-", "2>&- >&- <&-"])
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "| head -1",
+        "> /dev/full",
+        "2>&- >&- <&-",
+        *(pytest.param(reader, marks=pytest.mark.long) for reader in ("| true", ">&-")),
+    ],
+)
 def test_readers_that_go_and_streams_that_fail(data, tmp_path, reader):
     done = shell(f"$PROGRAM compare {OPTIONS} --seeds 0 --data {data} --out out {reader}", tmp_path)
     # What fits into a pipe before its reader goes is no failure.

@@ -69,6 +69,7 @@ def test_log_det_is_the_jacobians(activation, constraint):
     torch.testing.assert_close(torch.linalg.slogdet(jacobians).logabsdet, log_det, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("batch", "params"), BATCHES)
 @each_pair
 def test_derivatives_to_second_order_in_both_modes(activation, constraint, batch, params):

@@ -83,6 +83,7 @@ def test_no_steps_without_gradients(kind, backend):
         assert torch.equal(z_K, p["z"])
 
 
+@pytest.mark.one_in(3)
 @kinds
 @each_backend
 @pytest.mark.parametrize("activation", ACTIVATIONS)

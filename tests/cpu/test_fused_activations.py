@@ -28,6 +28,7 @@ def test_float64_is_the_oracle(isa, activation, constraint):
             assert_close_to_oracle(p, constraint, 1e-10, **others)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("params", [(), (200,)])
 @pytest.mark.parametrize(("num_steps", "dim"), [(16, 6), (32, 64)])
 @pytest.mark.parametrize("activation", ["leaky_relu", "elu", "sigmoid", "linear"])

@@ -66,6 +66,7 @@ def test_many_steps(params):
         assert_close_to_reference(random_problem((21,), num_steps, dim, params, 0.5, torch.float64), 1e-10)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("params", [(), (200,)])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (20, 5), (32, 64)])
 @pytest.mark.parametrize("scale", [0.3, 0.7])
@@ -79,7 +80,7 @@ def test_float32_accuracy_of_each_activation(activation):
     assert_accuracy_rule((200, 20, 5, 0.3, ()), inverse=True, activation=activation)
 
 
-@pytest.mark.parametrize("params", [(), (200,)])
+@pytest.mark.parametrize("params", [(), pytest.param((200,), marks=pytest.mark.long)])
 def test_amplifying_flows(params):
     """Many more steps than dimensions: rounding grows fifty times."""
     assert_accuracy_rule((200, 100, 4, 0.7, params), inverse=True)

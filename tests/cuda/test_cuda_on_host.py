@@ -117,6 +117,7 @@ def test_shapes(plain, dtype, form):
     check(cases, cuda_host.run(plain, cases))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -220,6 +221,7 @@ def test_the_bits_of_a_row_are_the_same_alone(plain, kind, dim):
                 assert torch.equal(answer.tensors[i][where], together.tensors[i][row]), (batch, params, NAMES[i])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["direct", "compact", "elu", "inverse", "inverse of sigmoid"])
 @pytest.mark.parametrize("params", [(), (9,)], ids=["shared", "amortized"])
 @pytest.mark.parametrize("scale", [0.3, 0.7])

@@ -18,13 +18,12 @@ from problems import (
 )
 from test_fused_inverse import run as invert
 from test_planar_flow import (
-    ACCURACY_CASES,
     BATCHES,
     EDGES,
     EMPTY_OR_SMALL,
+    SCALED,
     STEPS_AND_DIMS,
     edge_problem,
-    expand_cases,
     strided_views,
 )
 
@@ -87,9 +86,10 @@ def test_every_formula_of_the_cuda_kernels(batch, params, activation):
             assert max(relative_errors(got, wanted)) < 1e-10, (dim, formulas)
 
 
-@pytest.mark.parametrize("case", expand_cases(ACCURACY_CASES))
-def test_float32_accuracy(on_gpu, case):
-    assert_accuracy_rule(case, **on_gpu)
+@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@pytest.mark.parametrize(("rows", "num_steps", "dim", "scale"), SCALED)
+def test_float32_accuracy(on_gpu, rows, num_steps, dim, scale, amortized):
+    assert_accuracy_rule((rows, num_steps, dim, scale, (rows,) if amortized else ()), **on_gpu)
 
 
 COMPACT_CASES = pytest.mark.parametrize(

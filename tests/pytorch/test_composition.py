@@ -60,6 +60,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("fresh_compiler")
 @both
 @ways
@@ -183,6 +184,7 @@ def test_the_flow_under_transforms(activation, constraint):
     torch.testing.assert_close(forward, jacrev(jacrev(lambda z: flow(z)[1].sum()))(p.z))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("params", [(), (3,)])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @each_activation

@@ -39,6 +39,7 @@ def saved_and_loaded(traced):
     return torch.jit.load(file)
 
 
+@pytest.mark.one_in(2)
 @both
 @ways
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -55,7 +56,9 @@ def test_a_trace_has_the_values_and_gradients(amortized, way, activation):
     torch.testing.assert_close(got, gradients(wanted, [*inputs, *module.parameters()]))
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "elu"])
+@pytest.mark.parametrize(
+    "activation", ["tanh", *(pytest.param(name, marks=pytest.mark.long) for name in ("sigmoid", "elu"))]
+)
 def test_a_trace_searches_as_long_as_other_inputs_need(activation):
     """The root of the traced inputs is found at once, those of others are not."""
     module = make(False, "inverse", activation, torch.float64)

@@ -7,7 +7,7 @@ COMMON = {"deadline": None, "print_blob": True, "database": None}
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 # The same examples everywhere and always: a verdict is the code's alone.
-settings.register_profile("test", max_examples=200, derandomize=True, suppress_health_check=SUPPRESSED, **COMMON)
+settings.register_profile("test", max_examples=100, derandomize=True, suppress_health_check=SUPPRESSED, **COMMON)
 # The same under a sanitizer, tests/cpu/sanitized.py, where an example takes longer.
 settings.register_profile("sanitize", max_examples=50, derandomize=True, suppress_health_check=SUPPRESSED, **COMMON)
 # Others in every run, whose seed is printed.

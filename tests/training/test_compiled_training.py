@@ -196,6 +196,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_two_processes_compile_and_train_what_one_does(bits, tmp_path):
     """80 training rows: the last batch has 1, and one of the processes none of it."""
     (tmp_path / "program.py").write_text(TWO_PROCESSES)

@@ -120,7 +120,13 @@ def test_variables_that_are_not_sound(environment, tmp_path, capsys, changes, me
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("names", [["LOCAL_WORLD_SIZE"], ["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+        *(pytest.param([name], marks=pytest.mark.long) for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID")),
+    ],
+)
 def test_leftovers_are_named_and_change_nothing(tmp_path, names):
     """In a process of its own: Lightning takes its rank from them when it is imported; one of 1 saves nothing."""
     np.save(tmp_path / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)))

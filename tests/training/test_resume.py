@@ -40,7 +40,7 @@ def without_times(content: object) -> object:
     return list(map(without_times, content)) if isinstance(content, list) else content
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["adamax", pytest.param("adam", marks=pytest.mark.long)])
 def test_sigkill_within_an_epoch(tmp_path, model):
     np.save(tmp_path / "grey.npy", np.random.default_rng(0).random((100, 16)))  # dynamic: bits are drawn anew
     command = f"{OPTIONS} {MODELS[model]} --data {tmp_path / 'grey.npy'} --out".split()

@@ -52,6 +52,7 @@ BATCHES = [
 STEPS_AND_DIMS = [(1, 1), (2, 3), (5, 8), (3, 33), (17, 5), (2, 70)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("num_steps", "dim"), STEPS_AND_DIMS)
 @pytest.mark.parametrize(("batch", "params"), BATCHES)
@@ -70,6 +71,7 @@ def test_without_the_constraint(batch, params, num_steps, dim):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("params", [(), (20,)])
 @pytest.mark.parametrize("dim", [1, 6, 40, 300])
@@ -88,6 +90,7 @@ def test_programs_that_take_several_blocks_of_rows(monkeypatch, most):
     assert_close_to_oracle(random_problem((150,), 3, 6, scale=0.5, dtype=torch.float64), "softplus", 1e-12, **ON_DEVICE)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("params", [(), (9,)])
 @pytest.mark.parametrize(("num_steps", "dim"), [(8, 4), (6, 20), (8, 2)])
 def test_float32_accuracy(num_steps, dim, params):
@@ -236,7 +239,7 @@ def test_a_frozen_flow_gets_the_same_dz_alone(batch, params, compact, monkeypatc
     assert torch.equal(dz, invert(p, "triton")[2])
 
 
-@pytest.mark.parametrize("params", [(), (3,)])
+@pytest.mark.parametrize("params", [(), pytest.param((3,), marks=pytest.mark.long)])
 def test_gradients_of_every_order(params):
     p = random_problem((3,), 2, 2, params, scale=0.5, dtype=torch.float64).to(DEVICE)
     inputs = [t.requires_grad_() for t in p.inputs]

@@ -57,6 +57,7 @@ def compact(p: Problem, constraint: str = "softplus", save: bool = True, **other
     return *outputs, dz.view(*batch, dim).cpu(), *(t.cpu() for t in grads)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("constraint", ["softplus", "none"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_float64_is_the_oracle(shape, constraint):
@@ -80,13 +81,16 @@ def test_saving_nothing_changes_nothing(name):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize(("num_steps", "dim", "params"), [(20, 32, ()), (18, 70, ()), (6, 20, (8,))])
+@pytest.mark.parametrize(
+    ("num_steps", "dim", "params"), [(20, 32, ()), pytest.param(18, 70, (), marks=pytest.mark.long), (6, 20, (8,))]
+)
 def test_float32_accuracy(num_steps, dim, params, monkeypatch):
     """The rule of the direct form. On a GPU tl.dot is three products in tf32."""
     monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: True)
     assert_accuracy_rule((8, num_steps, dim, 0.7, params), backend="triton", device=DEVICE)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["three chunks, ragged rows and columns", "columns in several tiles, z in memory"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_cast(name, dtype):

@@ -53,6 +53,7 @@ def test_direct(activation, constraint, batch, params, eps):
     assert_close_to_oracle(p, constraint, 1e-12, **ON_DEVICE, **others)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("params", "eps"), [((), 1e-4), ((2,), 0.0)], ids=str)
 @pytest.mark.parametrize(("activation", "constraint"), PAIRS[::2])
@@ -67,6 +68,7 @@ def test_compact(activation, constraint, params, eps, monkeypatch):
     assert_close_to_oracle(p, constraint, 1e-10, **ON_DEVICE, **others)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("params", [(), (9,)])
 @beside_tanh
 def test_float32_accuracy(activation, params):
