@@ -65,7 +65,7 @@ def every_kernel_of_few(dtype: torch.dtype) -> list[Case]:
     cases = []
     dims = [3, 4, 13, 16, 41, 64, 200, 256, 421, 512 if dtype == torch.float64 else 1024]
     for i, dim in enumerate(dims):
-        other = FlowSpec(activation=OTHERS[i % 4])
+        other = FlowSpec(activation=OTHERS[i % len(OTHERS)])
         for batch, params in (((21,), ()), ((5,), (5,)), ((2, 3), (3,))):
             steps = (2, 5)[i % 2]
             p = random_problem(batch, steps, dim, params, scale=0.5, dtype=dtype, seed=dim)
