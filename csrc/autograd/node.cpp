@@ -258,7 +258,10 @@ Outputs planar_flow(const Tensor& z, const Tensor& u, const Tensor& w, const Ten
 
 Outputs packed_planar_flow(const Tensor& z, const Tensor& packed, int64_t steps, int64_t constraint, int64_t activation,
                            double slope, double log_det_eps, const std::string& prefix) {
-  const auto [u, w, b] = unpack(packed, steps, z.size(1));
+  const auto [u, w, b] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // these views are for the kernels alone
+    return unpack(packed, steps, z.size(1));
+  }();
   return run<2>({z, packed}, u, w, b, how_of(constraint, activation, slope, log_det_eps, prefix));
 }
 
