@@ -68,27 +68,9 @@ PLANAR_FN void outer(T* out, const T* X, const T* Y, int64_t rows, int64_t colum
     }
 }
 
-// tile [dim][kTile] = the transpose of rows 0..n of x, lanes behind n zero.
 template <class T>
-PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
-  if (x.col != 1) {
-    for (int64_t d = 0; d < dim; ++d)
-      for (int64_t i = 0; i < kTile; ++i) tile[d * kTile + i] = i < n ? x.data[i * x.row + d * x.col] : T(0);
-    return;
-  }
-  for (int64_t lane = 0; lane < kTile; lane += W)
-    for (int64_t d = 0; d < dim; d += W) {
-      typename S::V block[W];
-      for (int i = 0; i < W; ++i) {
-        block[i] = S::splat(0);
-        if (lane + i < n) block[i] = S::load_first(x.data + (lane + i) * x.row + d, dim - d);
-      }
-      transpose<T>(block);
-      for (int i = 0; i < W; ++i)
-        if (d + i < dim) S::store(tile + (d + i) * kTile + lane, block[i]);
-    }
+PLANAR_FN void fill(T* p, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
 // A whole vector, past the caches where `stream` says so and its address allows it.
@@ -97,37 +79,6 @@ PLANAR_FN void store_whole(T* p, typename Simd<T>::V x, bool stream) {
   using S = Simd<T>;
   if (stream && reinterpret_cast<uintptr_t>(p) % sizeof(x) == 0) return S::stream(p, x);
   S::store(p, x);
-}
-
-// Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
-template <class T>
-PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim, bool stream = false) {
-  using S = Simd<T>;
-  constexpr int W = S::width;
-  for (int64_t lane = 0; lane < n; lane += W)
-    for (int64_t d = 0; d < dim; d += W) {
-      typename S::V block[W];
-      for (int i = 0; i < W; ++i) {
-        block[i] = S::splat(0);
-        if (d + i < dim) block[i] = S::load(tile + (d + i) * kTile + lane);
-      }
-      transpose<T>(block);
-      for (int i = 0; i < W && lane + i < n; ++i) {
-        T* to = x.data + (lane + i) * x.row + d;
-        if (d + W <= dim)
-          store_whole(to, block[i], stream);
-        else
-          S::store_first(to, block[i], dim - d);
-      }
-    }
-}
-
-// Asks for the rows of x that the tile from `row` on will load: more streams than the hardware follows by itself.
-template <class T>
-PLANAR_FN void prefetch_tile(Matrix<const T> x, int64_t row, int64_t rows, int64_t dim) {
-  if (x.col != 1) return;
-  for (int64_t i = row; i < rows && i < row + kTile; ++i)
-    for (int64_t d = 0; d < dim; d += int64_t(64 / sizeof(T))) __builtin_prefetch(x.data + i * x.row + d);
 }
 
 // The first n elements of x to and from a row of a tile.
@@ -153,9 +104,67 @@ PLANAR_FN void store_lanes(const T* from, Column<T> x, int64_t n, bool stream = 
   }
 }
 
+// The columns of a row from which on transposing vectors is faster than moving single elements.
 template <class T>
-PLANAR_FN void fill(T* p, T value, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = value;
+constexpr int64_t kTransposed = Simd<T>::width / 2;
+
+// tile [dim][kTile] = the transpose of rows 0..n of x, lanes behind n zero.
+template <class T>
+PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  if (x.col != 1 || dim < kTransposed<T>) {
+    for (int64_t d = 0; d < dim; ++d) load_lanes(tile + d * kTile, Column<const T>{x.data + d * x.col, x.row}, n, T(0));
+    return;
+  }
+  for (int64_t lane = 0; lane < n; lane += W)
+    for (int64_t d = 0; d < dim; d += W) {
+      typename S::V block[W];
+      for (int i = 0; i < W; ++i) {
+        block[i] = S::splat(0);
+        if (lane + i < n) block[i] = S::load_first(x.data + (lane + i) * x.row + d, dim - d);
+      }
+      transpose<T>(block);
+      for (int i = 0; i < W; ++i)
+        if (d + i < dim) S::store(tile + (d + i) * kTile + lane, block[i]);
+    }
+  const int64_t loaded = round_up(n, W);
+  for (int64_t d = 0; d < dim; ++d) fill(tile + d * kTile + loaded, T(0), kTile - loaded);
+}
+
+// Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
+template <class T>
+PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim, bool stream = false) {
+  using S = Simd<T>;
+  constexpr int W = S::width;
+  if (dim < kTransposed<T>) {
+    for (int64_t d = 0; d < dim; ++d) store_lanes(tile + d * kTile, Column<T>{x.data + d, x.row}, n);
+    return;
+  }
+  for (int64_t lane = 0; lane < n; lane += W)
+    for (int64_t d = 0; d < dim; d += W) {
+      typename S::V block[W];
+      for (int i = 0; i < W; ++i) {
+        block[i] = S::splat(0);
+        if (d + i < dim) block[i] = S::load(tile + (d + i) * kTile + lane);
+      }
+      transpose<T>(block);
+      for (int i = 0; i < W && lane + i < n; ++i) {
+        T* to = x.data + (lane + i) * x.row + d;
+        if (d + W <= dim)
+          store_whole(to, block[i], stream);
+        else
+          S::store_first(to, block[i], dim - d);
+      }
+    }
+}
+
+// Asks for the rows of x that the tile from `row` on will load: more streams than the hardware follows by itself.
+template <class T>
+PLANAR_FN void prefetch_tile(Matrix<const T> x, int64_t row, int64_t rows, int64_t dim) {
+  if (x.col != 1) return;
+  for (int64_t i = row; i < rows && i < row + kTile; ++i)
+    for (int64_t d = 0; d < dim; d += int64_t(64 / sizeof(T))) __builtin_prefetch(x.data + i * x.row + d);
 }
 
 template <class T>
