@@ -68,17 +68,29 @@ void prepare(const Problem<T>& p, const Prepared<T>& flow, T* scratch) {
 
 template <class T>
 int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
-  return (dim + 2 * kChunk + 1) * kTile;
+  return (dim + 2 * kChunk + 3) * kTile;
 }
 
-// h and log_det of the steps of one chunk from P = z W^T + b in a: (9), (7), (26). The inverse leaves -h and the roots
-// a of (17).
+// The sums (26) of a tile between two chunks: their parts log, high and low, [kTile] each.
+template <class T>
+PLANAR_FN LogDet<Simd<T>> load_sum(const T* sums) {
+  using S = Simd<T>;
+  return {S::load(sums), S::load(sums + kTile), S::load(sums + 2 * kTile)};
+}
+template <class T>
+PLANAR_FN void store_sum(T* sums, const LogDet<Simd<T>>& sum) {
+  using S = Simd<T>;
+  S::store(sums, sum.log), S::store(sums + kTile, sum.high), S::store(sums + 2 * kTile, sum.low);
+}
+
+// h of the steps of one chunk from P = z W^T + b in a, and the sums with these steps: (9), (7), (26). The inverse leaves
+// -h and the roots a of (17).
 template <class T, bool inverse, class F>
-PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& flow, int64_t start, int64_t steps, const F& f) {
+PLANAR_FN void scan(T* a, T* h, T* sums, const Prepared<T>& flow, int64_t start, int64_t steps, const F& f) {
   using S = Simd<T>;
   for (int lane = 0; lane < kTile; lane += kRegisters * S::width) {
     LogDet<S> sum[kRegisters];
-    for (int v = 0; v < kRegisters; ++v) sum[v] = no_steps<S>();
+    for (int v = 0; v < kRegisters; ++v) sum[v] = load_sum(sums + lane + v * S::width);
     for (int64_t k = 0; k < steps; ++k) {
       const auto c = S::splat(flow.c[start + k]), s = S::splat(flow.s[start + k]), sunk = S::splat(flow.sunk[start + k]);
       typename S::V acc[kRegisters];
@@ -95,10 +107,17 @@ PLANAR_FN void scan(T* a, T* h, T* log_det, const Prepared<T>& flow, int64_t sta
       }
       add_step<S, kRegisters>(sum, act, c, s, sunk, f);
     }
-    for (int v = 0; v < kRegisters; ++v) {
-      T* to = log_det + lane + v * S::width;
-      S::store(to, inverse ? S::load(to) - value<S>(sum[v]) : S::load(to) + value<S>(sum[v]));
-    }
+    for (int v = 0; v < kRegisters; ++v) store_sum(sums + lane + v * S::width, sum[v]);
+  }
+}
+
+// log_det [kTile] in the place of the sums' logarithms; the inverse map's is its negative.
+template <class T, bool inverse>
+PLANAR_FN void take_logarithms(T* sums) {
+  using S = Simd<T>;
+  for (int lane = 0; lane < kTile; lane += S::width) {
+    const auto log_det = value<S>(load_sum(sums + lane));
+    S::store(sums + lane, inverse ? 0 - log_det : log_det);
   }
 }
 
@@ -110,21 +129,22 @@ void shared_forward(const Forward<T>& p, const Prepared<T>& flow, int64_t tile, 
   T* z = scratch;              // [dim][kTile]
   T* a = z + p.dim * kTile;    // [kChunk][kTile]
   T* h = a + kChunk * kTile;   // [kChunk][kTile]
-  T* log_det = h + kChunk * kTile;
+  T* sums = h + kChunk * kTile;  // [3][kTile]
   load_tile(z, p.z.from(row), n, p.dim);
   prefetch_tile(p.z, row + kTile, p.rows, p.dim);
-  fill(log_det, T(0), kTile);
+  for (int lane = 0; lane < kTile; lane += Simd<T>::width) store_sum(sums + lane, no_steps<Simd<T>>());
   for (int64_t start = 0; start < p.steps; start += flow.chunk) {
     const int64_t steps = p.steps - start < flow.chunk ? p.steps - start : flow.chunk;
     for (int64_t k = 0; k < steps; ++k) fill(a + k * kTile, flow.b[start + k], kTile);
     product(a, flow.w + start * p.dim, p.dim, 1, z, steps, p.dim);  // P = z W^T + b
-    scan<T, inverse>(a, h, log_det, flow, start, steps, f);
+    scan<T, inverse>(a, h, sums, flow, start, steps, f);
     product(z, flow.u_hat + start * p.dim, 1, p.dim, h, p.dim, steps);  // (10)
     if (p.a.data)
       for (int64_t k = 0; k < steps; ++k) store_lanes(a + k * kTile, p.a.lanes(start + k, row), n, p.stream);
   }
   store_tile(z, p.z_K.from(row), n, p.dim, p.stream);
-  store_lanes(log_det, p.log_det.from(row), n);
+  take_logarithms<T, inverse>(sums);
+  store_lanes(sums, p.log_det.from(row), n);
   if (p.stream) Simd<T>::fence();
 }
 

@@ -129,7 +129,7 @@ PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
         if (d + i < dim) S::store(tile + (d + i) * kTile + lane, block[i]);
     }
   const int64_t loaded = round_up(n, W);
-  for (int64_t d = 0; d < dim; ++d) fill(tile + d * kTile + loaded, T(0), kTile - loaded);
+  for (int64_t d = 0; d < dim && loaded < kTile; ++d) fill(tile + d * kTile + loaded, T(0), kTile - loaded);
 }
 
 // Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
