@@ -1,6 +1,7 @@
 """Planar flows as modules."""
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ class _Planar(nn.Module):
             points.append(planar_flow(points[-1], *step, **self._options())[0])
         return torch.stack(points)
 
-    def _repr(self, **sizes: int) -> str:
-        """The sizes, and the options that differ from their defaults."""
-        defaults = {**DEFAULT.options(), "backend": None}
-        changed = {name: x for name, x in self._options().items() if x != defaults[name]}
-        return ", ".join([f"{name}={x!r}" for name, x in (sizes | changed).items()])
+    def _repr(self, **sizes: int | None) -> str:
+        """The sizes that are not None, and the options that differ from their defaults."""
+        defaults = {**dict.fromkeys(sizes), **DEFAULT.options(), "backend": None}
+        shown = {name: x for name, x in (sizes | self._options()).items() if x != defaults[name]}
+        return ", ".join([f"{name}={x!r}" for name, x in shown.items()])
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dtype, ...] = ()) -> None:
@@ -173,6 +174,16 @@ class PlanarFlow(_Planar):
         return self._repr(dim=self.dim, num_steps=self.num_steps)
 
 
+def _num_params(dim: int, num_steps: int) -> int:
+    """The length of u, w and b, concatenated."""
+    return num_steps * (2 * dim + 1)
+
+
+def largest_rank(dim: int, num_steps: int, context_dim: int) -> int:
+    """Of an amortized flow's head; a larger one would restrict nothing."""
+    return min(context_dim, _num_params(dim, num_steps))
+
+
 class _Head(Linear):
     """A linear layer that its flow initialises."""
 
@@ -181,7 +192,7 @@ class _Head(Linear):
 
 
 class AmortizedPlanarFlow(_Planar):
-    """K planar steps with a parameter set for each data point, which one linear head computes from a context.
+    """K planar steps with a parameter set for each data point, which a linear head computes from a context.
 
     Starts as the identity map for every context, with constraint="none" by u = 0. `flow(z, context)` takes context
     [*params, F] and z [*batch, D], where *params are the trailing dimensions of *batch, and returns (z_K [*batch, D],
@@ -189,9 +200,16 @@ class AmortizedPlanarFlow(_Planar):
     context)` maps back. activation, slope, constraint and backend are those of `planar_flow`. A flow in half precision
     takes the context in its own dtype, and z in its own dtype or in float32.
 
-    Raises TypeError or ValueError if dim, context_dim (at least 1) or num_steps (at least 0) is not a size, or if
+    The head, F -> K (2 D + 1), is most of an amortized flow's cost. With rank = r it is F -> r -> K (2 D + 1): first
+    `head.down`, without a bias, then `head.up`. A rank above min(F, K (2 D + 1)) is refused: it would restrict nothing,
+    and cost more than the full head of rank=None.
+
+    Raises TypeError or ValueError if dim, context_dim, rank (at least 1) or num_steps (at least 0) is not a size, or if
     another argument is not a known name or is out of range.
     """
+
+    rank: int | None = None  # for modules that were pickled before there was one
+    head: Any  # a module, which may be the user's own
 
     def __init__(
         self,
@@ -199,6 +217,7 @@ class AmortizedPlanarFlow(_Planar):
         num_steps: int,
         context_dim: int,
         *,
+        rank: int | None = None,
         activation: str = "tanh",
         slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
@@ -206,22 +225,39 @@ class AmortizedPlanarFlow(_Planar):
     ) -> None:
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
         self.context_dim = check_size("context_dim", context_dim, 1)
-        self.head = _Head(self.context_dim, self.num_steps * (2 * self.dim + 1))  # u, w, b concatenated
+        self.rank = None if rank is None else self._check_rank(rank)
+        up = _Head(self.context_dim if self.rank is None else self.rank, _num_params(self.dim, self.num_steps))
+        if self.rank is None:
+            self.head = up
+        else:
+            self.head = nn.Sequential(OrderedDict(down=_Head(self.context_dim, self.rank, bias=False), up=up))
         self.reset_parameters()
+
+    def _check_rank(self, rank: int) -> int:
+        rank, most = check_size("rank", rank, 1), largest_rank(self.dim, self.num_steps, self.context_dim)
+        if rank > most:
+            raise ValueError(
+                f"rank must be at most min(F, K (2 D + 1)) = {most}, got {rank}: use rank=None, which costs less"
+            )
+        return rank
 
     def reset_parameters(self) -> None:
         """Puts an identity flow's u, w and b into the head's bias. In the head's weight only b's rows are not zero.
 
-        u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start.
+        u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start. With a
+        rank this holds for `head.up`, and `head.down` keeps the size of a context, so that b varies as much.
         """
-        w = torch.empty_like(self.head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
-        bound = self.context_dim**-0.5  # of nn.Linear's own initialisation
+        head = self.head if self.rank is None else self.head.up
+        w = torch.empty_like(head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
+        bound = head.in_features**-0.5  # of nn.Linear's own initialisation
         with torch.no_grad():
             w.normal_(std=self.dim**-0.5)
             b = torch.randn_like(w[:, 0])
-            self.head.bias.copy_(torch.cat([_identity_u(w, self.constraint).flatten(), w.flatten(), b]))
-            self.head.weight.zero_()
-            self.head.weight[2 * w.numel() :].uniform_(-bound, bound)
+            head.bias.copy_(torch.cat([_identity_u(w, self.constraint).flatten(), w.flatten(), b]))
+            head.weight.zero_()
+            head.weight[2 * w.numel() :].uniform_(-bound, bound)
+            if self.rank is not None:
+                self.head.down.weight.normal_(std=self.context_dim**-0.5)
 
     def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F]."""
@@ -252,7 +288,7 @@ class AmortizedPlanarFlow(_Planar):
 
     @untraced
     def _check_packed(self, packed: Tensor, context: Tensor) -> None:
-        wanted = (*context.shape[:-1], self.num_steps * (2 * self.dim + 1))
+        wanted = (*context.shape[:-1], _num_params(self.dim, self.num_steps))
         if not isinstance(packed, Tensor) or packed.shape != wanted:
             got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed).__name__
             raise ValueError(f"head must give [*params, K (2 D + 1)] = {wanted}, got {got}")
@@ -286,4 +322,4 @@ class AmortizedPlanarFlow(_Planar):
         return self._trajectory(z, *self._params_for(z, context))
 
     def extra_repr(self) -> str:
-        return self._repr(dim=self.dim, num_steps=self.num_steps, context_dim=self.context_dim)
+        return self._repr(dim=self.dim, num_steps=self.num_steps, context_dim=self.context_dim, rank=self.rank)
