@@ -15,14 +15,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.flow.loops import PLAIN, REFERENCE, Loop, Looped, plain_loop, reference_loop
-from benchmarks.study.study_results import EPOCHS, FOLDER, OURS
+from benchmarks.study.study_results import EPOCHS, FOLDER, OURS, model_of
 from vvae_fast.train.base.environment import describe_environment
 from vvae_fast.train.base.files import make_folder, write_json
 from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
@@ -76,7 +75,7 @@ def _endless(loader) -> Iterator[Tensor]:
 def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int, num_steps: int) -> dict:
     """The content of EPOCHS: seconds of an epoch for each model and loop, and in the best and the worst round."""
     contestants = {
-        (model, name): Contestant(replace(base, model=model.kind, num_steps=model.num_steps), dataset, loop)
+        (model, name): Contestant(model.config(base, base.seed), dataset, loop)
         for model in models
         for name, loop in LOOPS.items()
         if model.kind != VANILLA or name == OURS  # the vanilla VAE has no flow to loop over
@@ -92,7 +91,8 @@ def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int,
     for (model, name), contestant in contestants.items():
         times = [batches * seconds for seconds in contestant.medians]
         spread = {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-        rows.append({"model": model.kind, "num_steps": model.num_steps, "backend": name, **spread})
+        about = {"model": model.kind, "num_steps": model.num_steps, "rank": model.rank, "backend": name}
+        rows.append({**about, **spread})
     return {"rounds": rounds, "steps": num_steps, "environment": describe_environment(), "epochs": rows}
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     make_folder(out)
     write_json(out / EPOCHS, content)
     for row in content["epochs"]:
-        print(f"{row['model']:10} K={row['num_steps']:<3} {row['backend']:10} {row['seconds']:.3f} s")
+        print(f"{model_of(row).label:30} {row['backend']:10} {row['seconds']:.3f} s")
     print(f"{out / EPOCHS} is written.")
 
 

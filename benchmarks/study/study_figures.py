@@ -1,5 +1,6 @@
 """The figure of a study: -ELBO and NLL, and the gap between them, against the flow's length."""
 
+import itertools
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from benchmarks.study.study_results import VANILLA_MODEL, Results
 from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
+RANK_COLORS = ("#e67e22", "#b7950b", "#8e44ad", "#1e8449")  # of heads with a rank, in turn
 VANILLA_COLOR = "#7f8c8d"
 STYLES = {"neg_elbo": ("-ELBO", "--", "s"), "nll": ("NLL", "-", "o"), "gap": ("gap", "-", "o")}
 
@@ -35,16 +37,15 @@ def _draw(results: Results) -> Figure:
 
 
 def _draw_score(axes, results: Results, key: str, named: bool) -> None:
-    """A line for each kind of flow with the seeds' deviations, and the vanilla VAE's level."""
+    """A line for each family of flows with the seeds' deviations, and the vanilla VAE's level."""
     _, line, marker = STYLES[key]
     mean, deviation = results.score(VANILLA_MODEL, key)
     axes.axhline(mean, color=VANILLA_COLOR, linestyle=line, label="vanilla" if named else None)
     axes.axhspan(mean - deviation, mean + deviation, color=VANILLA_COLOR, alpha=0.15, linewidth=0)
-    for kind, color in COLORS.items():
-        models = results.flows(kind)
-        if not models:
-            continue
+    others = itertools.cycle(RANK_COLORS)
+    for family in results.families:
+        models, color = results.flows(family), COLORS.get(family) or next(others)
         means, deviations = zip(*(results.score(model, key) for model in models), strict=True)
         style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "capsize": 2}
-        label = kind if named else None
+        label = family if named else None
         axes.errorbar([model.num_steps for model in models], means, yerr=deviations, label=label, **style)

@@ -4,6 +4,7 @@ Everything here is a function of docs/results/ and configs/: the same files give
 typed by hand.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -12,9 +13,8 @@ import yaml
 from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report.report import table
 from benchmarks.study import study_figures
-from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, read_all
+from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, model_of, read_all
 from benchmarks.study.study_text import conclusions, findings, introduction, limitations
-from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
 from vvae_fast.train.study.compare import Model
 
 PAGE = ROOT / "docs" / "results.md"
@@ -30,7 +30,7 @@ TITLES = {
 def model_table(results: Results) -> str:
     """A row for each model: means and deviations over the seeds, and the seconds of an epoch with each loop."""
     lines = []
-    for model in [VANILLA_MODEL, *results.flows(AMORTIZED), *results.flows(SHARED)]:
+    for model in [VANILLA_MODEL, *itertools.chain.from_iterable(map(results.flows, results.families))]:
         scores = [results.score(model, key).text() for key in ("neg_elbo", "nll", "gap", "kl")]
         active = results.score(model, "active_units").text(1)
         parameters = f"{results.runs[model][0]['num_parameters']:,}"
@@ -61,7 +61,7 @@ def published_table(results: Results, published: list[dict]) -> str:
     columns = ["model", "K", "ours: -ELBO", "ours: NLL", "theirs: -ELBO", "theirs: NLL", "theirs", "their protocol"]
     lines = []
     for row in published:
-        model = Model(row["model"], row["num_steps"])
+        model = model_of(row)
         ours = [results.score(model, key).text() if model in results.runs else "not run" for key in ("neg_elbo", "nll")]
         theirs = [row.get(key, "-") for key in ("neg_elbo", "nll")]
         lines.append([model.title, str(model.num_steps), *ours, *theirs, row["by"], row["protocol"]])

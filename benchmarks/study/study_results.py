@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vvae_fast.train.run.runconfig import VANILLA
+from vvae_fast.train.run.runconfig import FULL, VANILLA
 from vvae_fast.train.study.compare import RESULTS, Model
 from vvae_fast.train.study.studies import Study, load_study
 
@@ -54,9 +54,15 @@ class Results:
         pairs = zip(self.runs[model], self.runs[VANILLA_MODEL], strict=True)
         return _spread([run[key] - vanilla[key] for run, vanilla in pairs])
 
-    def flows(self, kind: str) -> list[Model]:
-        """The models of a kind, the shortest flow first."""
-        return sorted((model for model in self.runs if model.kind == kind), key=lambda model: model.num_steps)
+    @property
+    def families(self) -> list[str]:
+        """The families of flows, amortized ones first, by rank."""
+        flows = sorted((model for model in self.runs if model.kind != VANILLA), key=lambda x: (x.kind, x.rank))
+        return list(dict.fromkeys(model.family for model in flows))
+
+    def flows(self, family: str) -> list[Model]:
+        """The models of a family, the shortest flow first."""
+        return sorted((model for model in self.runs if model.family == family), key=lambda model: model.num_steps)
 
     def has_seconds(self, backend: str) -> bool:
         """Whether any seconds were measured with this backend."""
@@ -65,9 +71,8 @@ class Results:
     def seconds(self, model: Model, backend: str) -> float | None:
         """Seconds of an epoch; None if not measured. The vanilla VAE has no flow: its seconds hold for all backends."""
         backend = OURS if model.kind == VANILLA else backend
-        wanted = (model.kind, model.num_steps, backend)
         rows = [] if self.epochs is None else self.epochs["epochs"]
-        return next((x["seconds"] for x in rows if (x["model"], x["num_steps"], x["backend"]) == wanted), None)
+        return next((x["seconds"] for x in rows if (model_of(x), x["backend"]) == (model, backend)), None)
 
 
 def _spread(values: list[float]) -> Spread:
@@ -81,17 +86,18 @@ def read(folder: Path, config: Path) -> Results:
     for name, value in study.settings.items():
         if content["config"][name] != value:
             raise Unusable(f"{folder / RESULTS}: {name} is {content['config'][name]}, in {config} {value}")
-    found = {(run["model"], run["num_steps"], run["seed"]): run for run in content["runs"]}
-    missing = [(m.kind, m.num_steps, s) for m in study.models for s in study.seeds if (*_key(m), s) not in found]
+    found = {(model_of(run), run["seed"]): run for run in content["runs"]}
+    missing = [f"{m.label}, seed {s}" for m in study.models for s in study.seeds if (m, s) not in found]
     if missing:
         raise Unusable(f"{folder / RESULTS} lacks {len(missing)} runs of {config}, such as {missing[0]}")
-    runs = {model: [found[(*_key(model), seed)] for seed in study.seeds] for model in study.models}
+    runs = {model: [found[model, seed] for seed in study.seeds] for model in study.models}
     epochs = folder / EPOCHS
     return Results(study, runs, content["environment"], json.loads(epochs.read_text()) if epochs.exists() else None)
 
 
-def _key(model: Model) -> tuple[str, int]:
-    return model.kind, model.num_steps
+def model_of(row: dict) -> Model:
+    """The model of a run or of an epoch's seconds; files without ranks are of full heads."""
+    return Model(row["model"], row["num_steps"], row.get("rank", FULL))
 
 
 def read_all(folder: Path = FOLDER, configs: Path = CONFIGS) -> list[Results]:

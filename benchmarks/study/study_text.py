@@ -2,7 +2,7 @@
 
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
-from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.run.runconfig import AMORTIZED
 from vvae_fast.train.study.compare import Model
 
 
@@ -33,24 +33,18 @@ hand, except those that others published, in `published.yaml`.
 
 def findings(results: Results) -> str:
     """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
-    parts = [_kind_sentence(results, kind) for kind in kinds(results)]
+    parts = [_family_sentence(results, family) for family in results.families]
     parts.append(_where_the_gain_is(results))
     parts.append(_cost(results))
     return "\n".join(f"- {part}" for part in parts if part)
 
 
-def kinds(results: Results) -> list[str]:
-    """The kinds of flows that a study has."""
-    return [kind for kind in (AMORTIZED, SHARED) if results.flows(kind)]
-
-
-def _kind_sentence(results: Results, kind: str) -> str:
-    models = results.flows(kind)
+def _family_sentence(results: Results, family: str) -> str:
+    models = results.flows(family)
     nlls = {model: results.difference(model, "nll") for model in models}
     listed = "; ".join(f"K = {model.num_steps}: {nll.text(sign=True)}" for model, nll in nlls.items())
-    return (
-        f"**{kind.capitalize()} flows {verdict(list(nlls.values()))}.** NLL less the vanilla VAE's, in nats: {listed}."
-    )
+    said = verdict(list(nlls.values()))
+    return f"**{family.capitalize()} flows {said}.** NLL less the vanilla VAE's, in nats: {listed}."
 
 
 def verdict(differences: list[Spread]) -> str:
@@ -69,9 +63,9 @@ def verdict(differences: list[Spread]) -> str:
     return f"help clearly at {helping} of {count} lengths and harm clearly at {harming}"
 
 
-def best(results: Results, kind: str) -> Model:
-    """The model of a kind with the smallest mean NLL."""
-    return min(results.flows(kind), key=lambda model: results.score(model, "nll").mean)
+def best(results: Results, family: str) -> Model:
+    """The model of a family with the smallest mean NLL."""
+    return min(results.flows(family), key=lambda model: results.score(model, "nll").mean)
 
 
 def _where_the_gain_is(results: Results) -> str:
@@ -85,16 +79,16 @@ def _where_the_gain_is(results: Results) -> str:
 
 
 def _cost(results: Results) -> str:
-    """How long an epoch takes with the longest flow of each kind, compared with the vanilla VAE."""
+    """How long an epoch takes with the longest flow of each family, compared with the vanilla VAE."""
     vanilla = results.seconds(VANILLA_MODEL, OURS)
     if vanilla is None:
         return ""
     parts = []
-    for kind in kinds(results):
-        model = results.flows(kind)[-1]
+    for family in results.families:
+        model = results.flows(family)[-1]
         ours, loop = (results.seconds(model, backend) for backend in (OURS, PLAIN))
         beside = f" ({loop / vanilla:.1f} times with the {PLAIN})" if loop else ""
-        parts.append(f"{kind} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
+        parts.append(f"{family} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
     return f"An epoch takes, compared with the vanilla VAE: {'; '.join(parts)}."
 
 
@@ -119,15 +113,15 @@ def limitations(studies: list[Results]) -> str:
 
 def conclusions(studies: list[Results]) -> str:
     """The verdicts of all studies."""
-    lines = [f"- `{results.study.name}`: {_of_kinds(results)}." for results in studies]
+    lines = [f"- `{results.study.name}`: {_of_families(results)}." for results in studies]
     return "\n".join(["## Conclusions", "", *lines])
 
 
-def _of_kinds(results: Results) -> str:
+def _of_families(results: Results) -> str:
     parts = []
-    for kind in kinds(results):
-        model = best(results, kind)
-        said = verdict([results.difference(flow, "nll") for flow in results.flows(kind)])
+    for family in results.families:
+        model = best(results, family)
+        said = verdict([results.difference(flow, "nll") for flow in results.flows(family)])
         nll = results.difference(model, "nll").text(sign=True)
-        parts.append(f"{kind} planar flows {said}; their best, K = {model.num_steps}, changes the NLL by {nll} nats")
+        parts.append(f"{family} planar flows {said}; their best, K = {model.num_steps}, changes the NLL by {nll} nats")
     return ". ".join(part[0].upper() + part[1:] for part in parts)

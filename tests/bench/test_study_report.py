@@ -1,5 +1,6 @@
 """docs/results.md and its figures are what the committed results give, byte for byte."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report import svg
-from benchmarks.study import study_report, study_results, study_text
+from benchmarks.study import study_figures, study_report, study_results, study_text
 from benchmarks.study.study_results import Spread, Unusable
 from vvae_fast.train.study.compare import Model
 
@@ -62,6 +63,30 @@ def test_every_number_of_the_text_comes_from_the_results(copied):
     text = study_text.findings(results)
     assert "harm clearly at 6 of 6 lengths, and help clearly at none" in text
     assert set(re.findall(r"[+-]\d+\.\d\d ±", text)) == {"+3.25 ±"}
+
+
+def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
+    """The full head's sentences and numbers stay as they are."""
+    (results,) = (found for found in STUDIES if found.study.name == "mnist_mlp_cpu")
+    ranked = {Model("amortized", k, rank): results.runs[Model("amortized", k)] for rank in (32, 8) for k in (16, 80)}
+    rows = [
+        {**row, "rank": rank}
+        for row in results.epochs["epochs"]
+        for rank in (32, 8)
+        if Model(row["model"], row["num_steps"], rank) in ranked
+    ]
+    epochs = {**results.epochs, "epochs": results.epochs["epochs"] + rows}
+    with_ranks = dataclasses.replace(results, runs={**ranked, **results.runs}, epochs=epochs)
+    assert with_ranks.families == ["amortized", "amortized rank-8", "amortized rank-32", "shared"]
+    assert with_ranks.flows("amortized") == results.flows("amortized")
+    lines, before = (study_report.model_table(x).splitlines() for x in (with_ranks, results))
+    assert set(before) < set(lines)
+    assert len([line for line in lines if line.startswith("| amortized rank-32 planar |")]) == 2
+    text = study_text.findings(with_ranks)
+    assert study_text.findings(results).splitlines()[0] in text
+    assert "**Amortized rank-32 flows help at every length.**" in text
+    study_figures.write(with_ranks, tmp_path / "with_ranks.svg")
+    assert "amortized rank-8" in (tmp_path / "with_ranks.svg").read_text()
 
 
 def test_the_page_compares_an_epoch_with_the_plain_loop_where_it_was_timed(copied):

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -41,6 +42,40 @@ def test_train_then_evaluate(data, tmp_path, capsys):
     evaluated = capsys.readouterr().out
     value = next(line.split()[1] for line in evaluated.splitlines() if "neg_elbo" in line)
     assert f"{float(value):.2f}" in trained
+
+
+def test_a_rank_is_trained_continued_and_evaluated(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = small("--data", data, "--out", str(out), "--rank", "2")
+    assert main(command) == 0
+    assert "amortized rank-2 planar" in capsys.readouterr().out
+    recorded, result = (json.loads((out / name).read_text()) for name in ("config.json", "result.json"))
+    assert (recorded["rank"], result["rank"]) == (2, 2)
+    weights = torch.load(out / "best.ckpt", weights_only=True)["state_dict"]
+    assert weights["vae.flow.head.down.weight"].shape == (2, 5)
+    assert result["num_parameters"] == sum(weight.numel() for weight in weights.values())
+    assert main([*command, "--epochs", "2"]) == 0
+    assert json.loads((out / "result.json").read_text())["epochs_done"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", str(out / "best.ckpt"), "--data", data, "--num-samples", "5"]) == 0
+    assert "amortized-K1-rank2-seed0 after epoch" in capsys.readouterr().out
+    for other in ([], ["--rank", "3"]):
+        message = one_line_and_exit_2(capsys, small("--data", data, "--out", str(out), "--epochs", "2", *other))
+        assert f"rank is 2 there, {other[1] if other else 0} here" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "2", "--model", "shared"], "--model is shared; leave --rank out"),
+        (["--rank", "2", "--model", "vanilla"], "--model is vanilla; leave --rank out"),
+        (["--rank", "6"], "the rank must be at most min(features, K (2 D + 1)) = 5, got 6; leave it out"),
+    ],
+)
+def test_refused_ranks(data, tmp_path, capsys, options, message):
+    out = tmp_path / "run"
+    assert message in one_line_and_exit_2(capsys, small("--data", data, "--out", str(out), *options))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -113,6 +148,7 @@ def test_a_backend_that_cannot_run(monkeypatch, capsys, backend):
         (["train", "--out", ""], "--out: must be neither empty"),
         (["train", "--data", "a\0.npy"], "--data: must be neither empty nor contain a null character"),
         (["train", "--model", "sylvester"], "--model: invalid choice"),
+        (["train", "--rank", "0"], "--rank: must be at least 1, got 0"),
     ],
 )
 def test_unusable_arguments(capsys, arguments, message):

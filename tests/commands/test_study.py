@@ -100,6 +100,23 @@ def config_data(write) -> str:
     return yaml.safe_load(write().read_text())["data"]
 
 
+def test_ranks_of_a_study(write, tmp_path, capsys):
+    models = {"vanilla": [0], "amortized": [2], "amortized-rank2": [2, 1], "amortized-rank3": [2]}
+    out, path = tmp_path / "out", write(models=models, seeds=[4])
+    assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    keys = ("model", "num_steps", "rank")
+    amortized = [("amortized", 2, 0), ("amortized", 2, 2), ("amortized", 1, 2), ("amortized", 2, 3)]
+    assert [tuple(run[key] for key in keys) for run in content["runs"]] == [("vanilla", 0, 0), *amortized]
+    assert "rank" not in content["config"], "which holds what all runs share"
+    counts = [run["num_parameters"] for run in content["runs"]]
+    assert counts[1] - counts[2] == 5 * 10 - 2 * (5 + 10)
+    assert (out / "amortized-K1-rank2-seed4" / "result.json").exists()
+    printed = capsys.readouterr().out
+    for title, k in (("amortized planar", 2), ("amortized rank-2 planar", 1), ("amortized rank-3 planar", 2)):
+        assert re.search(rf"\| {title} +\| {k} \|", printed), printed
+
+
 def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = ["--config", str(write())]
@@ -143,6 +160,15 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
         ({"models": {"vanilla": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"sylvester": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"shared": [0]}}, "models must be"),
+        ({"models": {"shared-rank2": [3]}}, "models must be"),
+        ({"models": {"amortized-rank": [3]}}, "models must be"),
+        ({"models": {"amortized-rank0": [3]}}, "models must be"),
+        ({"models": {"amortized-full": [3]}}, "models must be"),
+        ({"models": {2: [3]}}, "models must be"),
+        (
+            {"models": {"vanilla": [0], "amortized-rank6": [2]}},
+            "amortized-K2-rank6-seed4: the rank must be .* = 5, got 6",
+        ),
         ({"learning_rate": 0.1}, "unknown setting learning_rate; known are array, batch_size"),
     ],
 )

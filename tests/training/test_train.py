@@ -331,7 +331,8 @@ def test_runs_of_older_versions_are_theirs_still(dataset, tmp_path):
     """Their configurations lack the fields that have defaults, their results the scores added later."""
     config = make_config(dataset, epochs=2)
     result = runs.run(config, dataset, tmp_path)
-    older = {key: value for key, value in config.to_json().items() if key not in ("network", "optimizer", "schedule")}
+    lacking = ("network", "optimizer", "schedule", "rank")
+    older = {key: value for key, value in config.to_json().items() if key not in lacking}
     assert RunConfig.from_json(older) == config
     write_json(tmp_path / "config.json", older)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -340,6 +341,12 @@ def test_runs_of_older_versions_are_theirs_still(dataset, tmp_path):
     folder.check_folder(config, tmp_path)
     with pytest.raises(RunError, match="optimizer is adam there, adamax here"):
         folder.check_folder(dataclasses.replace(config, optimizer="adamax"), tmp_path)
+    with pytest.raises(RunError, match="rank is 0 there, 2 here"):
+        folder.check_folder(dataclasses.replace(config, rank=2), tmp_path)
+    stages = []
+    write_json(tmp_path / "result.json", {key: value for key, value in result.items() if key != "rank"})
+    assert runs.run(config, dataset, tmp_path, lambda stage, history: stages.append(stage)) == result
+    assert stages == ["already finished"], "a result without a rank is complete"
     added = ("gap", "active_units", "num_parameters")
     write_json(tmp_path / "result.json", {key: value for key, value in result.items() if key not in added})
     stages = []

@@ -21,7 +21,7 @@ from vvae_fast.train.data.idx import DataError
 from vvae_fast.train.data.sets import LIKELIHOODS, Dataset, summary
 from vvae_fast.train.density.energies import ENERGIES
 from vvae_fast.train.density.fit import FitConfig
-from vvae_fast.train.run.runconfig import CHOICES, GATED_CONV, RunConfig
+from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
 EXIT_CODES = (
@@ -130,7 +130,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     _check_backend()
     if arguments.study is not None and (arguments.steps or arguments.shared):
         raise RunError(f"{arguments.config} says which models to compare; leave --steps and --shared out")
-    base, dataset = _configuration(arguments, model="vanilla", num_steps=0, seed=arguments.seeds[0])
+    base, dataset = _configuration(arguments, arguments.seeds[0])
     steps = _unique(arguments.steps or STEPS)
     models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
     with processes.connected():
@@ -148,8 +148,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.study.compare import Model, print_table
 
     _check_backend()
-    model = Model(arguments.model, 0 if arguments.model == "vanilla" else arguments.steps)
-    config, dataset = _configuration(arguments, model=model.kind, num_steps=model.num_steps, seed=arguments.seed)
+    if arguments.rank is not None and arguments.model != AMORTIZED:
+        raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
+    model = Model(arguments.model, 0 if arguments.model == VANILLA else arguments.steps, arguments.rank or FULL)
+    base, dataset = _configuration(arguments, arguments.seed)
+    config = model.config(base, arguments.seed)
     out = _out(arguments)
     with processes.connected():
         first = processes.is_first()
@@ -212,8 +215,8 @@ def _density(arguments: argparse.Namespace) -> int:
     return _diverged(len(diverged), len(configs))
 
 
-def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, seed: int) -> tuple[RunConfig, Dataset]:
-    """The RunConfig for the arguments, and its data."""
+def _configuration(arguments: argparse.Namespace, seed: int) -> tuple[RunConfig, Dataset]:
+    """The vanilla VAE's RunConfig for the arguments, and its data."""
     from vvae_fast.train.data.sets import load_dataset
     from vvae_fast.train.run.runconfig import data_digest
 
@@ -227,8 +230,8 @@ def _configuration(arguments: argparse.Namespace, model: str, num_steps: int, se
     names += ("network", "optimizer", "schedule")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
-        model=model,
-        num_steps=num_steps,
+        model=VANILLA,
+        num_steps=0,
         seed=seed,
         data=dataset.name,
         data_digest=data_digest(dataset),
@@ -272,8 +275,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(compare)
 
     train = _command(commands, "train", _train, "train and evaluate one model")
-    train.add_argument("--model", choices=["vanilla", "amortized", "shared"], default="amortized")
+    train.add_argument("--model", choices=MODELS, default=AMORTIZED)
     train.add_argument("--steps", type=_positive, default=16, metavar="K", help="the flow's length")
+    rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
+    train.add_argument("--rank", type=_positive, metavar="R", help=rank)
     train.add_argument("--seed", type=_seed, default=0)
     _add_run_options(train)
 

@@ -15,6 +15,7 @@ from vvae_fast.train.run.checkpoints import BEST, LAST, PREVIOUS, load_last
 from vvae_fast.train.run.module import CHECKPOINT_KEY
 from vvae_fast.train.run.runconfig import (
     ADDED,
+    FULL,
     RECORD,
     RESULT_KEYS,
     SCORES,
@@ -62,10 +63,10 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    result = read_json(path)
+    result = {"rank": FULL, **read_json(path)}  # older versions had no ranks
     if not _is_result({**ADDED, **result}):
         raise RunError(f"{path} is not a result of vvae-fast; remove it or use --fresh")
-    for key in ("model", "num_steps", "seed"):
+    for key in ("model", "num_steps", "rank", "seed"):
         wanted = getattr(config, key)
         if result[key] != wanted:
             raise RunError(

@@ -15,12 +15,12 @@ from vvae_fast.nn.gated import (
 )
 from vvae_fast.nn.likelihoods import Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
-from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
+from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow, largest_rank
 from vvae_fast.nn.vae import VAE
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.data.sets import GAUSSIAN, Dataset
 from vvae_fast.train.data.statistics import statistics
-from vvae_fast.train.run.runconfig import ADAMAX, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
+from vvae_fast.train.run.runconfig import ADAMAX, FULL, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
 
 FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
 
@@ -61,12 +61,24 @@ def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.
     return encoder, decoder, config.hidden[-1]
 
 
+def check_rank(config: RunConfig) -> None:
+    """Raises RunError if the flow's head cannot have the configuration's rank, before anything is built or written."""
+    feature_dim = CONV_FEATURES if config.network == GATED_CONV else config.hidden[-1]
+    most = largest_rank(config.latent_dim, config.num_steps, feature_dim)
+    if config.rank > most:
+        raise RunError(
+            f"{config.name}: the rank must be at most min(features, K (2 D + 1)) = {most}, got {config.rank}; leave it "
+            "out for a full head, which costs less"
+        )
+
+
 def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     if config.model == VANILLA:
         return None
     if config.model == SHARED:
         return PlanarFlow(config.latent_dim, config.num_steps)
-    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim)
+    rank = None if config.rank == FULL else config.rank
+    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim, rank=rank)
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -43,7 +43,7 @@ from vvae_fast.train.run.folder import (
     locked,
 )
 from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.run.networks import build_vae
+from vvae_fast.train.run.networks import build_vae, check_rank
 from vvae_fast.train.run.resuming import differs, for_lightning
 from vvae_fast.train.run.runconfig import COSINE, SCORES, RunConfig
 
@@ -63,16 +63,17 @@ def run(
     rounding, and a run may continue with or without it.
 
     Returns:
-        the result: model, num_steps, seed; the scores of `evaluate`; num_parameters;
+        the result: model, num_steps, rank, seed; the scores of `evaluate`; num_parameters;
         seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
         earlier_plans and history (see VAEModule); and dataset (see data.describe). The scores of a run that diverged
         are those of its best epoch; if it has none, they and best_epoch are None.
 
     Raises:
-        RunError: if the folder holds another run, another process works in it, memory runs out, or torch.compile
-            fails.
+        RunError: if the rank is too large, the folder holds another run, another process works in it, memory runs out,
+            or torch.compile fails.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
+    check_rank(config)
     check_folder(config, folder)
     result = load_result(config, folder)
     if result is not None:
@@ -111,6 +112,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
     return {
         "model": config.model,
         "num_steps": config.num_steps,
+        "rank": config.rank,
         "seed": config.seed,
         **{name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()},
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),

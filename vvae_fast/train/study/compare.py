@@ -16,14 +16,15 @@ from vvae_fast.train.base.progress import Progress
 from vvae_fast.train.data.sets import Dataset, describe, summary
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
-from vvae_fast.train.run.runconfig import AMORTIZED, RECORD, SHARED, VANILLA, RunConfig
+from vvae_fast.train.run.networks import check_rank
+from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, VANILLA, RunConfig
 from vvae_fast.train.run.runs import load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
 CONTENT_KEYS = {"data", "config", "environment", "runs"}  # the keys of results.json in every version
-OWN_SETTINGS = ("model", "num_steps", "seed")  # the settings that differ between runs
+OWN_SETTINGS = ("model", "num_steps", "rank", "seed")  # the settings that differ between runs
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
@@ -43,14 +44,23 @@ class Model:
 
     kind: str
     num_steps: int
+    rank: int = FULL  # of an amortized flow's head
+
+    @property
+    def family(self) -> str:
+        return self.kind if self.rank == FULL else f"{self.kind} rank-{self.rank}"
 
     @property
     def title(self) -> str:
-        return "vanilla VAE" if self.kind == VANILLA else f"{self.kind} planar"
+        return "vanilla VAE" if self.kind == VANILLA else f"{self.family} planar"
 
     @property
     def label(self) -> str:
         return self.title if self.kind == VANILLA else f"{self.title} K={self.num_steps}"
+
+    def config(self, base: RunConfig, seed: int) -> RunConfig:
+        """The configuration of this model's run with a seed; the other settings are those of `base`."""
+        return replace(base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed)
 
 
 def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
@@ -71,7 +81,7 @@ def compare(
     """Trains every model with every seed, or continues; prints the table, writes the results and plots.
 
     Args:
-        base: the configuration that all runs share; its model, num_steps and seed are replaced.
+        base: the configuration that all runs share; its model, num_steps, rank and seed are replaced.
         out: the folder of the runs' folders, results.json and the plots.
         fresh: delete these runs' folders first.
         compile_: see `runs.run`.
@@ -80,18 +90,16 @@ def compare(
         {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
 
     Raises:
-        RunError: before anything is trained, if a folder or results.json belongs to another configuration.
+        RunError: before anything is trained, if a folder or results.json belongs to another configuration, or a rank
+            is too large.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
     require("matplotlib.figure")  # if it is missing, fail now and not after the training
     make_folder(out)
     _check_results(base, out, fresh)
-    runs = [
-        (model, replace(base, model=model.kind, num_steps=model.num_steps, seed=seed))
-        for seed in seeds
-        for model in models
-    ]
+    runs = [(model, model.config(base, seed)) for seed in seeds for model in models]
     for _, config in runs:
+        check_rank(config)
         if fresh and processes.is_first():
             remove_run(out / config.name)
         processes.wait_for_all()
@@ -189,7 +197,7 @@ def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], o
     for model, runs in results.items():
         seeds = [run["seed"] for run in runs if run["best_epoch"] is not None]
         if seeds:
-            config = replace(base, model=model.kind, num_steps=model.num_steps, seed=seeds[0])
+            config = model.config(base, seeds[0])
             vaes[model], _ = load_best(config, dataset, out / config.name)
     labelled = {model.label: vae for model, vae in vaes.items()}
     plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / CURVES)

@@ -13,12 +13,13 @@ from vvae_fast.train.base.files import RunError, read_text
 from vvae_fast.train.base.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
 from vvae_fast.train.base.paths import resolve_data
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS, Dataset
-from vvae_fast.train.run.runconfig import CHOICES, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
+from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
 from vvae_fast.train.study.compare import Model
 
 Read = TypeVar("Read")
 
-MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16]}"
+MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16], amortized-rank32: [16]}"
+RANK = "-rank"  # joins "amortized" and the rank of its heads
 
 
 def _text(value: object, least: int = 1) -> str:
@@ -140,11 +141,18 @@ def _read_as(read: Callable[[object], Read], wanted: str, path: Path, name: str,
 
 
 def _models(content: object) -> list[Model]:
-    if not isinstance(content, dict) or not content or not content.keys() <= set(MODELS):
+    if not isinstance(content, dict) or not content:
         raise ValueError
-    read = {VANILLA: lambda lengths: as_ints(lengths, 0, 0)}
-    lengths_of = {kind: read.get(kind, lambda lengths: as_ints(lengths, 1))(content[kind]) for kind in content}
-    return [Model(kind, num_steps) for kind, lengths in lengths_of.items() for num_steps in dict.fromkeys(lengths)]
+    models = [model for name, lengths in content.items() for model in _models_of(name, lengths)]
+    return list(dict.fromkeys(models))
+
+
+def _models_of(name: object, lengths: object) -> list[Model]:
+    kind, separator, rank = _text(name).partition(RANK)
+    if kind not in MODELS or (separator and kind != AMORTIZED):
+        raise ValueError
+    read = as_ints(lengths, 0, 0) if kind == VANILLA else as_ints(lengths, 1)
+    return [Model(kind, num_steps, as_int(rank, 1) if separator else FULL) for num_steps in read]
 
 
 def _splits(content: object) -> dict[str, int]:
