@@ -10,9 +10,13 @@ SIZES = ((100, 400), (7, 300, 90))  # x; each is above and below the least work 
 WIDTHS = (3, 1296)
 
 
-def both(shape, width, dtype=torch.float32):
+class NarrowLinear(linear.Linear):
+    narrow = True
+
+
+def both(shape, width, dtype=torch.float32, kind=linear.Linear):
     g = torch.Generator().manual_seed(0)
-    layer = linear.Linear(shape[-1], width, dtype=dtype)
+    layer = kind(shape[-1], width, dtype=dtype)
     plain = nn.Linear(shape[-1], width, dtype=dtype)
     plain.load_state_dict(layer.state_dict())
     return layer, plain, torch.randn(shape, generator=g, dtype=dtype)
@@ -20,8 +24,9 @@ def both(shape, width, dtype=torch.float32):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("shape", SIZES)
-def test_is_nn_linear(shape, width):
-    layer, plain, x = both(shape, width)
+@pytest.mark.parametrize("kind", [linear.Linear, NarrowLinear])
+def test_is_nn_linear(shape, width, kind):
+    layer, plain, x = both(shape, width, kind=kind)
     results = []
     for module in (layer, plain):
         inputs = (x.clone().requires_grad_(), module.weight, module.bias)
@@ -40,6 +45,17 @@ def test_large_products_go_to_onednn(monkeypatch):
     assert "Addmm" in type(layer(x[:1]).grad_fn).__name__
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     assert "Addmm" in type(layer(x).grad_fn).__name__
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this PyTorch has no entry to oneDNN")
+@pytest.mark.parametrize(("kind", "calls"), [(linear.Linear, 3), (NarrowLinear, 2)])
+def test_a_narrow_layers_gradient_is_not_copied_for_onednn(monkeypatch, kind, calls):
+    """Forward, the gradient of x and, if the layer is not narrow, that of the weight."""
+    layer, _, x = both((1000, 32), 1296, kind=kind)
+    counted, product = [], linear._product
+    monkeypatch.setattr(linear, "_product", lambda *given: counted.append(given) or product(*given))
+    layer(x.requires_grad_()).sum().backward()
+    assert len(counted) == calls
 
 
 def test_what_onednn_does_not_serve_is_nn_linear():

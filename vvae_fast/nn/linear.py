@@ -31,32 +31,38 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """x [N, F], weight [M, F], bias [M] -> x weight^T + bias [N, M]."""
+    """x [N, F], weight [M, F], bias [M] -> x weight^T + bias [N, M]; `narrow` is the layer's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, narrow: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.narrow = narrow
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        product = nn.functional.linear if torch.is_grad_enabled() else _product  # differentiable for create_graph=True
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        plain = nn.functional.linear
+        product = plain if torch.is_grad_enabled() else _product  # differentiable for create_graph=True
+        weight_product = plain if ctx.narrow else product
         return (
             product(grad, weight.t()) if needs_x else None,
-            product(grad.t(), x.t()) if needs_weight else None,
+            weight_product(grad.t(), x.t()) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
+            None,
         )
 
 
 class Linear(nn.Linear):
     """nn.Linear with the same parameters, values and gradients, up to rounding."""
 
+    narrow = False  # few inputs: oneDNN's copy of the transposed gradient takes longer than the weight's product
+
     def forward(self, x: Tensor) -> Tensor:
         if not _serves(x, self.weight, self.bias):
             return super().forward(x)
-        y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.narrow)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

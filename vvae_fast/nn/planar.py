@@ -226,11 +226,13 @@ class AmortizedPlanarFlow(_Planar):
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
         self.context_dim = check_size("context_dim", context_dim, 1)
         self.rank = None if rank is None else self._check_rank(rank)
-        up = _Head(self.context_dim if self.rank is None else self.rank, _num_params(self.dim, self.num_steps))
+        outputs = _num_params(self.dim, self.num_steps)
         if self.rank is None:
-            self.head = up
+            self.head = _Head(self.context_dim, outputs)
         else:
-            self.head = nn.Sequential(OrderedDict(down=_Head(self.context_dim, self.rank, bias=False), up=up))
+            down, up = _Head(self.context_dim, self.rank, bias=False), _Head(self.rank, outputs)
+            up.narrow = True
+            self.head = nn.Sequential(OrderedDict(down=down, up=up))
         self.reset_parameters()
 
     def _check_rank(self, rank: int) -> int:
