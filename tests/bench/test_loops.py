@@ -100,6 +100,7 @@ def test_the_vae_step_has_the_loops_and_a_compiled_one():
     for kind in ("K=80", "amortized K=16"):
         for name in (loops.PLAIN, loops.REFERENCE, "torch.compile", "vvae_fast cpp", "no-op"):
             assert f"{name} {kind}" in names
+    assert {f"vvae_fast cpp amortized K={k} rank 32" for k in (16, 80)} < set(names)
     assert bench_training.names(GROUPS[0], ["cpp"], in_full=True) == names
     few = bench_training.names(GROUPS[0], ["triton"], in_full=False)
     assert not any(name.startswith(("torch.compile", loops.REFERENCE)) for name in few)
