@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow, planar_flow, planar_flow_inverse
+from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow, inference_gaps, planar_flow, planar_flow_inverse
 from vvae_fast.functional import packed_planar_flow
 from vvae_fast.interop import normflows, pyro, pythae
 from vvae_fast.nn import Binomial, Gaussian, make_likelihood, mlp_decoder, mlp_encoder
@@ -35,6 +35,10 @@ def vae():
     return VAE(mlp_encoder(6, 5), mlp_decoder(2, 6), 2, PlanarFlow(2, 1))
 
 
+def gaps(**sizes):
+    return inference_gaps(vae(), torch.zeros(3, 6), **{"iterations": 1, "num_samples": 2, **sizes})
+
+
 # What takes a size, how it is called with it, and what it must then be or have.
 TAKERS = {
     "PlanarFlow dim": lambda n: PlanarFlow(n, 2).w.shape[1],
@@ -47,6 +51,9 @@ TAKERS = {
     "VAE elbo num_samples": lambda n: vae()(torch.zeros(3, 6), n).kl.shape[0],
     "VAE log_likelihood num_samples": lambda n: vae().log_likelihood(torch.zeros(3, 6), n).shape[0],
     "VAE chunk_size": lambda n: vae().log_likelihood(torch.zeros(3, 6), 2, n).shape[0],
+    "inference_gaps iterations": lambda n: len(gaps(iterations=n).elbo),
+    "inference_gaps num_samples": lambda n: len(gaps(num_samples=n).elbo),
+    "inference_gaps chunk_size": lambda n: len(gaps(chunk_size=n).elbo),
     "VAE sample": lambda n: len(vae().sample(n)),
     "mlp_encoder": lambda n: mlp_encoder(6, n).out_features,
     "mlp_decoder": lambda n: mlp_decoder(n, 6).in_features,

@@ -1,5 +1,7 @@
 """Modules: planar flows, the VAE, its likelihoods and MLP builders."""
 
+from vvae_fast.nn.gaps import FittedPosterior, InferenceGaps, inference_gaps
+from vvae_fast.nn.importance import Importance, Proposal
 from vvae_fast.nn.likelihoods import Bernoulli, Binomial, Gaussian, Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
@@ -11,12 +13,17 @@ __all__ = [
     "Bernoulli",
     "Binomial",
     "ElboTerms",
+    "FittedPosterior",
     "Gaussian",
+    "Importance",
+    "InferenceGaps",
     "Likelihood",
     "PlanarFlow",
     "Posterior",
     "PosteriorSample",
+    "Proposal",
     "Standardised",
+    "inference_gaps",
     "make_likelihood",
     "mlp_decoder",
     "mlp_encoder",

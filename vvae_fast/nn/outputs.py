@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from vvae_fast.nn.likelihoods import Likelihood
 from vvae_fast.shapes import untraced
 
 
@@ -42,6 +44,26 @@ def check_encoded(encoded: object, x: Tensor, latent_dim: int, feature_dim: int)
 
 
 @untraced
+def check_params(params: Tensor, x: Tensor, likelihood: Likelihood) -> None:
+    """Raises the likelihood's error if the decoder returned too many or too few numbers for each row of x."""
+    wanted = likelihood.num_params * math.prod(x.shape[1:])
+    if params.shape[-1] != wanted:
+        raise ValueError(
+            f"decoder's params must be [*samples, {x.shape[0]}, {wanted}] for x of shape {tuple(x.shape)} "
+            f"({likelihood.name}: {likelihood.num_params} a data dimension), got {tuple(params.shape)}"
+        )
+
+
+@untraced
+def check_channels(params: Tensor, likelihood: Likelihood) -> None:
+    if params.shape[1] % likelihood.num_params:
+        raise ValueError(
+            f"decoder must give [N, {likelihood.num_params} x channels, *] for the {likelihood.name} likelihood, "
+            f"got {tuple(params.shape)}"
+        )
+
+
+@untraced
 def check_flowed(flowed: object, z: Tensor) -> None:
     """Raises ValueError or TypeError unless a flow returned z_K with z's shape [*batch, D], and log_det [*batch]."""
     if not _are_tensors(flowed, (2,)) or flowed[0].shape != z.shape or flowed[1].shape != z.shape[:-1]:
@@ -49,6 +71,16 @@ def check_flowed(flowed: object, z: Tensor) -> None:
         raise ValueError(f"flow must give z_K {tuple(z.shape)} and log_det {tuple(z.shape[:-1])}, got {two}")
     for tensor in flowed:
         _check_kind("flow", tensor, z)
+
+
+@untraced
+def check_proposed(proposed: object, like: Tensor) -> None:
+    """Raises ValueError or TypeError unless a proposal gave z [1, B, D] and log_q [1, B] for `like` [B, D]."""
+    z, log_q = (1, *like.shape), (1, *like.shape[:-1])
+    if not _are_tensors(proposed, (2,)) or (proposed[0].shape, proposed[1].shape) != (z, log_q):
+        raise ValueError(f"proposal must give one sample z {z} and its log_q {log_q}, got {describe(proposed)}")
+    for tensor in proposed:
+        _check_kind("proposal", tensor, like)
 
 
 @untraced

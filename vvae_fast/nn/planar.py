@@ -32,7 +32,7 @@ _IDENTITY_ALPHA = {
 }
 
 
-def _identity_u(w: Tensor, constraint: str) -> Tensor:
+def identity_u(w: Tensor, constraint: str) -> Tensor:
     """u [K, D] for w [K, D] such that u_hat = 0; it is computed in more than half precision, which would miss 0."""
     w = full_precision(w)
     return _IDENTITY_ALPHA[constraint] * w / w.square().sum(-1, keepdim=True)
@@ -128,7 +128,7 @@ class PlanarFlow(_Planar):
         """Draws w and b so that the hyperplanes w . z + b = 0 spread over the prior, and sets u so that u_hat = 0."""
         with torch.no_grad():
             self.w.normal_(std=self.dim**-0.5)
-            self.u.copy_(_identity_u(self.w, self.constraint))
+            self.u.copy_(identity_u(self.w, self.constraint))
             self.b.normal_()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ class AmortizedPlanarFlow(_Planar):
         with torch.no_grad():
             w.normal_(std=self.dim**-0.5)
             b = torch.randn_like(w[:, 0])
-            head.bias.copy_(torch.cat([_identity_u(w, self.constraint).flatten(), w.flatten(), b]))
+            head.bias.copy_(torch.cat([identity_u(w, self.constraint).flatten(), w.flatten(), b]))
             head.weight.zero_()
             head.weight[2 * w.numel() :].uniform_(-bound, bound)
             if self.rank is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vvae_fast.nn.importance import Importance, Proposal, draw_from, from_weights, standard_normal
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
-from vvae_fast.nn.outputs import check_decoded, check_encoded, check_flowed, describe
+from vvae_fast.nn.outputs import check_channels, check_decoded, check_encoded, check_flowed, check_params, describe
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.shapes import HALVES, autocasts, check_size, compute_dtype, full_precision, untraced
 
@@ -126,7 +127,7 @@ class VAE(nn.Module):
         posterior = self.encode(x)
         noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
         if noise is None:
-            noise = _standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
+            noise = standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
         else:
             _check_noise(noise, posterior.mean, num_samples)
             noise = noise.to(posterior.mean.dtype)
@@ -162,7 +163,7 @@ class VAE(nn.Module):
         """num_samples draws of q(z | x) for each row of x [B, *data], before and after the flow (equal without one)."""
         num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
-        noise = _standard_normal((num_samples, *posterior.mean.shape), posterior.mean, generator)  # [S, B, D]
+        noise = standard_normal((num_samples, *posterior.mean.shape), posterior.mean, generator)  # [S, B, D]
         z_0, z_K, log_det = self._push(posterior, noise)
         log_q_0 = -0.5 * (noise.square() + posterior.log_var + math.log(2.0 * math.pi)).sum(-1)  # [S, B]
         return PosteriorSample(z_0, z_K, log_q_0 - log_det)
@@ -175,47 +176,76 @@ class VAE(nn.Module):
         check_decoded(params, rows)
         return full_precision(params).reshape(*z.shape[:-1], *params.shape[1:])
 
-    @torch.no_grad()
-    def log_likelihood(
-        self, x: Tensor, num_samples: int = 1000, chunk_size: int = 4096, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """log p(x) by importance sampling from the posterior, in nats: Burda et al. 2016, eq. 8 with k = num_samples.
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) = log p(x | z) + log p(z) in nats, [*S, B], for x [B, *data] and z [*S, B, D]."""
+        self._check_x(x)
+        log_likelihood = self._log_likelihood_of(x, z)
+        return log_likelihood - 0.5 * (z.square() + math.log(2.0 * math.pi)).sum(-1)
 
-        A lower bound in expectation, never looser than the ELBO, exact as num_samples grows.
+    def log_likelihood(
+        self,
+        x: Tensor,
+        num_samples: int = 1000,
+        chunk_size: int = 4096,
+        generator: torch.Generator | None = None,
+        proposal: Proposal | None = None,
+    ) -> Tensor:
+        """log p(x) [B] in nats, without gradient: that of `importance`, which has the arguments and the errors."""
+        return self.importance(x, num_samples, chunk_size, generator, proposal).log_likelihood
+
+    @torch.no_grad()
+    def importance(
+        self,
+        x: Tensor,
+        num_samples: int = 1000,
+        chunk_size: int = 4096,
+        generator: torch.Generator | None = None,
+        proposal: Proposal | None = None,
+    ) -> Importance:
+        """log p(x) by importance sampling, in nats: Burda et al. 2016, eq. 8 with k = num_samples.
+
+        A lower bound in expectation, never looser than the ELBO, exact as num_samples grows. How fast is a matter of
+        the proposal, and the effective sample size tells it.
 
         Args:
             x: data, [B, *data].
             num_samples: importance samples of each data point.
             chunk_size: decoder rows in memory at a time. It does not change which samples are drawn.
+            proposal: draws z for the rows of x in place of the posterior q(z | x), such as that of `inference_gaps`.
 
         Returns:
-            [B], without gradient.
+            Importance of [B] each, without gradient.
 
         Raises:
-            ValueError: also where x holds values of zero probability under the likelihood.
+            ValueError: also where x holds values of zero probability under the likelihood, or the proposal's samples
+                do not fit.
         """
         num_samples = check_size("num_samples", num_samples, 1)
         chunk_size = check_size("chunk_size", chunk_size, 1)
         posterior = self.encode(x)
         self.likelihood.check_data(x)
         batch = len(x)
-        samples_at_once = max(1, chunk_size // max(1, batch))
         blocks = [slice(row, row + chunk_size) for row in range(0, max(1, batch), chunk_size)]
-        total = posterior.mean.new_full((batch,), -math.inf)
-        for first in range(0, num_samples, samples_at_once):
+
+        def draw(count: int) -> Tensor:
+            """New log-weights, [count, B]."""
+            if proposal is not None:
+                z, log_q = draw_from(proposal, count, posterior.mean, generator)
+                return torch.cat([self.log_joint(x[rows], z[:, rows]) for rows in blocks], -1) - log_q
             # One draw for each sample: randn's stream depends on the size of a draw, and chunks must not change it.
-            draws = range(first, min(first + samples_at_once, num_samples))
-            noise = torch.stack([_standard_normal(posterior.mean.shape, posterior.mean, generator) for _ in draws])
-            log_weights = [self._log_weights(x, posterior, noise, rows) for rows in blocks]  # each [s, rows]
-            total = torch.logaddexp(total, torch.cat(log_weights, -1).logsumexp(0))
-        return total - math.log(num_samples)
+            noise = torch.stack(
+                [standard_normal(posterior.mean.shape, posterior.mean, generator) for _ in range(count)]
+            )
+            return torch.cat([self._log_weights(x, posterior, noise, rows) for rows in blocks], -1)
+
+        return from_weights(draw, num_samples, max(1, chunk_size // max(1, batch)))
 
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """num_samples draws of x, [num_samples, *data] in the decoder's shape; with mean=True their means E[x | z]."""
         num_samples = check_size("num_samples", num_samples, 1)
-        params = self.decode(_standard_normal((num_samples, self.latent_dim), self._like, generator))  # [N, *]
-        _check_channels(params, self.likelihood)
+        params = self.decode(standard_normal((num_samples, self.latent_dim), self._like, generator))  # [N, *]
+        check_channels(params, self.likelihood)
         rows = params.flatten(1)  # [N, num_params * P]
         x = self.likelihood.mean(rows) if mean else self.likelihood.sample(rows, generator)
         shape = (num_samples, params.shape[1] // self.likelihood.num_params, *params.shape[2:])
@@ -250,7 +280,7 @@ class VAE(nn.Module):
     def _params_for(self, x: Tensor, z: Tensor) -> Tensor:
         """The likelihood's parameters [*S, B, num_params * P] for x [B, *data] and z [*S, B, D]."""
         params = self.decode(z).flatten(z.ndim - 1)
-        _check_params(params, x, self.likelihood)
+        check_params(params, x, self.likelihood)
         return params
 
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
@@ -325,12 +355,6 @@ def _trains_eagerly(x: Tensor) -> bool:
     )
 
 
-def _standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    # torch.export does not allow sizes together with a generator
-    options: dict[str, Any] = {} if generator is None else {"generator": generator}
-    return torch.randn(shape, **options, dtype=compute_dtype(like.dtype), device=like.device)
-
-
 @untraced
 def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
     wanted = mean.shape if num_samples == 1 else (num_samples, *mean.shape)
@@ -338,26 +362,6 @@ def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
         raise ValueError(f"noise must be {tuple(wanted)}, got {describe(noise)}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must be {mean.dtype} like the posterior's mean, got {noise.dtype}")
-
-
-@untraced
-def _check_params(params: Tensor, x: Tensor, likelihood: Likelihood) -> None:
-    """Raises the likelihood's error if the decoder returned too many or too few numbers for each row of x."""
-    wanted = likelihood.num_params * math.prod(x.shape[1:])
-    if params.shape[-1] != wanted:
-        raise ValueError(
-            f"decoder's params must be [*samples, {x.shape[0]}, {wanted}] for x of shape {tuple(x.shape)} "
-            f"({likelihood.name}: {likelihood.num_params} a data dimension), got {tuple(params.shape)}"
-        )
-
-
-@untraced
-def _check_channels(params: Tensor, likelihood: Likelihood) -> None:
-    if params.shape[1] % likelihood.num_params:
-        raise ValueError(
-            f"decoder must give [N, {likelihood.num_params} x channels, *] for the {likelihood.name} likelihood, "
-            f"got {tuple(params.shape)}"
-        )
 
 
 def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
