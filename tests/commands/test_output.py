@@ -198,7 +198,7 @@ except (MemoryError, RuntimeError) as error:
 
 
 def test_exit_codes_are_told(capsys):
-    for command in ([], ["train"], ["compare"], ["density"], ["evaluate"]):
+    for command in ([], ["train"], ["compare"], ["density"], ["evaluate"], ["gaps"]):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         printed = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""The command line: `vvae-fast compare`, `train`, `evaluate`, `density` and `info`."""
+"""The command line: `vvae-fast compare`, `train`, `evaluate`, `gaps`, `density` and `info`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import vvae_fast
 from vvae_fast import backends
 from vvae_fast.backends import selection
+from vvae_fast.train.about import print_info
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.memory import is_out_of_memory, telling_memory
 from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
@@ -101,25 +102,8 @@ def _diverged(count: int, total: int) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    info = vvae_fast.info()
-    available, node = info.pop("backends"), info.pop("node")
-    for key, value in info.items():
-        print(f"{key + ':':16}{_one_line(value)}")
-    print(f"{'node:':16}{_available(node)}")
-    print("backends:")
-    for name, backend in available.items():
-        print(f"  {name + ':':14}{_available(backend)}")
+    print_info()
     _check_backend()
-
-
-def _available(state: dict[str, Any]) -> str:
-    return "available" if state["available"] else "; ".join(state["reasons"])
-
-
-def _one_line(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -171,26 +155,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from vvae_fast.train.data.sets import LikelihoodError, load_dataset
     from vvae_fast.train.run import processes
-    from vvae_fast.train.run.checkpoints import load_checkpoint
-    from vvae_fast.train.run.module import CHECKPOINT_KEY
-    from vvae_fast.train.run.runconfig import data_digest
-    from vvae_fast.train.run.runs import evaluate, vae_of_checkpoint
+    from vvae_fast.train.run.runs import evaluate, load_trained
 
     _check_backend()
-    checkpoint = load_checkpoint(arguments.checkpoint)
-    config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
-    choices = {"array": config.array or None, "likelihood": config.likelihood or None}
-    other = f"{arguments.checkpoint} was trained on other data ({config.data}); pass them with --data, --root"
-    data = resolve_data(arguments.data or config.data, arguments.root)
-    try:
-        dataset = load_dataset(data, arguments.root, **choices)
-    except LikelihoodError as error:
-        raise RunError(other) from error
-    if data_digest(dataset) != config.data_digest:
-        raise RunError(other)
-    vae = vae_of_checkpoint(checkpoint, arguments.checkpoint, config, dataset)
+    epoch, config, dataset, vae = load_trained(arguments.checkpoint, arguments.data, arguments.root)
     with processes.connected():
         with telling_memory("evaluating", "free some, its batches are fixed"):
             scores = evaluate(vae, dataset, arguments.num_samples, config.seed)
@@ -198,10 +167,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     finite = all(map(math.isfinite, scores.values()))
     if not first:
         return 0 if finite else DIVERGED
-    print(f"{config.name} after epoch {checkpoint['epoch'] + 1}, nats a data point of the test set of {dataset.name}:")
+    print(f"{config.name} after epoch {epoch + 1}, nats a data point of the test set of {dataset.name}:")
     for name, value in scores.items():
         print(f"  {name + ':':16}{value if isinstance(value, int) else format(value, '.3f')}")
     return _diverged(int(not finite), 1)
+
+
+def _gaps(arguments: argparse.Namespace) -> int:
+    from vvae_fast.train.run import processes
+    from vvae_fast.train.run.checkpoints import BEST
+    from vvae_fast.train.run.gaps import GapSettings, gaps
+    from vvae_fast.train.run.runs import load_trained
+
+    _check_backend()
+    if processes.is_launched():
+        raise RunError("gaps runs in one process; start it without torchrun")
+    trained = load_trained(arguments.run / BEST, arguments.data, arguments.root)
+    settings = GapSettings(arguments.num_points, arguments.steps, arguments.iterations, arguments.num_samples)
+    scores = gaps(trained, settings, arguments.out or arguments.run)["scores"]
+    return _diverged(int(not all(math.isfinite(score["mean"]) for score in scores.values())), 1)
 
 
 def _density(arguments: argparse.Namespace) -> int:
@@ -284,10 +268,17 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its test set")
     evaluate.add_argument("checkpoint", type=_path, help="a best.ckpt or last.ckpt")
-    evaluate.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
-    evaluate.add_argument("--root", type=_path, help="MNIST's folder")
-    evaluate.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
-    evaluate.add_argument("--config", type=_path, help="a study's YAML file: its data and importance samples")
+    _add_data_options(evaluate)
+
+    gaps = _command(
+        commands, "gaps", _gaps, "split a trained model's log p(x) - ELBO into what family and encoder lack"
+    )
+    gaps.add_argument("run", type=_path, help="a run's folder, with best.ckpt")
+    gaps.add_argument("--num-points", type=_positive, default=200, metavar="N", help="of the test set, from its start")
+    gaps.add_argument("--steps", type=_positive, metavar="K", help="of q*, at least the model's (default: the model's)")
+    gaps.add_argument("--iterations", type=_positive, default=600, help="of Adam, for each data point")
+    gaps.add_argument("--out", type=_out_path, help="folder of gaps.json (default: the run's)")
+    _add_data_options(gaps)
 
     density = _command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
     density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
@@ -315,6 +306,14 @@ def _command(
     parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
     parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
     return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that read a checkpoint."""
+    parser.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
+    parser.add_argument("--root", type=_path, help="MNIST's folder")
+    parser.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
+    parser.add_argument("--config", type=_path, help="a study's YAML file: its data and importance samples")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.output import make_console
 
 LINE_SECONDS = 5.0
-ROUTINE = ("training", "evaluating")  # any other stage is printed at once
+ROUTINE = ("training", "evaluating", "fitting")  # any other stage is printed at once
 
 
 class Progress:

@@ -28,9 +28,9 @@ from vvae_fast.train.run.runconfig import (
     with_defaults,
 )
 
-CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
+CONFIG, ENVIRONMENT, RESULT, GAPS = "config.json", "environment.json", "result.json", "gaps.json"
 LOCK, CSV, TENSORBOARD = "lock", "csv", "tensorboard"
-CONTENTS = {CONFIG, ENVIRONMENT, RESULT, LOCK, CSV, TENSORBOARD, BEST, LAST, PREVIOUS}
+CONTENTS = {CONFIG, ENVIRONMENT, RESULT, GAPS, LOCK, CSV, TENSORBOARD, BEST, LAST, PREVIOUS}
 
 
 def check_same(config: RunConfig, content: dict, path: Path) -> None:

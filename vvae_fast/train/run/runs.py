@@ -20,7 +20,8 @@ from vvae_fast.train.base.environment import describe_environment
 from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import RunError, make_folder, write_json
 from vvae_fast.train.base.memory import telling_memory
-from vvae_fast.train.data.sets import Dataset, describe, make_loaders
+from vvae_fast.train.base.paths import resolve_data
+from vvae_fast.train.data.sets import Dataset, LikelihoodError, describe, load_dataset, make_loaders
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.checkpoints import (
     BEST,
@@ -45,7 +46,7 @@ from vvae_fast.train.run.folder import (
 from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
 from vvae_fast.train.run.networks import build_vae, check_rank
 from vvae_fast.train.run.resuming import differs, for_lightning
-from vvae_fast.train.run.runconfig import COSINE, SCORES, RunConfig
+from vvae_fast.train.run.runconfig import COSINE, SCORES, RunConfig, data_digest
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
@@ -215,6 +216,33 @@ def vae_of_checkpoint(checkpoint: dict, path: Path, config: RunConfig, dataset: 
     vae = build_vae(config, dataset)
     _load_weights(vae, checkpoint, path)
     return vae.eval()
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds: the epoch from 0, the run's configuration, its data, and the VAE as it was then."""
+
+    epoch: int
+    config: RunConfig
+    dataset: Dataset
+    vae: VAE
+
+
+def load_trained(path: Path, data: str | None, root: Path | None) -> Trained:
+    """The VAE of a checkpoint with its data: `data` in place of the name or path that the checkpoint tells, if given.
+
+    Raises RunError if the file is no checkpoint of this package or was trained on other data.
+    """
+    checkpoint = load_checkpoint(path)
+    config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
+    choices = {"array": config.array or None, "likelihood": config.likelihood or None}
+    other = f"{path} was trained on other data ({config.data}); pass them with --data, --root"
+    try:
+        dataset = load_dataset(resolve_data(data or config.data, root), root, **choices)
+    except LikelihoodError as error:
+        raise RunError(other) from error
+    if data_digest(dataset) != config.data_digest:
+        raise RunError(other)
+    return Trained(checkpoint["epoch"], config, dataset, vae_of_checkpoint(checkpoint, path, config, dataset))
 
 
 def _load_weights(vae: VAE, checkpoint: dict, path: Path) -> None:
