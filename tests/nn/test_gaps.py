@@ -62,7 +62,7 @@ def test_gaps_are_the_analytic_ones():
     truth = known()
     assert truth.approximation_gap.min() > 0.09
     assert truth.amortization_gap.min() > 0.3
-    more = {**ACCURATE, "num_samples": 40_000, "chunk_size": 160_000}
+    more = {**ACCURATE, "num_samples": 20_000, "chunk_size": 80_000}
     gaps = inference_gaps(truth.vae, truth.x, generator=seeded(), **more)
     assert_within(gaps.log_likelihood, truth.log_likelihood, 0.02)
     assert_within(gaps.approximation_gap, truth.approximation_gap, 0.03)
@@ -162,6 +162,33 @@ def test_the_vae_stays_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         inference_gaps(vae, x, iterations=3, num_samples=2, progress=interrupt)
     assert [module.training for module in vae.modules()] == modes
+
+
+def test_inference_mode_changes_nothing():
+    vae, options = moved_vae("amortized"), {"iterations": 3, "num_samples": 2}
+    expected = inference_gaps(vae, bits(), generator=seeded(), **options)
+    with torch.inference_mode():
+        found = inference_gaps(vae, bits(), generator=seeded(), **options)
+    assert all(map(torch.equal, found.proposal.params, expected.proposal.params))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_half_precision_is_fitted_in_float32(flow, dtype):
+    vae, x = moved_vae(flow).to(dtype), bits().to(dtype)
+    gaps = inference_gaps(vae, x, iterations=5, num_samples=20, generator=seeded())
+    assert {t.dtype for t in (*gaps[:6], *gaps.proposal.params)} == {torch.float32}
+    assert all(t.isfinite().all() for t in gaps[:6])
+
+
+def test_an_amortized_flow_without_features_is_refused():
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x[:, :DIM], x[:, :DIM]
+
+    vae = VAE(Pair(), nn.Linear(DIM, 12), DIM, AmortizedPlanarFlow(DIM, 2, HIDDEN), feature_dim=HIDDEN).double()
+    with pytest.raises(ValueError, match=f"flow takes features of width {HIDDEN}, and the encoder gave none"):
+        inference_gaps(vae, bits(), iterations=1, num_samples=2)
 
 
 def interrupt(done: int, total: int) -> None:

@@ -68,7 +68,6 @@ class InferenceGaps(NamedTuple):
     proposal: FittedPosterior  # q*
 
 
-@torch.no_grad()
 def inference_gaps(
     vae: VAE,
     x: Tensor,
@@ -111,7 +110,9 @@ def inference_gaps(
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be finite and above 0, got {lr}")
     num_steps = _num_steps(vae, num_steps)
-    with _evaluating(vae):
+    # In inference mode nothing could be fitted, and its tensors could not be saved for a gradient.
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(vae):
+        x = x.clone() if isinstance(x, Tensor) and x.is_inference() else x
         plain = vae.importance(x, num_samples, chunk_size, generator)
         start = _own_posterior(vae, x, num_steps, generator)
         rows = max(1, chunk_size // FIT_SAMPLES)
@@ -187,9 +188,7 @@ def _own_posterior(vae: VAE, x: Tensor, num_steps: int, generator: torch.Generat
         options = FlowSpec(flow.constraint, flow.activation, flow.slope).options() | {"backend": flow.backend}
     if isinstance(flow, PlanarFlow):
         own = [step.expand(len(x), *step.shape) for step in (flow.u, flow.w, flow.b)]
-    elif isinstance(flow, AmortizedPlanarFlow):
-        if features is None:
-            raise ValueError(f"encoder must give features of width {flow.context_dim} for the flow, got none")
+    elif isinstance(flow, AmortizedPlanarFlow) and features is not None:  # else `VAE.importance` has raised
         own = flow.params(features.to(next(flow.parameters(), features).dtype))
     more = num_steps - (own[2].shape[-1] if own else 0)
     w = standard_normal((more, vae.latent_dim), mean, generator) * vae.latent_dim**-0.5  # as a PlanarFlow draws it
