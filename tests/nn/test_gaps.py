@@ -75,7 +75,7 @@ def test_data_points_are_fitted_each_for_itself():
     truth = known()
     few = {**ACCURATE, "num_samples": 500, "chunk_size": 32}
     proposal = inference_gaps(truth.vae, truth.x, generator=seeded(), **few).proposal
-    best = truth.vae.importance(truth.x, 10_000, 40_000, seeded(), proposal)
+    best = truth.vae.importance(truth.x, 10_000, chunk_size=40_000, generator=seeded(), proposal=proposal)
     assert_within(truth.log_likelihood - best.elbo, truth.approximation_gap, 0.03)
 
 
@@ -240,7 +240,7 @@ class Own:
 def test_the_posterior_as_a_proposal_changes_nothing(chunk_size):
     vae, x = moved_vae("amortized"), bits()
     plain = vae.importance(x, 23, generator=seeded())
-    proposed = vae.importance(x, 23, chunk_size, seeded(), Own(vae, x))
+    proposed = vae.importance(x, 23, chunk_size=chunk_size, generator=seeded(), proposal=Own(vae, x))
     torch.testing.assert_close(proposed, plain)
     assert torch.equal(vae.log_likelihood(x, 23, generator=seeded()), plain.log_likelihood)
     assert torch.equal(vae.log_likelihood(x, 23, chunk_size, seeded(), Own(vae, x)), proposed.log_likelihood)

@@ -113,7 +113,7 @@ def inference_gaps(
     # In inference mode nothing could be fitted, and its tensors could not be saved for a gradient.
     with torch.inference_mode(False), torch.no_grad(), _evaluating(vae):
         x = x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-        plain = vae.importance(x, num_samples, chunk_size, generator)
+        plain = vae.importance(x, num_samples, chunk_size=chunk_size, generator=generator)
         start = _own_posterior(vae, x, num_steps, generator)
         rows = max(1, chunk_size // FIT_SAMPLES)
         chunks = [slice(row, row + rows) for row in range(0, max(1, len(x)), rows)]
@@ -127,7 +127,7 @@ def inference_gaps(
             part = start._with_params(t[chunk] for t in start.params)
             fitted.append(_fit(vae, x[chunk], part, iterations, lr, generator, report))
         proposal = start._with_params(map(torch.cat, zip(*(q.params for q in fitted), strict=True)))
-        best = vae.importance(x, num_samples, chunk_size, generator, proposal)
+        best = vae.importance(x, num_samples, chunk_size=chunk_size, generator=generator, proposal=proposal)
     return InferenceGaps(
         log_likelihood=best.log_likelihood,
         elbo=plain.elbo,

@@ -191,13 +191,16 @@ class VAE(nn.Module):
         proposal: Proposal | None = None,
     ) -> Tensor:
         """log p(x) [B] in nats, without gradient: that of `importance`, which has the arguments and the errors."""
-        return self.importance(x, num_samples, chunk_size, generator, proposal).log_likelihood
+        return self.importance(
+            x, num_samples, chunk_size=chunk_size, generator=generator, proposal=proposal
+        ).log_likelihood
 
     @torch.no_grad()
     def importance(
         self,
         x: Tensor,
         num_samples: int = 1000,
+        *,
         chunk_size: int = 4096,
         generator: torch.Generator | None = None,
         proposal: Proposal | None = None,
