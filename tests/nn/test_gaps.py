@@ -104,6 +104,7 @@ FLOWS = {
     "vanilla": lambda: None,
     "shared": lambda: PlanarFlow(DIM, 3, activation="leaky_relu", slope=0.3),
     "amortized": lambda: AmortizedPlanarFlow(DIM, 3, HIDDEN, constraint="log_softplus"),
+    "low rank": lambda: AmortizedPlanarFlow(DIM, 3, HIDDEN, rank=2),
 }
 
 
