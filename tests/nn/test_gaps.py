@@ -273,6 +273,8 @@ def test_a_proposal_that_does_not_fit_is_refused():
         vae.importance(x, 3, proposal=Wrong(vae, x))
     with pytest.raises(ValueError, match="proposal must give one sample"):
         vae.importance(x, 3, proposal=Own(vae, x[:2]))
+    with pytest.raises(TypeError, match=r"proposal must have a method sample\(num_samples, generator\), .* got int"):
+        vae.importance(x, 3, proposal=3)
 
 
 @pytest.mark.parametrize(

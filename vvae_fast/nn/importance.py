@@ -50,6 +50,11 @@ def draw_from(proposal: Proposal, count: int, like: Tensor, generator: torch.Gen
 
     One call for each sample: randn's stream depends on the size of a draw, and chunks must not change it.
     """
+    if not hasattr(proposal, "sample"):
+        raise TypeError(
+            "proposal must have a method sample(num_samples, generator), like `inference_gaps(...).proposal`, "
+            f"got {type(proposal).__name__}"
+        )
     drawn = [proposal.sample(1, generator) for _ in range(count)]
     for one in drawn:
         check_proposed(one, like)
