@@ -184,6 +184,12 @@ def largest_rank(dim: int, num_steps: int, context_dim: int) -> int:
     return min(context_dim, _num_params(dim, num_steps))
 
 
+def _draw_like_linear(weight: Tensor) -> None:
+    """Draws a weight [M, F] as nn.Linear does."""
+    bound = weight.shape[1] ** -0.5
+    weight.uniform_(-bound, bound)
+
+
 class _Head(Linear):
     """A linear layer that its flow initialises."""
 
@@ -247,19 +253,18 @@ class AmortizedPlanarFlow(_Planar):
         """Puts an identity flow's u, w and b into the head's bias. In the head's weight only b's rows are not zero.
 
         u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start. With a
-        rank this holds for `head.up`, and `head.down` keeps the size of a context, so that b varies as much.
+        rank this holds for `head.up`, and `head.down` starts like nn.Linear. Larger weights there trained worse.
         """
         head = self.head if self.rank is None else self.head.up
         w = torch.empty_like(head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)
-        bound = head.in_features**-0.5  # of nn.Linear's own initialisation
         with torch.no_grad():
             w.normal_(std=self.dim**-0.5)
             b = torch.randn_like(w[:, 0])
             head.bias.copy_(torch.cat([identity_u(w, self.constraint).flatten(), w.flatten(), b]))
             head.weight.zero_()
-            head.weight[2 * w.numel() :].uniform_(-bound, bound)
+            _draw_like_linear(head.weight[2 * w.numel() :])
             if self.rank is not None:
-                self.head.down.weight.normal_(std=self.context_dim**-0.5)
+                _draw_like_linear(self.head.down.weight)
 
     def params(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u, w [*params, K, D] and b [*params, K]: views of the head's output for context [*params, F]."""
