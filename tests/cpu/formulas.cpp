@@ -1,4 +1,4 @@
-// The formulas of csrc/planar on pairs (x, alpha) from stdin, for test_formulas.py: a row of results for each pair.
+// The formulas of csrc/planar on pairs (x, alpha) from stdin, for test_formula_errors.py: a row of results for each pair.
 #include <cstdio>
 #include <cstring>
 

@@ -99,6 +99,12 @@ def test_no_imports_form_a_circle():
     assert not left
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by their names alone, whatever their folders."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("__init__.py", "conftest.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 @pytest.mark.parametrize("top", ["vvae_fast", "csrc", "tests", "benchmarks"])
 def test_no_folder_holds_more_than_a_dozen_files(top):
     """But for benchmarks/results, which `make bench` fills."""

@@ -60,7 +60,7 @@ def gaps(trained: Trained, settings: GapSettings, out: Path) -> dict[str, Any]:
         with telling_memory("fitting", "free some, data points are fitted in chunks of a fixed size"):
             points = _measure(trained, settings)
         content = {
-            **{name: getattr(trained.config, name) for name in ("model", "num_steps", "seed")},
+            **{name: getattr(trained.config, name) for name in ("model", "num_steps", "rank", "seed")},
             "epoch": trained.epoch,
             "settings": {**settings._asdict(), "num_points": len(points["nll"])},
             "scores": {name: _statistics(values) for name, values in points.items()},
