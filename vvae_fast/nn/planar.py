@@ -253,7 +253,7 @@ class AmortizedPlanarFlow(_Planar):
         """Puts an identity flow's u, w and b into the head's bias. In the head's weight only b's rows are not zero.
 
         u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start. With a
-        rank this holds for `head.up`, and `head.down` starts like nn.Linear. Larger weights there trained worse.
+        rank this holds for `head.up`, and `head.down` starts like nn.Linear.
         """
         head = self.head if self.rank is None else self.head.up
         w = torch.empty_like(head.bias[: self.num_steps * self.dim]).view(self.num_steps, self.dim)

@@ -31,7 +31,8 @@ def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
     Raises RunError if the network does not fit the data, DataError if Gaussian data cannot be standardised.
     """
     likelihood, rescale = _likelihood(dataset)
-    encoder, decoder, feature_dim = _networks(config, dataset, likelihood.num_params)
+    encoder, decoder = _networks(config, dataset, likelihood.num_params)
+    feature_dim = _feature_dim(config)
     flow = _build_flow(config, feature_dim)
     return VAE(nn.Sequential(rescale, *encoder), decoder, config.latent_dim, flow, likelihood, feature_dim)
 
@@ -44,8 +45,13 @@ def _likelihood(dataset: Dataset) -> tuple[Likelihood, nn.Module]:
     return make_likelihood(dataset.likelihood, total_count=dataset.total_count), _Rescale(dataset.total_count or 1)
 
 
-def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.Sequential, nn.Module, int]:
-    """(encoder, decoder, the encoder's number of features)."""
+def _feature_dim(config: RunConfig) -> int:
+    """How many features the encoder gives."""
+    return CONV_FEATURES if config.network == GATED_CONV else config.hidden[-1]
+
+
+def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.Sequential, nn.Module]:
+    """(encoder, decoder)."""
     data_dim = dataset.train[0].numel()
     if config.network == GATED_CONV:
         if dataset.image_shape != CONV_IMAGE:
@@ -53,18 +59,17 @@ def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.
                 f"network {GATED_CONV} wants grey images of {CONV_IMAGE[0]} x {CONV_IMAGE[1]}, {dataset.name} has rows "
                 f"of shape {list(dataset.train.shape[1:])}; choose {GATED_MLP} or other data"
             )
-        return gated_conv_encoder(), gated_conv_decoder(config.latent_dim, num_params), CONV_FEATURES
+        return gated_conv_encoder(), gated_conv_decoder(config.latent_dim, num_params)
     gated = config.network == GATED_MLP
     make_encoder, make_decoder = (gated_mlp_encoder, gated_mlp_decoder) if gated else (mlp_encoder, mlp_decoder)
     encoder = make_encoder(data_dim, *config.hidden)
     decoder = make_decoder(config.latent_dim, *reversed(config.hidden), num_params * data_dim)
-    return encoder, decoder, config.hidden[-1]
+    return encoder, decoder
 
 
 def check_rank(config: RunConfig) -> None:
     """Raises RunError if the flow's head cannot have the configuration's rank, before anything is built or written."""
-    feature_dim = CONV_FEATURES if config.network == GATED_CONV else config.hidden[-1]
-    most = largest_rank(config.latent_dim, config.num_steps, feature_dim)
+    most = largest_rank(config.latent_dim, config.num_steps, _feature_dim(config))
     if config.rank > most:
         raise RunError(
             f"{config.name}: the rank must be at most min(features, K (2 D + 1)) = {most}, got {config.rank}; leave it "
