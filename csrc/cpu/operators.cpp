@@ -26,29 +26,29 @@ std::atomic<const Isa*>& chosen_isa() {
 struct Cpu {
   static constexpr bool kDzAlone = true;
 
-  static auto check_kind(const Tensor& z) {
-    dtype(z.scalar_type());
-    return [](const Tensor& t, const char* name, ScalarType type) {
-      STD_TORCH_CHECK(t.is_cpu(), "vvae_fast: ", name, " must be on the CPU");
-      STD_TORCH_CHECK(t.scalar_type() == type, "vvae_fast: ", name, " must have z's dtype, float32 or float64");
+  static auto check_kind(const Argument& z) {
+    dtype(z);
+    return [](const Argument& t, int32_t dtype) {
+      STD_TORCH_CHECK(t.tensor().is_cpu(), "vvae_fast: ", t.name, " must be on the CPU");
+      STD_TORCH_CHECK(t.dtype == dtype, "vvae_fast: ", t.name, " must have z's dtype, float32 or float64");
     };
   }
-  static Dtype dtype(ScalarType type) {
-    if (type == ScalarType::Double) return Dtype::float64;
-    STD_TORCH_CHECK(type == ScalarType::Float, "vvae_fast: z must be float32 or float64");
+  static Dtype dtype(const Argument& z) {
+    if (z.dtype == kFloat64) return Dtype::float64;
+    STD_TORCH_CHECK(z.dtype == kFloat32, "vvae_fast: z must be float32 or float64");
     return Dtype::float32;
   }
   static void check(const Problem<void>&) {}
-  static Tensor new_empty(const Tensor&, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  static Tensor new_empty(const Argument&, std::initializer_list<int64_t> sizes, int32_t dtype) {
     return new_contiguous(sizes, dtype, aoti_torch_device_type_cpu(), 0);
   }
   // A set's columns side by side.
-  static Tensor readable(const Tensor& t, bool amortized) {
-    const int64_t last = t.dim() - 1;
-    return !amortized || t.stride(last) == 1 || t.size(last) == 1 ? t : torch::stable::contiguous(t);
+  static void make_readable(Argument& t) {
+    const int64_t last = t.rank - 1;
+    if (t.strides[last] != 1 && t.sizes[last] != 1) t.make_contiguous();
   }
   template <class Pass>
-  static void run(const Pass& pass, const Tensor&) {
+  static void run(const Pass& pass, const Argument&) {
     vvae::run(pass, *chosen_isa().load());
   }
 };

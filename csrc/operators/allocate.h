@@ -20,10 +20,4 @@ inline torch::stable::Tensor new_contiguous(std::initializer_list<int64_t> sizes
   return torch::stable::Tensor(handle);
 }
 
-inline int32_t dtype_of(const torch::stable::Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
 }  // namespace vvae

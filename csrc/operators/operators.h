@@ -1,13 +1,14 @@
 // The five operators, once for every backend: checks, allocates, runs. Shapes are those of vvae_fast's schemas.
 //
 // A Backend B gives, as static functions,
-//   check_kind(z)               a function of (tensor, name, type) that refuses a tensor that is not of z's kind
-//   dtype(type)                 a ScalarType as a Dtype, if its kernels have it
+//   check_kind(z)               a function of (argument, dtype) that refuses a tensor that is not of z's kind
+//   dtype(z)                    z's dtype as a Dtype, if its kernels have it
 //   check(problem)              refuses what else its kernels do not compute
 //   new_empty(z, sizes, dtype)  a contiguous tensor on z's device
-//   readable(t, amortized)      t, or a copy with strides that its kernels read
+//   make_readable(t)            copies amortized parameters where its kernels do not read their strides
 //   run(forward, z), run(backward, z)   a problem that is not empty
-// and kDzAlone, whether it saves time for a caller who wants dz alone; where not, all gradients are computed and dropped.
+// and kDzAlone, whether it saves time for a caller who wants dz alone; where not, all gradients are computed and
+// dropped.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -32,17 +33,19 @@ struct Parameters : Weights<const void> {
   bool amortized;
 };
 
-inline Matrix<const void> matrix_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline Matrix<const void> matrix_of(const Argument& t) {
+  return {t.tensor().const_data_ptr(), t.strides[0], t.strides[1]};
+}
 
 // Of u, w [K, D] and b [K], or [P, K, D] and [P, K].
-inline Parameters parameters_of(const Tensor& u, const Tensor& w, const Tensor& b) {
-  const bool amortized = u.dim() == 3;
+inline Parameters parameters_of(const Argument& u, const Argument& w, const Argument& b) {
+  const bool amortized = u.rank == 3;
   const int64_t step = amortized ? 1 : 0;
-  const auto of = [&](const Tensor& t, int64_t col) {
-    return Params<const void>{t.const_data_ptr(), amortized ? t.stride(0) : 0, t.stride(step), col};
+  const auto of = [&](const Argument& t, int64_t col) {
+    return Params<const void>{t.tensor().const_data_ptr(), amortized ? t.strides[0] : 0, t.strides[step], col};
   };
-  return {{of(u, u.stride(step + 1)), of(w, w.stride(step + 1)), of(b, 0)}, u.size(step), amortized ? u.size(0) : 1,
-          amortized};
+  return {{of(u, u.strides[step + 1]), of(w, w.strides[step + 1]), of(b, 0)}, u.sizes[step],
+          amortized ? u.sizes[0] : 1, amortized};
 }
 
 // The parts of packed [P, K (2 D + 1)], from elements 0, K D and 2 K D of a row on.
@@ -60,33 +63,38 @@ struct Operators {
   using Three = std::tuple<Tensor, Tensor, Tensor>;
   using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  static ScalarType computed(const Tensor& z) {
-    return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  static Tensor new_empty(const Argument& z, std::initializer_list<int64_t> sizes) {
+    return B::new_empty(z, sizes, z.dtype);
   }
-  static Tensor new_empty(const Tensor& z, std::initializer_list<int64_t> sizes) {
-    return B::new_empty(z, sizes, dtype_of(z));
-  }
-  static Tensor new_computed(const Tensor& z, std::initializer_list<int64_t> sizes) {
-    const bool is_double = computed(z) == ScalarType::Double;
-    return B::new_empty(z, sizes, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  static Tensor new_computed(const Argument& z, std::initializer_list<int64_t> sizes) {
+    return B::new_empty(z, sizes, z.computed());
   }
 
-  static Problem<void> problem(const Tensor& z, const Parameters& p, const FlowSpec& spec, bool inverse) {
-    const Problem<void> problem = {B::dtype(z.scalar_type()), spec, inverse, p.amortized, z.size(0), z.size(1), p.steps,
+  static Problem<void> problem(const Argument& z, const Parameters& p, const FlowSpec& spec, bool inverse) {
+    const Problem<void> problem = {B::dtype(z), spec, inverse, p.amortized, z.sizes[0], z.sizes[1], p.steps,
                                    p.sets, matrix_of(z), p.u, p.w, p.b};
     B::check(problem);
     return problem;
   }
+  static Problem<void> problem(const Argument& z, Argument& u, Argument& w, const Argument& b, const FlowSpec& spec,
+                               bool inverse) {
+    if (u.rank == 3) {
+      B::make_readable(u);
+      B::make_readable(w);
+    }
+    return problem(z, parameters_of(u, w, b), spec, inverse);
+  }
 
-  static Three forward(const Tensor& z, const Tensor& u_, const Tensor& w_, const Tensor& b, const FlowSpec& spec,
+  static Three forward(const Tensor& z_, const Tensor& u_, const Tensor& w_, const Tensor& b_, const FlowSpec& spec,
                        bool save, bool inverse) {
-    check_problem(z, u_, w_, b, B::check_kind(z));
-    const Tensor u = B::readable(u_, u_.dim() == 3), w = B::readable(w_, u_.dim() == 3);
-    const Problem<void> p = problem(z, parameters_of(u, w, b), spec, inverse);
+    const Argument z(z_, "z"), b(b_, "b");
+    Argument u(u_, "u"), w(w_, "w");
+    check_problem(z, u, w, b, B::check_kind(z));
+    const Problem<void> p = problem(z, u, w, b, spec, inverse);
     Tensor z_K = new_empty(z, {p.rows, p.dim}), log_det = new_computed(z, {p.rows});
     Tensor a = save ? new_computed(z, {p.steps, p.rows}) : new_computed(z, {0});
     if (p.is_empty()) {
-      torch::stable::copy_(z_K, z);
+      torch::stable::copy_(z_K, z_);
       torch::stable::zero_(log_det);
     } else {
       B::run(Forward<void>{p,
@@ -99,17 +107,18 @@ struct Operators {
   }
 
   // dz; du, dw and db go to `to`, whose memory is `weights`.
-  static Tensor backward_into(const Problem<void>& p, const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z,
-                              const Tensor& a, const Weights<void>& to, std::initializer_list<Tensor*> weights) {
+  static Tensor backward_into(const Problem<void>& p, const Argument& grad_z, const Argument& grad_log_det,
+                              const Argument& z, const Argument& a, const Weights<void>& to,
+                              std::initializer_list<Tensor*> weights) {
     Tensor dz = new_empty(z, {p.rows, p.dim});
     if (p.is_empty()) {
-      torch::stable::copy_(dz, grad_z);
+      torch::stable::copy_(dz, grad_z.tensor());
       for (Tensor* t : weights) torch::stable::zero_(*t);
     } else {
       B::run(Backward<void>{p,
                             matrix_of(grad_z),
-                            {grad_log_det.const_data_ptr(), grad_log_det.stride(0)},
-                            {a.const_data_ptr(), p.rows, 1},
+                            {grad_log_det.tensor().const_data_ptr(), grad_log_det.strides[0]},
+                            {a.tensor().const_data_ptr(), p.rows, 1},
                             {dz.mutable_data_ptr(), p.dim, 1},
                             to.u,
                             to.w,
@@ -120,14 +129,16 @@ struct Operators {
     return dz;
   }
 
-  static Four backward(const Tensor& grad_z, const Tensor& grad_log_det, const Tensor& z, const Tensor& u_,
-                       const Tensor& w_, const Tensor& b, const Tensor& a, const FlowSpec& spec, bool params,
+  static Four backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z_, const Tensor& u_,
+                       const Tensor& w_, const Tensor& b_, const Tensor& a_, const FlowSpec& spec, bool params,
                        bool inverse) {
+    const Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det");
+    const Argument z(z_, "z"), b(b_, "b"), a(a_, "a");
+    Argument u(u_, "u"), w(w_, "w");
     const auto check_kind = B::check_kind(z);
-    check_problem(z, u_, w_, b, check_kind);
-    const Tensor u = B::readable(u_, u_.dim() == 3), w = B::readable(w_, u_.dim() == 3);
-    const Problem<void> p = problem(z, parameters_of(u, w, b), spec, inverse);
-    check_saved(grad_z, grad_log_det, z, p.steps, a, computed(z), check_kind);
+    check_problem(z, u, w, b, check_kind);
+    const Problem<void> p = problem(z, u, w, b, spec, inverse);
+    check_saved(grad_z, grad_log_det, z, p.steps, a, check_kind);
     const auto nothing = [&] { return new_empty(z, {0}); };
     if (!params && B::kDzAlone)
       return {backward_into(p, grad_z, grad_log_det, z, a, {}, {}), nothing(), nothing(), nothing()};
@@ -171,22 +182,24 @@ struct Operators {
   }
 
   // The same for amortized parameters whose u, w and b are concatenated in the rows of packed [P, K (2 D + 1)].
-  static std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z, const Tensor& grad_log_det,
-                                                           const Tensor& z, const Tensor& packed_, const Tensor& a,
+  static std::tuple<Tensor, Tensor> planar_backward_packed(const Tensor& grad_z_, const Tensor& grad_log_det_,
+                                                           const Tensor& z_, const Tensor& packed_, const Tensor& a_,
                                                            int64_t constraint, int64_t activation, double slope,
                                                            double log_det_eps, bool params) {
     const FlowSpec spec = spec_of(constraint, activation, slope, log_det_eps);
+    const Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), z(z_, "z"), a(a_, "a");
+    Argument packed(packed_, "packed");
     const auto check_kind = B::check_kind(z);
-    check_packed(z, packed_, a);
-    check_kind(z, "z", z.scalar_type());
-    check_kind(packed_, "packed", z.scalar_type());
-    check_sets(z, packed_.size(0));
-    const Tensor packed = B::readable(packed_, true);
-    const int64_t steps = a.size(0), dim = z.size(1), sets = packed.size(0), width = packed.size(1);
-    const int64_t size = int64_t(packed.element_size());
-    check_saved(grad_z, grad_log_det, z, steps, a, computed(z), check_kind);
+    check_packed(z, packed, a);
+    check_kind(z, z.dtype);
+    check_kind(packed, z.dtype);
+    const int64_t steps = a.sizes[0], dim = z.sizes[1], sets = packed.sizes[0], width = packed.sizes[1];
+    check_sets(z, sets);
+    check_saved(grad_z, grad_log_det, z, steps, a, check_kind);
+    B::make_readable(packed);
+    const int64_t size = int64_t(packed_.element_size());
     const Weights<const void> from =
-        parts_of(packed.const_data_ptr(), size, packed.stride(0), packed.stride(1), steps, dim);
+        parts_of(packed.tensor().const_data_ptr(), size, packed.strides[0], packed.strides[1], steps, dim);
     const Problem<void> p = problem(z, {from, steps, sets, true}, spec, false);
     if (!params && B::kDzAlone) return {backward_into(p, grad_z, grad_log_det, z, a, {}, {}), new_empty(z, {0})};
     Tensor dpacked = new_empty(z, {sets, width});
