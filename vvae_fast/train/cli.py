@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import vvae_fast
 from vvae_fast import backends
@@ -15,24 +14,28 @@ from vvae_fast.backends import selection
 from vvae_fast.train.about import print_info
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.memory import is_out_of_memory, telling_memory
-from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.base.output import guarded
-from vvae_fast.train.base.paths import resolve, resolve_data, resolve_out
+from vvae_fast.train.base.paths import resolve_data, resolve_out
 from vvae_fast.train.data.idx import DataError
-from vvae_fast.train.data.sets import LIKELIHOODS, Dataset, summary
+from vvae_fast.train.data.sets import Dataset, summary
 from vvae_fast.train.density.energies import ENERGIES
 from vvae_fast.train.density.fit import FitConfig
-from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig
+from vvae_fast.train.options import (
+    EXIT_CODES,
+    add_data_options,
+    add_run_options,
+    command,
+    out_path,
+    path,
+    positive,
+    seed,
+)
+from vvae_fast.train.run.runconfig import AMORTIZED, FULL, GATED_CONV, MODELS, VANILLA, RunConfig
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
-EXIT_CODES = (
-    "exit codes: 0 all is done; 2 bad input, or files, the disk or memory failed; 3 a run diverged, and what there "
-    "is of it is evaluated and kept; 130 interrupted; 141 the output's reader has gone, and all is done"
-)
 DESCRIPTION = "Planar flows and variational autoencoders."
 STEPS = [4, 16]  # compare's flow lengths, if neither options nor a file give any
 HIDDEN = [100]
-Read = TypeVar("Read")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,6 +240,10 @@ def _out(arguments: argparse.Namespace) -> Path:
     return resolve_out(f"runs/{arguments.command}{name}")
 
 
+def _unique(values: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(values))
+
+
 def _check_backend() -> None:
     """Raises RunError, with the reasons, if VVAE_FAST_BACKEND names a backend that cannot run."""
     try:
@@ -252,144 +259,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vvae-fast {vvae_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    compare = _command(commands, "compare", _compare, "train the vanilla VAE and flow VAEs, print one table")
-    compare.add_argument("--steps", type=_positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
-    compare.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="SEED")
+    compare = command(commands, "compare", _compare, "train the vanilla VAE and flow VAEs, print one table")
+    compare.add_argument("--steps", type=positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
+    compare.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
-    _add_run_options(compare)
+    add_run_options(compare)
 
-    train = _command(commands, "train", _train, "train and evaluate one model")
+    train = command(commands, "train", _train, "train and evaluate one model")
     train.add_argument("--model", choices=MODELS, default=AMORTIZED)
-    train.add_argument("--steps", type=_positive, default=16, metavar="K", help="the flow's length")
+    train.add_argument("--steps", type=positive, default=16, metavar="K", help="the flow's length")
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
-    train.add_argument("--rank", type=_positive, metavar="R", help=rank)
-    train.add_argument("--seed", type=_seed, default=0)
-    _add_run_options(train)
+    train.add_argument("--rank", type=positive, metavar="R", help=rank)
+    train.add_argument("--seed", type=seed, default=0)
+    add_run_options(train)
 
-    evaluate = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its test set")
-    evaluate.add_argument("checkpoint", type=_path, help="a best.ckpt or last.ckpt")
-    _add_data_options(evaluate)
+    evaluate = command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its test set")
+    evaluate.add_argument("checkpoint", type=path, help="a best.ckpt or last.ckpt")
+    add_data_options(evaluate)
 
-    gaps = _command(
-        commands, "gaps", _gaps, "split a trained model's log p(x) - ELBO into what family and encoder lack"
-    )
-    gaps.add_argument("run", type=_path, help="a run's folder, with best.ckpt")
-    gaps.add_argument("--num-points", type=_positive, default=200, metavar="N", help="of the test set, from its start")
-    gaps.add_argument("--steps", type=_positive, metavar="K", help="of q*, at least the model's (default: the model's)")
-    gaps.add_argument("--iterations", type=_positive, default=600, help="of Adam, for each data point")
-    gaps.add_argument("--out", type=_out_path, help="folder of gaps.json (default: the run's)")
-    _add_data_options(gaps)
+    gaps = command(commands, "gaps", _gaps, "split a trained model's log p(x) - ELBO into what family and encoder lack")
+    gaps.add_argument("run", type=path, help="a run's folder, with best.ckpt")
+    gaps.add_argument("--num-points", type=positive, default=200, metavar="N", help="of the test set, from its start")
+    gaps.add_argument("--steps", type=positive, metavar="K", help="of q*, at least the model's (default: the model's)")
+    gaps.add_argument("--iterations", type=positive, default=600, help="of Adam, for each data point")
+    gaps.add_argument("--out", type=out_path, help="folder of gaps.json (default: the run's)")
+    add_data_options(gaps)
 
-    density = _command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
+    density = command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
     density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
-    density.add_argument("--steps", type=_positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
-    density.add_argument("--iterations", type=_positive, default=FitConfig.iterations, help="of Adam, for each restart")
-    density.add_argument("--restarts", type=_positive, default=FitConfig.restarts, help="seeds from --seed on")
-    density.add_argument("--seed", type=_seed, default=FitConfig.seed)
-    density.add_argument("--out", type=_out_path, default="runs/density", help="folder of results")
+    density.add_argument("--steps", type=positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
+    density.add_argument("--iterations", type=positive, default=FitConfig.iterations, help="of Adam, for each restart")
+    density.add_argument("--restarts", type=positive, default=FitConfig.restarts, help="seeds from --seed on")
+    density.add_argument("--seed", type=seed, default=FitConfig.seed)
+    density.add_argument("--out", type=out_path, default="runs/density", help="folder of results")
     density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 
-    _command(commands, "info", _info, "say which backends are available, and why not")
+    command(commands, "info", _info, "say which backends are available, and why not")
     return parser
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows only defaults that are not None."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _command(
-    commands: Any, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
-    parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
-    return parser
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that read a checkpoint."""
-    parser.add_argument("--data", type=_text, help="where the checkpoint was trained on an array file: its path")
-    parser.add_argument("--root", type=_path, help="MNIST's folder")
-    parser.add_argument("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
-    parser.add_argument("--config", type=_path, help="a study's YAML file: its data and importance samples")
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--config", type=_path, help="a study's YAML file, see configs/: its settings replace these options' defaults")
-    add("--data", type=_text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
-    add("--array", type=_text, metavar="NAME", help="the array of a .npz file to split, where it holds several")
-    add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
-    add("--root", type=_path, help="MNIST's folder, with its original .gz files")
-    add("--epochs", type=_positive, default=200, help="a run in --out that has fewer goes on to so many")
-    add("--batch-size", type=_positive, default=100)
-    add("--latent-dim", type=_positive, default=8, help="D")
-    add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
-    hidden = "widths of an MLP's encoder, which the decoder mirrors (default: 100)"
-    add("--hidden", type=_positive, nargs="+", metavar="WIDTH", help=hidden)
-    add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0])
-    add("--lr", type=_positive_float, default=3e-3, help="the learning rate of the first epoch")
-    add("--schedule", choices=CHOICES["schedule"], default=CHOICES["schedule"][0], help="of the learning rate")
-    add("--warmup-epochs", type=_natural, default=0, help="epochs in which the weight of the KL grows to 1")
-    add("--patience", type=_natural, default=0, help="stop after so many epochs without improvement; 0: never")
-    add("--num-samples", type=_positive, default=1000, help="importance samples of the NLL")
-    add(
-        "--out", type=_out_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)"
-    )
-    add(
-        "--compile", action="store_true", help="torch.compile the VAE, on a GPU into CUDA graphs; the results are alike"
-    )
-    add("--fresh", action="store_true", help="delete earlier runs of this command in --out instead of resuming them")
-
-
-def _unique(values: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys(values))
-
-
-def _natural(text: str) -> int:
-    return _number(as_int, text, 0)
-
-
-def _positive(text: str) -> int:
-    return _number(as_int, text, 1)
-
-
-def _seed(text: str) -> int:
-    return _number(as_int, text, 0, MOST_SEED)
-
-
-def _positive_float(text: str) -> float:
-    return _number(as_positive_float, text)
-
-
-def _number(read: Callable[..., Read], text: str, *bounds: int) -> Read:
-    try:
-        return read(text, *bounds)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be {error}, got {text}") from error
-
-
-def _text(text: str) -> str:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("must be neither empty nor contain a null character")
-    return text
-
-
-def _path(text: str) -> Path:
-    return _resolved(resolve, text)
-
-
-def _out_path(text: str) -> Path:
-    return _resolved(resolve_out, text)
-
-
-def _resolved(read: Callable[[str], Path], text: str) -> Path:
-    try:
-        return read(text)
-    except RunError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

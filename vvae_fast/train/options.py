@@ -1,0 +1,113 @@
+"""The options of the command line: their types, and the groups that commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vvae_fast.train.base.files import RunError
+from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
+from vvae_fast.train.base.paths import resolve, resolve_out
+from vvae_fast.train.data.sets import LIKELIHOODS
+from vvae_fast.train.run.runconfig import CHOICES
+
+EXIT_CODES = (
+    "exit codes: 0 all is done; 2 bad input, or files, the disk or memory failed; 3 a run diverged, and what there "
+    "is of it is evaluated and kept; 130 interrupted; 141 the output's reader has gone, and all is done"
+)
+Read = TypeVar("Read")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows only defaults that are not None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def command(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
+    parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
+    return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that read a checkpoint."""
+    parser.add_argument("--data", type=text, help="where the checkpoint was trained on an array file: its path")
+    parser.add_argument("--root", type=path, help="MNIST's folder")
+    parser.add_argument("--num-samples", type=positive, default=1000, help="importance samples of the NLL")
+    parser.add_argument("--config", type=path, help="a study's YAML file: its data and importance samples")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=path, help="a study's YAML file, see configs/: its settings replace these options' defaults")
+    add("--data", type=text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
+    add("--array", type=text, metavar="NAME", help="the array of a .npz file to split, where it holds several")
+    add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
+    add("--root", type=path, help="MNIST's folder, with its original .gz files")
+    add("--epochs", type=positive, default=200, help="a run in --out that has fewer goes on to so many")
+    add("--batch-size", type=positive, default=100)
+    add("--latent-dim", type=positive, default=8, help="D")
+    add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
+    hidden = "widths of an MLP's encoder, which the decoder mirrors (default: 100)"
+    add("--hidden", type=positive, nargs="+", metavar="WIDTH", help=hidden)
+    add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0])
+    add("--lr", type=positive_float, default=3e-3, help="the learning rate of the first epoch")
+    add("--schedule", choices=CHOICES["schedule"], default=CHOICES["schedule"][0], help="of the learning rate")
+    add("--warmup-epochs", type=natural, default=0, help="epochs in which the weight of the KL grows to 1")
+    add("--patience", type=natural, default=0, help="stop after so many epochs without improvement; 0: never")
+    add("--num-samples", type=positive, default=1000, help="importance samples of the NLL")
+    add("--out", type=out_path, help="folder of results (default: runs/COMMAND, with -NAME for data other than digits)")
+    add(
+        "--compile", action="store_true", help="torch.compile the VAE, on a GPU into CUDA graphs; the results are alike"
+    )
+    add("--fresh", action="store_true", help="delete earlier runs of this command in --out instead of resuming them")
+
+
+def natural(text: str) -> int:
+    return _number(as_int, text, 0)
+
+
+def positive(text: str) -> int:
+    return _number(as_int, text, 1)
+
+
+def seed(text: str) -> int:
+    return _number(as_int, text, 0, MOST_SEED)
+
+
+def positive_float(text: str) -> float:
+    return _number(as_positive_float, text)
+
+
+def _number(read: Callable[..., Read], text: str, *bounds: int) -> Read:
+    try:
+        return read(text, *bounds)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {error}, got {text}") from error
+
+
+def text(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be neither empty nor contain a null character")
+    return text
+
+
+def path(text: str) -> Path:
+    return _resolved(resolve, text)
+
+
+def out_path(text: str) -> Path:
+    return _resolved(resolve_out, text)
+
+
+def _resolved(read: Callable[[str], Path], text: str) -> Path:
+    try:
+        return read(text)
+    except RunError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
