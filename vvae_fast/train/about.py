@@ -1,10 +1,13 @@
-"""`vvae-fast info`: what is installed, and which backends are available."""
+"""What is installed, and which backends are available: `vvae-fast info`, and a check before each command."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import vvae_fast
+from vvae_fast import backends
+from vvae_fast.backends import selection
+from vvae_fast.train.base.files import RunError
 
 
 def print_info() -> None:
@@ -27,3 +30,13 @@ def _one_line(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_backend() -> None:
+    """Raises RunError, with the reasons, if VVAE_FAST_BACKEND names a backend that cannot run."""
+    try:
+        backends.check_name(selection.environment_name, "the backend")
+        with vvae_fast.use_backend(selection.environment_name):
+            pass
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"VVAE_FAST_BACKEND: {error}; unset it or choose another") from error

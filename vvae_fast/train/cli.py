@@ -1,4 +1,4 @@
-"""The command line: `vvae-fast compare`, `train`, `evaluate`, `gaps`, `density` and `info`."""
+"""The command line `vvae-fast`: `--help` lists its commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vvae_fast
-from vvae_fast import backends
-from vvae_fast.backends import selection
-from vvae_fast.train.about import print_info
+from vvae_fast.train.about import check_backend, print_info
+from vvae_fast.train.array_commands import add_array_commands
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.memory import is_out_of_memory, telling_memory
 from vvae_fast.train.base.output import guarded
@@ -34,6 +33,13 @@ from vvae_fast.train.run.runconfig import AMORTIZED, FULL, GATED_CONV, MODELS, V
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
 DESCRIPTION = "Planar flows and variational autoencoders."
+EPILOG = f"""examples:
+  vvae-fast compare
+  vvae-fast train --data counts.npy --out runs/counts
+  vvae-fast encode runs/counts --data counts.npy --out latents.npz
+  vvae-fast COMMAND --help
+
+{EXIT_CODES}"""
 STEPS = [4, 16]  # compare's flow lengths, if neither options nor a file give any
 HIDDEN = [100]
 
@@ -106,7 +112,7 @@ def _diverged(count: int, total: int) -> int:
 
 def _info(arguments: argparse.Namespace) -> None:
     print_info()
-    _check_backend()
+    check_backend()
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -114,7 +120,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run import processes
     from vvae_fast.train.study.compare import compare, models_to_compare
 
-    _check_backend()
+    check_backend()
     if arguments.study is not None and (arguments.steps or arguments.shared):
         raise RunError(f"{arguments.config} says which models to compare; leave --steps and --shared out")
     base, dataset = _configuration(arguments, arguments.seeds[0])
@@ -134,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run.runs import run
     from vvae_fast.train.study.compare import Model, print_table
 
-    _check_backend()
+    check_backend()
     if arguments.rank is not None and arguments.model != AMORTIZED:
         raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
     model = Model(arguments.model, 0 if arguments.model == VANILLA else arguments.steps, arguments.rank or FULL)
@@ -154,6 +160,7 @@ def _train(arguments: argparse.Namespace) -> int:
             progress.finish(result)
     if first:
         print_table({model: [result]})
+        print(f"wrote {out}")
     return _diverged(int(result["status"] == outcome.DIVERGED), 1)
 
 
@@ -161,7 +168,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run import processes
     from vvae_fast.train.run.runs import evaluate, load_trained
 
-    _check_backend()
+    check_backend()
     epoch, config, dataset, vae = load_trained(arguments.checkpoint, arguments.data, arguments.root)
     with processes.connected():
         with telling_memory("evaluating", "free some, its batches are fixed"):
@@ -182,7 +189,7 @@ def _gaps(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run.gaps import GapSettings, gaps
     from vvae_fast.train.run.runs import load_trained
 
-    _check_backend()
+    check_backend()
     if processes.is_launched():
         raise RunError("gaps runs in one process; start it without torchrun")
     trained = load_trained(arguments.run / BEST, arguments.data, arguments.root)
@@ -194,7 +201,7 @@ def _gaps(arguments: argparse.Namespace) -> int:
 def _density(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.density.runs import density
 
-    _check_backend()
+    check_backend()
     options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
     energies, steps = dict.fromkeys(arguments.energies), _unique(arguments.steps)
     configs = [FitConfig(energy, k, **options) for energy in energies for k in steps]
@@ -244,40 +251,54 @@ def _unique(values: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _check_backend() -> None:
-    """Raises RunError, with the reasons, if VVAE_FAST_BACKEND names a backend that cannot run."""
-    try:
-        backends.check_name(selection.environment_name, "the backend")
-        with vvae_fast.use_backend(selection.environment_name):
-            pass
-    except (ValueError, RuntimeError) as error:
-        raise RunError(f"VVAE_FAST_BACKEND: {error}; unset it or choose another") from error
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vvae-fast", description=DESCRIPTION, epilog=EXIT_CODES)
+    parser = argparse.ArgumentParser(
+        prog="vvae-fast", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"vvae-fast {vvae_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    compare = command(commands, "compare", _compare, "train the vanilla VAE and flow VAEs, print one table")
+    compare = command(
+        commands,
+        "compare",
+        _compare,
+        "train the vanilla VAE and flow VAEs, print one table",
+        "",
+        "--data counts.npy --epochs 50 --seeds 0 1",
+        "--config configs/digits.yaml --out runs/digits",
+    )
     compare.add_argument("--steps", type=positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
-    compare.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED")
+    compare.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED", help="a run each")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
     add_run_options(compare)
 
-    train = command(commands, "train", _train, "train and evaluate one model")
-    train.add_argument("--model", choices=MODELS, default=AMORTIZED)
+    train = command(
+        commands,
+        "train",
+        _train,
+        "train and evaluate one model",
+        "--model amortized --steps 16 --out runs/one",
+        "--data counts.npy --model vanilla",
+    )
+    train.add_argument("--model", choices=MODELS, default=AMORTIZED, help="of the posterior")
     train.add_argument("--steps", type=positive, default=16, metavar="K", help="the flow's length")
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
     train.add_argument("--rank", type=positive, metavar="R", help=rank)
-    train.add_argument("--seed", type=seed, default=0)
+    train.add_argument("--seed", type=seed, default=0, help="of weights, order and noise")
     add_run_options(train)
 
-    evaluate = command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its test set")
+    evaluate = command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "evaluate a checkpoint on its test set",
+        "runs/one/best.ckpt --num-samples 5000",
+    )
     evaluate.add_argument("checkpoint", type=path, help="a best.ckpt or last.ckpt")
     add_data_options(evaluate)
 
-    gaps = command(commands, "gaps", _gaps, "split a trained model's log p(x) - ELBO into what family and encoder lack")
+    lacks = "split a trained model's log p(x) - ELBO into what family and encoder lack"
+    gaps = command(commands, "gaps", _gaps, lacks, "runs/one --num-points 50")
     gaps.add_argument("run", type=path, help="a run's folder, with best.ckpt")
     gaps.add_argument("--num-points", type=positive, default=200, metavar="N", help="of the test set, from its start")
     gaps.add_argument("--steps", type=positive, metavar="K", help="of q*, at least the model's (default: the model's)")
@@ -285,12 +306,20 @@ def _parser() -> argparse.ArgumentParser:
     gaps.add_argument("--out", type=out_path, help="folder of gaps.json (default: the run's)")
     add_data_options(gaps)
 
-    density = command(commands, "density", _density, "fit planar flows to 2-D energies, print their KL, draw them")
-    density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES))
+    add_array_commands(commands)
+
+    density = command(
+        commands,
+        "density",
+        _density,
+        "fit planar flows to 2-D energies, print their KL, draw them",
+        "--energies U1 --steps 8 --restarts 1",
+    )
+    density.add_argument("--energies", choices=ENERGIES, nargs="+", default=list(ENERGIES), help="to fit")
     density.add_argument("--steps", type=positive, nargs="+", default=[2, 8, 32], metavar="K", help="flow lengths")
     density.add_argument("--iterations", type=positive, default=FitConfig.iterations, help="of Adam, for each restart")
     density.add_argument("--restarts", type=positive, default=FitConfig.restarts, help="seeds from --seed on")
-    density.add_argument("--seed", type=seed, default=FitConfig.seed)
+    density.add_argument("--seed", type=seed, default=FitConfig.seed, help="the first restart's")
     density.add_argument("--out", type=out_path, default="runs/density", help="folder of results")
     density.add_argument("--fresh", action="store_true", help="replace the results in --out instead of going on")
 

@@ -10,35 +10,60 @@ from typing import Any, TypeVar
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.base.paths import resolve, resolve_out
-from vvae_fast.train.data.sets import LIKELIHOODS
+from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS
 from vvae_fast.train.run.runconfig import CHOICES
 
-EXIT_CODES = (
-    "exit codes: 0 all is done; 2 bad input, or files, the disk or memory failed; 3 a run diverged, and what there "
-    "is of it is evaluated and kept; 130 interrupted; 141 the output's reader has gone, and all is done"
-)
+EXIT_CODES = """exit codes:
+  0    all is done
+  2    bad input, or files, the disk or memory failed
+  3    a run diverged, and what there is of it is evaluated and kept
+  130  interrupted
+  141  the output's reader has gone, and all is done"""
 Read = TypeVar("Read")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows only defaults that are not None."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults other than None and those of switches, and each example on a line of its own."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default in (None, argparse.SUPPRESS) or action.nargs == 0
+            else super()._get_help_string(action)
+        )
 
 
 def command(
-    commands: Any, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str, *examples: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES, formatter_class=_Help)
+    lines = [f"  vvae-fast {' '.join(filter(None, (name, example)))}" for example in examples]
+    epilog = "\n".join([*(["examples:", *lines, ""] if lines else []), EXIT_CODES])
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=_Help)
     parser.set_defaults(handler=handler, command=name, parser=parser, config=None, study=None)
     return parser
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that read a checkpoint."""
-    parser.add_argument("--data", type=text, help="where the checkpoint was trained on an array file: its path")
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Where the data of a trained run are."""
+    parser.add_argument("--data", type=text, help="where the run was trained on an array file: its path")
     parser.add_argument("--root", type=path, help="MNIST's folder")
+
+
+def add_array_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that write arrays of a trained run."""
+    parser.add_argument("run", type=path, help="a run's folder, with best.ckpt")
+    parser.add_argument("--out", type=array_path, required=True, metavar="FILE.npz", help="the file to write")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn")
+    add_source_options(parser)
+
+
+def add_split_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[-1], help="the rows to take")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that score a checkpoint."""
+    add_source_options(parser)
     parser.add_argument("--num-samples", type=positive, default=1000, help="importance samples of the NLL")
     parser.add_argument("--config", type=path, help="a study's YAML file: its data and importance samples")
 
@@ -51,12 +76,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
     add("--root", type=path, help="MNIST's folder, with its original .gz files")
     add("--epochs", type=positive, default=200, help="a run in --out that has fewer goes on to so many")
-    add("--batch-size", type=positive, default=100)
-    add("--latent-dim", type=positive, default=8, help="D")
+    add("--batch-size", type=positive, default=100, help="rows of a training step")
+    add("--latent-dim", type=positive, default=8, help="D, the numbers in a latent z")
     add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
     hidden = "widths of an MLP's encoder, which the decoder mirrors (default: 100)"
     add("--hidden", type=positive, nargs="+", metavar="WIDTH", help=hidden)
-    add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0])
+    add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0], help="of the training")
     add("--lr", type=positive_float, default=3e-3, help="the learning rate of the first epoch")
     add("--schedule", choices=CHOICES["schedule"], default=CHOICES["schedule"][0], help="of the learning rate")
     add("--warmup-epochs", type=natural, default=0, help="epochs in which the weight of the KL grows to 1")
@@ -104,6 +129,12 @@ def path(text: str) -> Path:
 
 def out_path(text: str) -> Path:
     return _resolved(resolve_out, text)
+
+
+def array_path(text: str) -> Path:
+    if not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"must end with .npz, got {text}")
+    return out_path(text)
 
 
 def _resolved(read: Callable[[str], Path], text: str) -> Path:

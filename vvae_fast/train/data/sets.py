@@ -72,6 +72,8 @@ class Dataset:
         source: the file or folder of the data.
         arrays: the names of the arrays that were read from the file.
         value_range: the smallest and the largest value of the source; None: those of the splits.
+        order: for each split the numbers of its rows, int64 [N], in the array that was split; None: each split is an
+            array of its own, in its order.
     """
 
     name: str
@@ -86,6 +88,15 @@ class Dataset:
     source: str = "memory"
     arrays: tuple[str, ...] = ()
     value_range: tuple[float, float] | None = None
+    order: tuple[Tensor, ...] | None = None
+
+    def row_numbers(self, split: str) -> Tensor:
+        """Where the rows of "train", "val" or "test" stand in the array that they come from, int64 [N].
+
+        That array is load_digits().images for digits, and the training file for MNIST's train and val, the test file
+        for its test.
+        """
+        return torch.arange(len(getattr(self, split))) if self.order is None else self.order[SPLITS.index(split)]
 
 
 def load_dataset(
@@ -184,8 +195,9 @@ def summary(dataset: Dataset) -> str:
 def _digits(likelihood: str | None) -> Dataset:
     x = require("sklearn.datasets").load_digits().images.astype("float32")  # [1797, 8, 8]
     model = _choose_likelihood([x], likelihood, "digits")
-    parts = [torch.from_numpy(x[rows]) for rows in _split_order(len(x), DIGITS_HELD_OUT)]
-    return _make("digits", parts, model, source="digits of scikit-learn", value_range=_range([x]))
+    order = _split_order(len(x), DIGITS_HELD_OUT)
+    parts = [torch.from_numpy(x[rows]) for rows in order]
+    return _make("digits", parts, model, source="digits of scikit-learn", value_range=_range([x]), order=order)
 
 
 def _mnist(root: Path | str | None, likelihood: str | None) -> Dataset:
@@ -205,11 +217,13 @@ def _mnist(root: Path | str | None, likelihood: str | None) -> Dataset:
         if list(x.shape) != sizes:
             raise DataError(f"{folder / name}: wanted sizes {sizes}, got {list(x.shape)}; fetch the original file")
         images.append(x.float().div_(255).numpy())
+    np = require("numpy")
     train_file, test = images
     train, val = train_file[:-MNIST_VALIDATION], train_file[-MNIST_VALIDATION:]
     parts = [torch.from_numpy(x) for x in (train, *_draw_bits(val, test))]
     model = Model(BERNOULLI, None, dynamic=True, why="grey levels over 255 are probabilities of bits, drawn anew")
-    return _make("mnist", parts, model, source="MNIST's original files", value_range=_range(images))
+    order = [*np.split(np.arange(len(train_file)), [len(train)]), np.arange(len(test))]
+    return _make("mnist", parts, model, source="MNIST's original files", value_range=_range(images), order=order)
 
 
 def _array_file(path: Path, array: str | None, likelihood: str | None) -> Dataset:
@@ -217,7 +231,7 @@ def _array_file(path: Path, array: str | None, likelihood: str | None) -> Datase
     parts = [_as_float32(x, f"{path}, array '{name}'") for name, x in arrays.items()]
     model = _choose_likelihood(parts, likelihood, str(path))
     train, original = parts[0], next(iter(arrays.values()))
-    value_range = _range(arrays.values())
+    value_range, order = _range(arrays.values()), None
     if len(parts) == 1:
         if len(train) < len(SPLITS):
             raise DataError(f"{path}: wanted at least {len(SPLITS)} rows to split, got {len(train)}; add rows")
@@ -233,7 +247,7 @@ def _array_file(path: Path, array: str | None, likelihood: str | None) -> Datase
     if model.dynamic:
         parts = [parts[0], *_draw_bits(*parts[1:])]
     tensors = [torch.from_numpy(x) for x in parts]
-    return _make(path.name, tensors, model, str(path.resolve()), tuple(arrays), value_range)
+    return _make(path.name, tensors, model, str(path.resolve()), tuple(arrays), value_range, order)
 
 
 def _make(
@@ -243,11 +257,13 @@ def _make(
     source: str,
     arrays: tuple[str, ...] = (),
     value_range: tuple[float, float] | None = None,
+    order: Sequence[np.ndarray] | None = None,
 ) -> Dataset:
     likelihood, total_count, dynamic, why = model
     train, val, test = parts
     shape = _image_shape(train)
-    return Dataset(name, train, val, test, likelihood, total_count, shape, dynamic, why, source, arrays, value_range)
+    facts = (likelihood, total_count, shape, dynamic, why, source, arrays, value_range)
+    return Dataset(name, train, val, test, *facts, None if order is None else tuple(map(torch.from_numpy, order)))
 
 
 def _as_float32(array: np.ndarray, where: str) -> np.ndarray:

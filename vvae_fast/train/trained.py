@@ -1,0 +1,103 @@
+"""What leads out of a trained run: the VAE, and samples, reconstructions and latents as arrays in a .npz file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vvae_fast.nn.vae import VAE
+from vvae_fast.train.base.extras import require
+from vvae_fast.train.base.files import make_folder, replacing
+from vvae_fast.train.base.paths import resolve
+from vvae_fast.train.data.loaders import BinarizedRows, Draw
+from vvae_fast.train.data.sets import SPLITS, Dataset
+from vvae_fast.train.run.checkpoints import BEST
+from vvae_fast.train.run.evaluation import EVALUATION_BATCH
+from vvae_fast.train.run.runconfig import RunConfig
+from vvae_fast.train.run.runs import load_trained
+
+Arrays = dict[str, Tensor]
+
+
+class LoadedRun(NamedTuple):
+    """A run read from its folder.
+
+    vae is that of its best epoch, on the CPU and in evaluation mode; config has its settings, dataset its data. rows
+    has the numbers of the rows of "train", "val" and "test" in the array that was split, int64 [N] each: see
+    `Dataset.row_numbers`.
+    """
+
+    vae: VAE
+    config: RunConfig
+    dataset: Dataset
+    rows: dict[str, Tensor]
+
+
+def load_run(folder: Path | str, data: str | None = None, root: Path | str | None = None) -> LoadedRun:
+    """The VAE of a folder that `vvae-fast train`, or compare for each model and seed, has written.
+
+    Args:
+        folder: the run's, with best.ckpt.
+        data: the path of the array file that the run was trained on; digits and mnist are found by their names.
+        root: MNIST's folder.
+
+    Raises:
+        RunError: the folder has no checkpoint of this package, or the data are not those that the run was trained on.
+        DataError: the data cannot be read.
+    """
+    checkpoint = resolve(str(folder)) / BEST
+    _, config, dataset, vae = load_trained(checkpoint, data, None if root is None else Path(root))
+    return LoadedRun(vae, config, dataset, {split: dataset.row_numbers(split) for split in SPLITS})
+
+
+@torch.no_grad()
+def sample(run: LoadedRun, num_samples: int, seed: int) -> Arrays:
+    """num_samples draws x of the model and their means E[x | z], each [num_samples, *shape]."""
+    drawn = {}
+    for name, is_mean in (("x", False), ("mean", True)):  # of the same z, which the seed decides
+        generator = torch.Generator().manual_seed(seed)
+        drawn[name] = run.vae.sample(num_samples, is_mean, generator).reshape(num_samples, *run.dataset.train.shape[1:])
+    return drawn
+
+
+@torch.no_grad()
+def reconstruct(run: LoadedRun, split: str, seed: int) -> Arrays:
+    """rows [N], x and reconstruction E[x | z] for one posterior sample z of each row, [N, *shape]."""
+    x, generator = rows_of(run, split), torch.Generator().manual_seed(seed)
+    means = [run.vae.reconstruct(batch.flatten(1), generator) for batch in x.split(EVALUATION_BATCH)]
+    return {"rows": run.rows[split], "x": x, "reconstruction": torch.cat(means).reshape(x.shape)}
+
+
+@torch.no_grad()
+def encode(run: LoadedRun, split: str, num_samples: int, seed: int) -> Arrays:
+    """rows [N]; mean and log_var [N, D] of q_0(z_0 | x); z_K [S, N, D], num_samples draws of the posterior, and their
+    log_q = log q_K(z_K | x) in nats, [S, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    dims = {"mean": 0, "log_var": 0, "z_K": 1, "log_q": 1}  # which counts the rows
+    parts: dict[str, list[Tensor]] = {name: [] for name in dims}
+    for batch in rows_of(run, split).flatten(1).split(EVALUATION_BATCH):
+        mean, log_var, _ = run.vae.encode(batch)
+        _, z_K, log_q = run.vae.posterior_sample(batch, num_samples, generator)
+        for name, part in zip(parts, (mean, log_var, z_K, log_q), strict=True):
+            parts[name].append(part)
+    return {"rows": run.rows[split], **{name: torch.cat(parts[name], dim) for name, dim in dims.items()}}
+
+
+def rows_of(run: LoadedRun, split: str) -> Tensor:
+    """The rows of a split as the encoder takes them, [N, *shape]: for probabilities their bits, by the run's seed."""
+    x = getattr(run.dataset, split)
+    if split != "train" or not run.dataset.dynamic:
+        return x
+    bits, parts = BinarizedRows(x, run.config.seed), torch.arange(len(x)).split(EVALUATION_BATCH)
+    return torch.cat([bits(Draw(0, number, rows)) for number, rows in enumerate(parts)]).reshape(x.shape)
+
+
+def write_arrays(path: Path, arrays: Arrays) -> str:
+    """Writes a .npz file in one step; returns what it holds, for a line of output."""
+    make_folder(path.parent)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # savez adds .npz to the name of a path
+        require("numpy").savez(file, **{name: array.numpy() for name, array in arrays.items()})
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
