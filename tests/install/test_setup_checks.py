@@ -137,6 +137,19 @@ def test_the_node_may_fail_to_compile_and_no_other_extension(run, capsys):
     assert said in "".join(capsys.readouterr())
 
 
+@needs_compiler
+@pytest.mark.parametrize(("flags", "kept"), [("", False), ("-O1", False), ("-g", True), ("-O1 -ggdb3", True)])
+def test_pythons_own_debug_information_is_left_out_and_that_of_cflags_kept(run, flags, kept):
+    for extension in run(CXX="c++", CFLAGS=flags)["ext_modules"]:
+        given = extension.extra_compile_args
+        assert ("-g0" not in (given if isinstance(given, list) else given["cxx"])) == kept
+
+
+def test_the_log_says_what_is_built_and_how_long_it_takes(run, capsys):
+    run(NO_CUDA="1")
+    assert "vvae_fast: compiling the CPU kernels, about two and a half minutes" in capsys.readouterr().err
+
+
 def test_a_compilation_that_fails_ends_in_one_line(run):
     build = run()["cmdclass"]["build_ext"](setuptools.Distribution())
     with (
