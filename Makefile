@@ -1,5 +1,5 @@
-# make demo | check | test | test-compiled | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass: each makes
-# .venv when missing and rebuilds what changed only.
+# make demo | check | test | test-compiled | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass | wheel: each
+# makes .venv when missing and rebuilds what changed only.
 # make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
 # of them in turn. RESULTS=folder, COMMIT=what git cannot tell. make gpu-prebuilt: what they would build, built before, on a
 # machine with nvcc, for ARCHITECTURES=9.0. See docs/gpu.md.
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo check test test-compiled test-long sanitize lint peers-tests bench bench-quick report results sass gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
+.PHONY: demo check test test-compiled test-long sanitize lint peers-tests bench bench-quick report results sass wheel gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
 	gpu-prebuilt clean
 
 demo: .venv/built
@@ -69,6 +69,10 @@ results: .venv/built
 # What the GPU kernels cost by their machine code, without a GPU; needs nvcc. TABLES=cuda or triton: one of the two.
 sass: .venv/built
 	$(BIN)/python -m benchmarks.sass.sass_tables $(TABLES)
+
+# A wheel in dist/, checked; TORCH=version: for the fresh environment, by default that of constraints.txt.
+wheel: .venv/built
+	$(BIN)/python -m build_tools.wheel $(if $(TORCH),--torch "$(TORCH)") $(if $(WHEEL),--wheel "$(WHEEL)")
 
 gpu gpu-test gpu-bench gpu-sanitize gpu-tune:
 	@$(PYTHON) -m benchmarks.gpu.gpu $(patsubst gpu-%,%,$(filter-out gpu,$@)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
