@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vvae_fast.nn.arguments import check_agreement, check_modules, check_noise, find_feature_dim
 from vvae_fast.nn.importance import Importance, Proposal, draw_from, from_weights, standard_normal
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
-from vvae_fast.nn.outputs import check_channels, check_decoded, check_encoded, check_flowed, check_params, describe
+from vvae_fast.nn.outputs import check_channels, check_decoded, check_encoded, check_flowed, check_params
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.shapes import HALVES, autocasts, check_size, compute_dtype, full_precision, untraced
 
@@ -86,15 +87,15 @@ class VAE(nn.Module):
         feature_dim: int | None = None,
     ):
         super().__init__()
-        _check_modules(encoder=encoder, decoder=decoder, flow=flow)
+        check_modules(encoder=encoder, decoder=decoder, flow=flow)
         latent_dim = check_size("latent_dim", latent_dim, 1)
-        _check_agreement("flow.dim", getattr(flow, "dim", None), "latent_dim", latent_dim)
+        check_agreement("flow.dim", getattr(flow, "dim", None), "latent_dim", latent_dim)
         self.encoder = encoder
         self.decoder = decoder
         self.flow = flow
         self.likelihood = make_likelihood(likelihood)
         self.latent_dim = latent_dim
-        self.feature_dim = _find_feature_dim(encoder, flow, feature_dim)
+        self.feature_dim = find_feature_dim(encoder, flow, feature_dim)
         self.posterior_head = nn.Linear(self.feature_dim, 2 * latent_dim) if self.feature_dim else None
         self._flow_takes_features = getattr(flow, "context_dim", None) is not None
 
@@ -129,7 +130,7 @@ class VAE(nn.Module):
         if noise is None:
             noise = standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
         else:
-            _check_noise(noise, posterior.mean, num_samples)
+            check_noise(noise, posterior.mean, num_samples)
             noise = noise.to(posterior.mean.dtype)
         if self.flow is None:
             std = (0.5 * posterior.log_var).exp()  # [B, D]
@@ -356,40 +357,3 @@ def _trains_eagerly(x: Tensor) -> bool:
         and not x.is_meta
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-
-
-@untraced
-def _check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
-    wanted = mean.shape if num_samples == 1 else (num_samples, *mean.shape)
-    if not isinstance(noise, Tensor) or noise.shape != wanted:
-        raise ValueError(f"noise must be {tuple(wanted)}, got {describe(noise)}")
-    if not noise.is_floating_point():
-        raise TypeError(f"noise must be {mean.dtype} like the posterior's mean, got {noise.dtype}")
-
-
-def _find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
-    context_dim = getattr(flow, "context_dim", None)
-    out_features = getattr(encoder, "out_features", None)
-    if feature_dim is None:
-        feature_dim = context_dim if context_dim is not None else out_features
-    if feature_dim is None:
-        raise ValueError(
-            "feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width, or "
-            "feature_dim=0 where it gives (mean, log_var)"
-        )
-    feature_dim = check_size("feature_dim", feature_dim, 0)
-    if feature_dim:
-        _check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
-        _check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
-    return feature_dim
-
-
-def _check_modules(**modules: nn.Module | None) -> None:
-    for name, module in modules.items():
-        if not isinstance(module, nn.Module) and not (name == "flow" and module is None):
-            raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
-
-
-def _check_agreement(name: str, value: int | None, other_name: str, other: int) -> None:
-    if value is not None and value != other:
-        raise ValueError(f"{name} and {other_name} must agree, got {value} and {other}")

@@ -1,0 +1,45 @@
+"""The checks of what a VAE is given: its modules, their widths, and noise."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vvae_fast.nn.outputs import describe
+from vvae_fast.shapes import check_size, untraced
+
+
+@untraced
+def check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
+    wanted = mean.shape if num_samples == 1 else (num_samples, *mean.shape)
+    if not isinstance(noise, Tensor) or noise.shape != wanted:
+        raise ValueError(f"noise must be {tuple(wanted)}, got {describe(noise)}")
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must be {mean.dtype} like the posterior's mean, got {noise.dtype}")
+
+
+def find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
+    context_dim = getattr(flow, "context_dim", None)
+    out_features = getattr(encoder, "out_features", None)
+    if feature_dim is None:
+        feature_dim = context_dim if context_dim is not None else out_features
+    if feature_dim is None:
+        raise ValueError(
+            "feature_dim is unknown: the encoder has no out_features; pass feature_dim=, its output width, or "
+            "feature_dim=0 where it gives (mean, log_var)"
+        )
+    feature_dim = check_size("feature_dim", feature_dim, 0)
+    if feature_dim:
+        check_agreement("flow.context_dim", context_dim, "feature_dim", feature_dim)
+        check_agreement("encoder.out_features", out_features, "feature_dim", feature_dim)
+    return feature_dim
+
+
+def check_modules(**modules: nn.Module | None) -> None:
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module) and not (name == "flow" and module is None):
+            raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
+
+
+def check_agreement(name: str, value: int | None, other_name: str, other: int) -> None:
+    if value is not None and value != other:
+        raise ValueError(f"{name} and {other_name} must agree, got {value} and {other}")
