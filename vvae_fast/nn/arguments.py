@@ -1,11 +1,20 @@
-"""The checks of what a VAE is given: its modules, their widths, and noise."""
+"""The checks of what a VAE is given: its modules, their widths, beta and noise; and when data can be checked."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from vvae_fast.nn.outputs import describe
 from vvae_fast.shapes import check_size, untraced
+
+
+@untraced
+def check_beta(beta: float) -> None:
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"beta must be a finite number from 0 on, got {beta}")
 
 
 @untraced
@@ -43,3 +52,16 @@ def check_modules(**modules: nn.Module | None) -> None:
 def check_agreement(name: str, value: int | None, other_name: str, other: int) -> None:
     if value is not None and value != other:
         raise ValueError(f"{name} and {other_name} must agree, got {value} and {other}")
+
+
+def trains_eagerly(x: Tensor) -> bool:
+    """Whether gradients are needed and the numbers of x can be read, which a trace does not allow."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(x, torch._subclasses.FakeTensor)
+        and not x.is_meta
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

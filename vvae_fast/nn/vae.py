@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.nn.arguments import check_agreement, check_modules, check_noise, find_feature_dim
+from vvae_fast.nn.arguments import (
+    check_agreement,
+    check_beta,
+    check_modules,
+    check_noise,
+    find_feature_dim,
+    trains_eagerly,
+)
 from vvae_fast.nn.importance import Importance, Proposal, draw_from, from_weights, standard_normal
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
 from vvae_fast.nn.outputs import check_channels, check_decoded, check_encoded, check_flowed, check_params
@@ -25,6 +32,10 @@ class ElboTerms(NamedTuple):
     neg_elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
+
+    def weighted(self, beta: float) -> Tensor:
+        """reconstruction + beta kl of each data point, [B], in nats: docs/math.md (54); -ELBO if beta = 1."""
+        return self.neg_elbo if beta == 1.0 else self.reconstruction + beta * self.kl
 
 
 class Posterior(NamedTuple):
@@ -126,12 +137,7 @@ class VAE(nn.Module):
         """
         num_samples = check_size("num_samples", num_samples, 1)
         posterior = self.encode(x)
-        noise_shape = posterior.mean.shape if num_samples == 1 else (num_samples, *posterior.mean.shape)
-        if noise is None:
-            noise = standard_normal(noise_shape, posterior.mean, generator)  # [B, D] or [S, B, D]
-        else:
-            check_noise(noise, posterior.mean, num_samples)
-            noise = noise.to(posterior.mean.dtype)
+        noise = self._noise_for(posterior, num_samples, generator, noise)  # [B, D] or [S, B, D]
         if self.flow is None:
             std = (0.5 * posterior.log_var).exp()  # [B, D]
             z = torch.addcmul(posterior.mean, std, noise)  # as noise
@@ -144,6 +150,42 @@ class VAE(nn.Module):
             reconstruction = reconstruction.mean(0)
             kl = kl if self.flow is None else kl.mean(0)
         return ElboTerms(reconstruction + kl, reconstruction, kl)
+
+    def elbo(
+        self,
+        x: Tensor,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The ELBO of each data point with beta as the weight of its KL, docs/math.md (54): [B], in nats.
+
+        beta > 1 is the beta-VAE's (Higgins et al. 2017), and a beta that grows to 1 is a KL warm-up. The loss of a
+        training step is `-vae.elbo(x, beta).mean()`. `elbo_terms` has the other arguments and the errors.
+
+        Raises:
+            ValueError: also if beta is negative, infinite or NaN.
+        """
+        check_beta(beta)
+        return -self.elbo_terms(x, num_samples, generator, noise).weighted(beta)
+
+    def iwae(
+        self, x: Tensor, num_samples: int, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The importance-weighted bound on log p(x) of each data point, docs/math.md (55): [B], in nats, for training.
+
+        It is Burda et al.'s (2016, eq. 8) with k = num_samples: in expectation never below the ELBO and never above
+        log p(x). Its gradient is that of the reparameterised samples; the loss of a training step is
+        `-vae.iwae(x, num_samples).mean()`. All num_samples B rows are in memory at once, unlike `log_likelihood`'s,
+        which has no gradient. `elbo_terms` has the other arguments and the errors.
+        """
+        num_samples = check_size("num_samples", num_samples, 1)
+        posterior = self.encode(x)
+        noise = self._noise_for(posterior, num_samples, generator, noise).reshape(num_samples, *posterior.mean.shape)
+        return from_weights(
+            lambda count: self._log_weights(x, posterior, noise, slice(None)), num_samples, num_samples
+        ).log_likelihood
 
     def encode(self, x: Tensor) -> Posterior:
         """q_0(z_0 | x): mean and log-variance [B, D] and the encoder's features [B, F], for x [B, *data]."""
@@ -261,6 +303,16 @@ class VAE(nn.Module):
         z = self.posterior_sample(x, 1, generator).z_K[0]  # [B, D]
         return self.likelihood.mean(self._params_for(x, z)).reshape(x.shape).to(x.dtype)
 
+    def _noise_for(
+        self, posterior: Posterior, num_samples: int, generator: torch.Generator | None, noise: Tensor | None
+    ) -> Tensor:
+        """Checked noise, or new noise if it is None: [B, D], or [num_samples, B, D] for more than one sample."""
+        mean = posterior.mean
+        if noise is None:
+            return standard_normal(mean.shape if num_samples == 1 else (num_samples, *mean.shape), mean, generator)
+        check_noise(noise, mean, num_samples)
+        return noise.to(mean.dtype)
+
     def _push(self, posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """z_0 = mean + std * noise and its image: z_0, z_K [*S, B, D] and log_det [*S, B] (0.0 without a flow)."""
         z_0 = torch.addcmul(posterior.mean, (0.5 * posterior.log_var).exp(), noise)
@@ -290,7 +342,7 @@ class VAE(nn.Module):
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), [*S, B], for x [B, *data] and z [*S, B, D]."""
         params, x = self._params_for(x, z), x.flatten(1)  # [*S, B, num_params * P], [B, P]
-        if not torch.compiler.is_compiling() and not self._is_checked and self.training and _trains_eagerly(x):
+        if not torch.compiler.is_compiling() and not self._is_checked and self.training and trains_eagerly(x):
             self.likelihood.check_batch(x, params)
             self._is_checked = len(x) > 0
         return self.likelihood.log_prob(x, params)
@@ -344,16 +396,3 @@ class VAE(nn.Module):
             others = (*others, torch.float32, *HALVES)
         if tensor.dtype not in (like.dtype, *others):
             raise TypeError(f"{name} must be {like.dtype} like the VAE, got {tensor.dtype}; convert one of them")
-
-
-def _trains_eagerly(x: Tensor) -> bool:
-    """Whether gradients are needed and the numbers of x can be read, which a trace does not allow."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not isinstance(x, torch._subclasses.FakeTensor)
-        and not x.is_meta
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )

@@ -24,11 +24,8 @@ def lr_factor(epoch: int, epochs: int, schedule: str = COSINE) -> float:
 
 
 def free_energy(terms: ElboTerms, beta: float, count: int | None = None) -> Tensor:
-    """reconstruction + beta KL, summed over the rows and divided by `count`, in nats: -ELBO if beta = 1.
+    """`ElboTerms.weighted`, summed over the rows and divided by `count`, in nats: -ELBO if beta = 1.
 
     The default of count is the number of rows, which gives the mean.
     """
-    count = len(terms.kl) if count is None else count
-    if beta == 1.0:
-        return terms.neg_elbo.sum() / count
-    return (terms.reconstruction + beta * terms.kl).sum() / count
+    return terms.weighted(beta).sum() / (len(terms.kl) if count is None else count)
