@@ -7,9 +7,9 @@ import pytest
 from test_cli import data, one_line_and_exit_2, small  # noqa: F401  # data is a fixture
 
 from vvae_fast.train.cli import main
-from vvae_fast.train.run.gaps import HEADINGS
+from vvae_fast.train.run.gaps import FEW, HEADINGS, SHARES
 
-FEW = ["--num-points", "7", "--iterations", "3", "--num-samples", "11"]
+FEW_OPTIONS = ["--num-points", "7", "--iterations", "3", "--num-samples", "11"]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run(data, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 
 def test_the_table_is_that_of_the_file(run, capsys):
-    assert main(["gaps", str(run), *FEW]) == 0
+    assert main(["gaps", str(run), *FEW_OPTIONS]) == 0
     printed = capsys.readouterr().out
     content = json.loads((run / "gaps.json").read_text())
     assert content["settings"] == {"num_points": 7, "num_steps": None, "iterations": 3, "num_samples": 11}
@@ -33,16 +33,30 @@ def test_the_table_is_that_of_the_file(run, capsys):
         assert scores["mean"] == pytest.approx(statistics.mean(values))
         assert scores["std"] == pytest.approx(statistics.stdev(values))
         assert scores["standard_error"] == pytest.approx(statistics.stdev(values) / 7**0.5)
-        cells = next(line for line in printed.splitlines() if line.startswith(f"| {heading} ")).split("|")[2:5]
+        assert scores["median"] == pytest.approx(statistics.median(values))
+        cells = next(line for line in printed.splitlines() if line.startswith(f"| {heading} ")).split("|")[2:6]
         assert [cell.strip() for cell in cells] == [f"{value:.3f}" for value in scores.values()]
     of = {name: scores["mean"] for name, scores in content["scores"].items()}
     assert of["approximation_gap"] + of["amortization_gap"] == pytest.approx(of["neg_elbo"] - of["nll_optimal"])
     assert "7 data points of the test set, in nats; 11 samples of each" in printed
+    for name, share in SHARES.items():
+        assert content[share] == pytest.approx(sum(value < FEW for value in content["points"][name]) / 7)
+    assert [row["num_samples"] for row in content["by_samples"]] == [10]
+    assert f"NLL with 10 samples: from q {content['by_samples'][0]['nll']:.3f}, from q* " in printed
+
+
+def test_the_nll_of_fewer_samples_is_that_of_the_first_ones(run):
+    assert main(["gaps", str(run), *FEW_OPTIONS, "--num-samples", "100"]) == 0
+    content = json.loads((run / "gaps.json").read_text())
+    first, last = content["by_samples"]
+    assert (first["num_samples"], last["num_samples"]) == (10, 100)
+    assert last["nll"] == pytest.approx(content["scores"]["nll"]["mean"], rel=1e-6)
+    assert first["nll"] != last["nll"]
 
 
 def test_the_same_command_gives_the_same_points(run, tmp_path):
     for number in "12":
-        assert main(["gaps", str(run), *FEW, "--steps", "3", "--out", str(tmp_path / number)]) == 0
+        assert main(["gaps", str(run), *FEW_OPTIONS, "--steps", "3", "--out", str(tmp_path / number)]) == 0
     first, second = (json.loads((tmp_path / number / "gaps.json").read_text()) for number in "12")
     assert first["points"] == second["points"]
     assert first["settings"]["num_steps"] == 3
@@ -51,7 +65,7 @@ def test_the_same_command_gives_the_same_points(run, tmp_path):
 
 def test_a_run_with_gaps_is_still_a_run(run, data):  # noqa: F811
     """It is found finished, and --fresh deletes it."""
-    assert main(["gaps", str(run), *FEW]) == 0
+    assert main(["gaps", str(run), *FEW_OPTIONS]) == 0
     train = small("--data", data, "--out", str(run))
     assert main(train) == 0
     assert (run / "gaps.json").exists()
@@ -60,23 +74,23 @@ def test_a_run_with_gaps_is_still_a_run(run, data):  # noqa: F811
 
 
 def test_more_points_than_there_are_are_all_and_one_has_no_spread(run, capsys):
-    assert main(["gaps", str(run), *FEW, "--num-points", "1000"]) == 0
+    assert main(["gaps", str(run), *FEW_OPTIONS, "--num-points", "1000"]) == 0
     content = json.loads((run / "gaps.json").read_text())
     assert content["settings"]["num_points"] == content["dataset"]["rows"]["test"] < 1000
     capsys.readouterr()
-    assert main(["gaps", str(run), *FEW, "--num-points", "1"]) == 0
+    assert main(["gaps", str(run), *FEW_OPTIONS, "--num-points", "1"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "amortization gap" in line and "|" in line)
     assert [cell.strip() for cell in line.split("|")[3:5]] == ["-", "-"]
 
 
 def test_what_is_refused(run, tmp_path, capsys, monkeypatch):
-    command = ["gaps", str(run), *FEW]
+    command = ["gaps", str(run), *FEW_OPTIONS]
     assert "no such checkpoint" in one_line_and_exit_2(capsys, ["gaps", str(tmp_path / "none")])
     assert "trained on other data" in one_line_and_exit_2(capsys, [*command, "--data", "digits"])
     longer = tmp_path / "longer"
     assert main(small("--steps", "2", "--data", str(tmp_path / "bits.npy"), "--out", str(longer))) == 0
     capsys.readouterr()
-    refused = one_line_and_exit_2(capsys, ["gaps", str(longer), *FEW, "--steps", "1"])
+    refused = one_line_and_exit_2(capsys, ["gaps", str(longer), *FEW_OPTIONS, "--steps", "1"])
     assert "--steps must be at least the model's 2, got 1" in refused
     (run / "gaps.json").write_text('{"mine": 1}')
     assert "is not of vvae-fast gaps and will not be overwritten" in one_line_and_exit_2(capsys, command)

@@ -12,7 +12,7 @@ from vvae_fast.train.cli import main
 from vvae_fast.train.data.sets import load_dataset
 from vvae_fast.train.run.networks import build_vae
 from vvae_fast.train.run.runconfig import RunConfig, is_config
-from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.compare import Model, compare
 from vvae_fast.train.study.studies import load_study
 
 yaml = pytest.importorskip("yaml")
@@ -235,3 +235,46 @@ def test_files_that_are_no_studies(tmp_path, content):
 def test_a_study_names_its_models_itself(write, capsys):
     assert main(["compare", "--config", str(write()), "--steps", "3"]) == 2
     assert "leave --steps and --shared out" in capsys.readouterr().err
+
+
+GAPS = {"num_points": 6, "iterations": 2, "num_samples": 10}
+
+
+def test_a_study_measures_gaps_once(write, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["compare", "--config", str(write(gaps=GAPS)), "--out", str(out), "--seeds", "4"]
+    assert main(command) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    files = [out / folder_of(run) / "gaps.json" for run in runs]
+    for run, file in zip(runs, files, strict=True):
+        content = json.loads(file.read_text())
+        assert run["gaps"] == {key: content[key] for key in run["gaps"]}
+        assert run["gaps"]["settings"] == {**GAPS, "num_steps": None}
+        assert "points" not in run["gaps"]
+        assert 1 <= run["gaps"]["scores"]["effective_sample_size"]["median"] <= GAPS["num_samples"]
+    written = [file.stat().st_mtime_ns for file in files]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("its gaps are measured already") == len(files)
+    assert json.loads((out / "results.json").read_text())["runs"] == runs
+    assert [file.stat().st_mtime_ns for file in files] == written
+    write(gaps={**GAPS, "iterations": 3})
+    files[0].unlink()
+    assert main(command) == 0
+    assert json.loads(files[0].read_text())["settings"]["iterations"] == 3
+    assert all(file.stat().st_mtime_ns > before for file, before in zip(files, written, strict=True))
+
+
+@pytest.mark.parametrize("gaps", [{}, {"num_points": 6}, {**GAPS, "num_points": 0}, {**GAPS, "steps": 2}, 7])
+def test_gaps_that_cannot_be_measured(write, gaps):
+    with pytest.raises(RunError, match="gaps must be positive ints num_points, iterations, num_samples, got"):
+        load_study(write(gaps=gaps))
+
+
+def test_several_processes_measure_no_gaps(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vvae_fast.train.run.processes.is_launched", lambda: True)
+    study = load_study(write(gaps=GAPS))
+    dataset = load_dataset(study.settings["data"])
+    with pytest.raises(RunError, match="gaps are measured in one process"):
+        compare(study.base(dataset), dataset, study.models, study.seeds, tmp_path / "out", False, gaps=study.gaps)
+    assert not (tmp_path / "out").exists()

@@ -128,7 +128,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
     with processes.connected():
         seeds, out = _unique(arguments.seeds), _out(arguments)
-        content = compare(base, dataset, models, seeds, out, arguments.fresh, arguments.compile)
+        gaps = None if arguments.study is None else arguments.study.gaps
+        content = compare(base, dataset, models, seeds, out, arguments.fresh, arguments.compile, gaps)
     return _diverged(sum(run["status"] == outcome.DIVERGED for run in content["runs"]), len(content["runs"]))
 
 

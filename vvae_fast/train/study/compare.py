@@ -16,9 +16,10 @@ from vvae_fast.train.base.progress import Progress
 from vvae_fast.train.data.sets import Dataset, describe, summary
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
+from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, measure
 from vvae_fast.train.run.networks import check_rank
 from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, VANILLA, RunConfig
-from vvae_fast.train.run.runs import load_best, run
+from vvae_fast.train.run.runs import Trained, load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 
 RESULTS = "results.json"
@@ -77,6 +78,7 @@ def compare(
     out: Path,
     fresh: bool,
     compile_: bool = False,
+    gaps: GapSettings | None = None,
 ) -> dict:
     """Trains every model with every seed, or continues; prints the table, writes the results and plots.
 
@@ -85,16 +87,20 @@ def compare(
         out: the folder of the runs' folders, results.json and the plots.
         fresh: delete these runs' folders first.
         compile_: see `runs.run`.
+        gaps: measure the inference gaps of each run's best epoch like this, unless its gaps.json has them already.
 
     Returns:
-        {"data", "dataset", "config", "environment", "runs": a record for each run}, as in results.json.
+        {"data", "dataset", "config", "environment", "runs": a record for each run, with its "gaps" where they were
+        measured}, as in results.json.
 
     Raises:
-        RunError: before anything is trained, if a folder or results.json belongs to another configuration, or a rank
-            is too large.
+        RunError: before anything is trained, if a folder or results.json belongs to another configuration, a rank is
+            too large, or gaps are to be measured by several processes.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
     require("matplotlib.figure")  # if it is missing, fail now and not after the training
+    if gaps is not None and processes.is_launched():
+        raise RunError("gaps are measured in one process; start it without torchrun, or leave gaps out of the file")
     make_folder(out)
     _check_results(base, out, fresh)
     runs = [(model, model.config(base, seed)) for seed in seeds for model in models]
@@ -113,12 +119,15 @@ def compare(
             result = run(config, dataset, out / config.name, progress.update, compile_)
             progress.finish(result)
             results[model].append(result)
+    records = {(m, row["seed"]): {key: row[key] for key in RECORD} for m, rows in results.items() for row in rows}
+    if gaps is not None:
+        _measure_gaps(gaps, [(records[model, config.seed], config) for model, config in runs], dataset, out)
     content = {
         "data": base.data,
         "dataset": describe(dataset),
         "config": _shared_settings(base),
         "environment": describe_environment(compiling.mode() if compile_ else None),
-        "runs": [{key: result[key] for key in RECORD} for rows in results.values() for result in rows],
+        "runs": list(records.values()),
     }
     if processes.is_first():
         write_json(out / RESULTS, content)
@@ -126,6 +135,23 @@ def compare(
         _plot(base, dataset, results, out)
         print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
     return content
+
+
+def _measure_gaps(settings: GapSettings, runs: Sequence[tuple[dict, RunConfig]], dataset: Dataset, out: Path) -> None:
+    """Adds "gaps" to the records of runs that have a trained VAE: scores and settings, without the points."""
+    trained_runs = [(record, config) for record, config in runs if record["nll"] is not None]
+    with Progress(len(trained_runs), PERCENT) as progress:
+        for record, config in trained_runs:
+            folder = out / config.name
+            vae, epoch = load_best(config, dataset, folder)
+            trained = Trained(epoch, config, dataset, vae)
+            content = load_gaps(trained, settings, folder)
+            if content is None:
+                content = measure(trained, settings, folder, progress)
+            else:
+                progress.start(config.name)
+                progress.conclude("its gaps are measured already")
+            record["gaps"] = {key: content[key] for key in ("settings", "scores", "by_samples", *SHARES.values())}
 
 
 def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:

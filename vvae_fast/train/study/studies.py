@@ -13,6 +13,7 @@ from vvae_fast.train.base.files import RunError, read_text
 from vvae_fast.train.base.numbers import MOST_SEED, TooLarge, as_int, as_ints, as_positive_float
 from vvae_fast.train.base.paths import resolve_data
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS, Dataset
+from vvae_fast.train.run.gaps import GapSettings
 from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
 from vvae_fast.train.study.compare import Model
 
@@ -52,7 +53,8 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     },
 }
 OPTIONAL = {"array", "likelihood"}  # if they are left out, the data decide
-OTHERS = {"protocol", "splits", "models", "seeds"}
+OTHERS = {"protocol", "splits", "models", "seeds", "gaps"}
+GAP_KEYS = ("num_points", "iterations", "num_samples")  # q* has the model's own number of steps
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Study:
         splits: rows of train, val and test, or None.
         models: the table's rows.
         seeds: at least one.
+        gaps: how the inference gaps of every run are measured, or None.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Study:
     splits: dict[str, int] | None
     models: list[Model]
     seeds: list[int]
+    gaps: GapSettings | None = None
 
     def base(self, dataset: Dataset) -> RunConfig:
         """The configuration of the vanilla VAE with the first seed; the other runs differ only in model and seed."""
@@ -115,7 +119,10 @@ def load_study(path: Path, root: Path | None = None) -> Study:
     )
     wanted = f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}"
     models = _read_as(_models, wanted, path, "models", content.get("models"))
-    return Study(path.stem, " ".join(protocol.split()), settings, splits, models, list(dict.fromkeys(seeds)))
+    gaps = content.get("gaps")
+    if gaps is not None:
+        gaps = _read_as(_gaps, f"positive ints {', '.join(GAP_KEYS)}", path, "gaps", gaps)
+    return Study(path.stem, " ".join(protocol.split()), settings, splits, models, list(dict.fromkeys(seeds)), gaps)
 
 
 def _read(path: Path) -> dict:
@@ -153,6 +160,12 @@ def _models_of(name: object, lengths: object) -> list[Model]:
         raise ValueError
     read = as_ints(lengths, 0, 0) if kind == VANILLA else as_ints(lengths, 1)
     return [Model(kind, num_steps, as_int(rank, 1) if separator else FULL) for num_steps in read]
+
+
+def _gaps(content: object) -> GapSettings:
+    if not isinstance(content, dict) or content.keys() != set(GAP_KEYS):
+        raise ValueError
+    return GapSettings(num_steps=None, **{name: as_int(content[name], 1) for name in GAP_KEYS})
 
 
 def _splits(content: object) -> dict[str, int]:
