@@ -1,4 +1,4 @@
-"""The figure of a study: -ELBO and NLL, and the gap between them, against the flow's length."""
+"""The figures of a study: -ELBO and NLL, and the gap between them, against the flow's length; the inference gaps."""
 
 import itertools
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.report import svg
+from benchmarks.study import study_gaps
 from benchmarks.study.study_results import VANILLA_MODEL, Results
 from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
 
@@ -15,12 +16,41 @@ VANILLA_COLOR = "#7f8c8d"
 STYLES = {"neg_elbo": ("-ELBO", "--", "s"), "nll": ("NLL", "-", "o"), "gap": ("gap", "-", "o")}
 
 
-def write(results: Results, path: Path) -> None:
-    """An SVG; the same results give the same bytes."""
-    svg.save(_draw(results), path, svg_fonttype="none")  # text stays text
+GAP_COLORS = {study_gaps.APPROXIMATION: "#2471a3", study_gaps.AMORTIZATION: "#e67e22"}
+GAP_LABELS = {
+    study_gaps.APPROXIMATION: "approximation: the family",
+    study_gaps.AMORTIZATION: "amortization: the encoder",
+}
 
 
-def _draw(results: Results) -> Figure:
+def write_all(results: Results, folder: Path) -> list[Path]:
+    """Writes SVGs, and returns their paths; the same results give the same bytes."""
+    figures = {"": _draw_lengths(results)}
+    if study_gaps.measured(results):
+        figures["_gaps"] = _draw_gaps(results)
+    paths = [folder / f"{results.study.name}{suffix}.svg" for suffix in figures]
+    for figure, path in zip(figures.values(), paths, strict=True):
+        svg.save(figure, path, svg_fonttype="none")  # text stays text
+    return paths
+
+
+def _draw_gaps(results: Results) -> Figure:
+    """A bar for each model, split in its two gaps, with the seeds' deviations of each."""
+    models = study_gaps.measured(results)[::-1]  # the first on top
+    figure = Figure(figsize=(6.5, 0.8 + 0.3 * len(models)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(models)
+    for key, color in GAP_COLORS.items():
+        means, deviations = zip(*(results.score(model, key) for model in models), strict=True)
+        bars = {"color": color, "label": GAP_LABELS[key], "height": 0.7, "capsize": 2}
+        axes.barh([model.label for model in models], means, left=left, xerr=deviations, **bars)
+        left = [start + mean for start, mean in zip(left, means, strict=True)]
+    axes.set(xlabel="log p(x) - ELBO, nats", ylim=(-0.6, len(models) - 0.4))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_lengths(results: Results) -> Figure:
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, keys, title in ((left, ("neg_elbo", "nll"), "-ELBO and NLL"), (right, ("gap",), "gap = -ELBO - NLL")):

@@ -4,7 +4,6 @@ Everything here is a function of docs/results/ and configs/: the same files give
 typed by hand.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import yaml
 
 from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report.report import table
-from benchmarks.study import study_figures
-from benchmarks.study.study_results import FOLDER, OURS, ROOT, VANILLA_MODEL, Results, Unusable, model_of, read_all
+from benchmarks.study import study_figures, study_gaps
+from benchmarks.study.study_results import FOLDER, OURS, ROOT, Results, Unusable, model_of, read_all
 from benchmarks.study.study_text import conclusions, findings, introduction, limitations
 from vvae_fast.train.study.compare import Model
 
@@ -30,7 +29,7 @@ TITLES = {
 def model_table(results: Results) -> str:
     """A row for each model: means and deviations over the seeds, and the seconds of an epoch with each loop."""
     lines = []
-    for model in [VANILLA_MODEL, *itertools.chain.from_iterable(map(results.flows, results.families))]:
+    for model in results.in_order:
         scores = [results.score(model, key).text() for key in ("neg_elbo", "nll", "gap", "kl")]
         active = results.score(model, "active_units").text(1)
         parameters = f"{results.runs[model][0]['num_parameters']:,}"
@@ -51,7 +50,7 @@ def timing(results: Results) -> str:
 
 def _seconds(results: Results, model: Model, backend: str) -> str:
     seconds = results.seconds(model, backend)
-    if seconds is None or (model == VANILLA_MODEL and backend != OURS):
+    if seconds is None or (model.num_steps == 0 and backend != OURS):
         return "-"
     return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.4f}"
 
@@ -82,6 +81,7 @@ def section(results: Results, published: list[dict]) -> str:
         f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "
         "package's own loop. " + timing(results),
         f"![-ELBO, NLL and gap against K](results/{name}.svg)",
+        *study_gaps.section(results),
         findings(results),
     ]
     if published:
@@ -108,9 +108,8 @@ def main(folder: Path = FOLDER, path: Path = PAGE) -> int:
         return 1
     text = page(studies, yaml.safe_load((folder / PUBLISHED.name).read_text()))
     path.write_text(text)
-    for results in studies:
-        study_figures.write(results, path.parent / "results" / f"{results.study.name}.svg")
-    print(f"written: {path.name} and {len(studies)} figures beside it")
+    figures = [figure for results in studies for figure in study_figures.write_all(results, path.parent / "results")]
+    print(f"written: {path.name} and {len(figures)} figures beside it")
     return 0
 
 

@@ -1,10 +1,12 @@
 """Reads the results of a study, as `vvae-fast compare` wrote them, for the page."""
 
+import itertools
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vvae_fast.train.run.runconfig import FULL, VANILLA
 from vvae_fast.train.study.compare import RESULTS, Model
@@ -47,12 +49,23 @@ class Results:
     epochs: dict | None  # the content of EPOCHS
 
     def score(self, model: Model, key: str) -> Spread:
-        return _spread([run[key] for run in self.runs[model]])
+        """Of the number at a path in each run, such as "nll" or "gaps.scores.nll.mean"."""
+        return _spread([_number(run, key) for run in self.runs[model]])
 
     def difference(self, model: Model, key: str) -> Spread:
         """The model's score minus the vanilla VAE's, seed by seed."""
+        return self.difference_of(model, lambda run: _number(run, key))
+
+    def difference_of(self, model: Model, number: Callable[[dict], float]) -> Spread:
+        """The same for a number that is computed from a run."""
         pairs = zip(self.runs[model], self.runs[VANILLA_MODEL], strict=True)
-        return _spread([run[key] - vanilla[key] for run, vanilla in pairs])
+        return _spread([number(run) - number(vanilla) for run, vanilla in pairs])
+
+    @property
+    def in_order(self) -> list[Model]:
+        """All models as the tables list them: those without a flow, then family by family."""
+        without = [model for model in self.runs if model.kind == VANILLA]
+        return [*without, *itertools.chain.from_iterable(map(self.flows, self.families))]
 
     @property
     def families(self) -> list[str]:
@@ -75,6 +88,13 @@ class Results:
         return next((x["seconds"] for x in rows if (model_of(x), x["backend"]) == (model, backend)), None)
 
 
+def _number(run: dict, path: str) -> float:
+    value: Any = run
+    for name in path.split("."):
+        value = value[int(name) if isinstance(value, list) else name]
+    return value
+
+
 def _spread(values: list[float]) -> Spread:
     return Spread(statistics.mean(values), statistics.stdev(values))
 
@@ -91,8 +111,17 @@ def read(folder: Path, config: Path) -> Results:
     if missing:
         raise Unusable(f"{folder / RESULTS} lacks {len(missing)} runs of {config}, such as {missing[0]}")
     runs = {model: [found[model, seed] for seed in study.seeds] for model in study.models}
+    check_gaps(study, folder / RESULTS, list(itertools.chain.from_iterable(runs.values())))
     epochs = folder / EPOCHS
     return Results(study, runs, content["environment"], json.loads(epochs.read_text()) if epochs.exists() else None)
+
+
+def check_gaps(study: Study, path: Path, runs: list[dict]) -> None:
+    """Raises Unusable if gaps were measured otherwise than the study's file says. Older results have none."""
+    for settings in (run["gaps"]["settings"] for run in runs if "gaps" in run):
+        asked = None if study.gaps is None else study.gaps._asdict()
+        if asked is None or {**asked, "num_points": min(asked["num_points"], settings["num_points"])} != settings:
+            raise Unusable(f"{path}: gaps were measured with {settings}, {study.name}'s file says {asked}")
 
 
 def model_of(row: dict) -> Model:

@@ -1,6 +1,7 @@
 """The sentences of docs/results.md. Every number and direction in them is computed from the results."""
 
 from benchmarks.flow.loops import PLAIN
+from benchmarks.study import study_gaps
 from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
 from vvae_fast.train.run.runconfig import AMORTIZED
 from vvae_fast.train.study.compare import Model
@@ -21,7 +22,9 @@ each data point (amortized). The studies here are {", ".join(names)} and {last};
 hand, except those that others published, in `published.yaml`.
 
 - -ELBO: the bound that is trained, here with 50 posterior samples. NLL: -log p(x) by importance sampling from the
-  posterior. Their difference, the gap, says how tight the bound is. Smaller is better.
+  encoder's posterior q. Their difference, the gap, says how tight the bound is. Smaller is better.
+- This NLL is too high where q misses the true posterior, by a different amount for each model (Cremer et al. 2018).
+  A study whose inference gaps were measured has the NLL with samples from q*, the best posterior for each row, too.
 - KL: divergence of the posterior from the prior, a part of -ELBO.
 - Active units: dimensions of z_K, the decoder's input, whose posterior mean has a variance above 0.01 over the
   test set (Burda et al. 2016). The mean is estimated twice, from two halves of 50 samples. The covariance of the two
@@ -34,7 +37,7 @@ hand, except those that others published, in `published.yaml`.
 def findings(results: Results) -> str:
     """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
     parts = [_family_sentence(results, family) for family in results.families]
-    parts.append(_where_the_gain_is(results))
+    parts += study_gaps.findings(results) or [_where_the_gain_is(results)]
     parts.append(_cost(results))
     return "\n".join(f"- {part}" for part in parts if part)
 
@@ -73,8 +76,9 @@ def _where_the_gain_is(results: Results) -> str:
     neg_elbo, nll, gap = (results.difference(model, key) for key in ("neg_elbo", "nll", "gap"))
     return (
         f"The best amortized flow, K = {model.num_steps}, changes -ELBO by {neg_elbo.text(sign=True)} nats: "
-        f"{nll.text(sign=True)} come from a better model (NLL), {gap.text(sign=True)} from the bound's gap, "
-        f"which is {results.score(VANILLA_MODEL, 'gap').text()} without a flow."
+        f"{nll.text(sign=True)} in the NLL, {gap.text(sign=True)} in the bound's gap, "
+        f"which is {results.score(VANILLA_MODEL, 'gap').text()} without a flow. How much of it comes from a better "
+        "model is not measured: better inference lowers this NLL too."
     )
 
 
@@ -101,7 +105,7 @@ def limitations(studies: list[Results]) -> str:
 
 - The budgets are small (epochs, {epochs}). Models that train longer may differ less, or in another way.
 - Importance sampling overestimates the NLL, more so if the posterior fits badly or the samples are few ({samples}).
-  A part of a difference in NLL may come from these estimates.
+  A part of a difference in NLL may come from these estimates.{_of_gaps(studies)}
 - The deviations come from few seeds ({seeds}), for initialisation, order and noise. They do not contain the error of a
   finite test set, which is the same for all models.
 - All models of a study use one learning rate. It was not tuned for each model.
@@ -109,6 +113,15 @@ def limitations(studies: list[Results]) -> str:
 - In all models the prior is a standard normal, and the decoder factorises over pixels.
 - The full MNIST protocol, [mnist_mlp](../configs/mnist_mlp.yaml), and the convolutional protocol of van den Berg et al.
   (2018), [mnist_conv](../configs/mnist_conv.yaml), run the same way on a GPU. This page has no results of them."""
+
+
+def _of_gaps(studies: list[Results]) -> str:
+    """What the gaps cannot show, where any were measured."""
+    if not any(map(study_gaps.measured, studies)):
+        return ""
+    return """
+  How much is in the tables with q*. Adam fits q* from the encoder's posterior and may miss a better one: the NLL from
+  q* is then too high as well."""
 
 
 def conclusions(studies: list[Results]) -> str:
@@ -124,4 +137,5 @@ def _of_families(results: Results) -> str:
         said = verdict([results.difference(flow, "nll") for flow in results.flows(family)])
         nll = results.difference(model, "nll").text(sign=True)
         parts.append(f"{family} planar flows {said}; their best, K = {model.num_steps}, changes the NLL by {nll} nats")
+    parts += filter(None, [study_gaps.conclusion(results)])
     return ". ".join(part[0].upper() + part[1:] for part in parts)

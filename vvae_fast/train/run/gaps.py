@@ -151,15 +151,17 @@ def _measure(trained: Trained, settings: GapSettings, progress: Progress) -> tup
         progress=report,
     )
     points = {name: values.double().cpu() for name, values in _scores(found).items()}
-    return points, _by_samples(vae, x, found, settings.num_samples, seeded)
+    rows = _by_samples(vae, x, found, settings.num_samples, seeded)
+    last = {name: points[name].mean().item() for name in ("nll", "nll_optimal")}
+    return points, [*rows, {"num_samples": settings.num_samples, **last}]
 
 
 def _by_samples(
     vae: VAE, x: Tensor, found: InferenceGaps, num_samples: int, seeded: Callable[[], torch.Generator]
 ) -> list[dict]:
-    """The mean NLL, with z from q and from q*, for the powers of ten from 10 up to num_samples."""
+    """The mean NLL, with z from q and from q*, for the powers of ten from 10, below num_samples."""
     rows = []
-    for count in (10**power for power in range(1, len(str(num_samples)))):
+    for count in (10**power for power in range(1, len(str(num_samples - 1)))):
         pair = (vae.importance(x, count, generator=seeded(), proposal=q) for q in (None, found.proposal))
         plain, optimal = (-estimate.log_likelihood.double().mean().item() for estimate in pair)
         rows.append({"num_samples": count, "nll": plain, "nll_optimal": optimal})
