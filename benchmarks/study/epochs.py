@@ -75,7 +75,7 @@ def _endless(loader) -> Iterator[Tensor]:
 def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int, num_steps: int) -> dict:
     """The content of EPOCHS: seconds of an epoch for each model and loop, and in the best and the worst round."""
     contestants = {
-        (model, name): Contestant(model.config(base, base.seed), dataset, loop)
+        (model, name): Contestant(model.config(base, base.seed, dataset), dataset, loop)
         for model in models
         for name, loop in LOOPS.items()
         if model.kind != VANILLA or name == OURS  # the vanilla VAE has no flow to loop over
@@ -91,7 +91,8 @@ def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int,
     for (model, name), contestant in contestants.items():
         times = [batches * seconds for seconds in contestant.medians]
         spread = {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-        about = {"model": model.kind, "num_steps": model.num_steps, "rank": model.rank, "backend": name}
+        about = {"model": model.kind, "num_steps": model.num_steps, "rank": model.rank}
+        about |= {"matched": model.matched, "backend": name}
         rows.append({**about, **spread})
     return {"rounds": rounds, "steps": num_steps, "environment": describe_environment(), "epochs": rows}
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from benchmarks.report import svg
 from benchmarks.study import study_gaps
 from benchmarks.study.study_results import VANILLA_MODEL, Results
-from vvae_fast.train.run.runconfig import AMORTIZED, SHARED
+from vvae_fast.train.run.runconfig import AMORTIZED, SHARED, VANILLA
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
 RANK_COLORS = ("#e67e22", "#b7950b", "#8e44ad", "#1e8449")  # of heads with a rank, in turn
@@ -57,7 +57,7 @@ def _draw_lengths(results: Results) -> Figure:
         for key in keys:
             _draw_score(axes, results, key, named=axes is right or key == "nll")
         axes.set(xscale="log", xlabel="K, steps of the flow", ylabel="nats", title=title)
-        lengths = sorted({model.num_steps for model in results.runs if model != VANILLA_MODEL})
+        lengths = sorted({model.num_steps for model in results.runs if model.kind != VANILLA})
         axes.set_xticks(lengths, [str(k) for k in lengths])
         axes.minorticks_off()
     left.plot([], [], color="black", linestyle="--", marker="s", label="-ELBO")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vvae_fast.train.run.runconfig import FULL, VANILLA
+from vvae_fast.train.run.runconfig import FULL, UNMATCHED, VANILLA
 from vvae_fast.train.study.compare import RESULTS, Model
 from vvae_fast.train.study.studies import Study, load_study
 
@@ -41,7 +41,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """A study and its runs: for each model the runs of all seeds, in the order of the study's file."""
+    """A study and its runs: for each model that was run the runs of all seeds, in the order of the study's file."""
 
     study: Study
     runs: dict[Model, list[dict]]
@@ -52,14 +52,14 @@ class Results:
         """Of the number at a path in each run, such as "nll" or "gaps.scores.nll.mean"."""
         return _spread([_number(run, key) for run in self.runs[model]])
 
-    def difference(self, model: Model, key: str) -> Spread:
-        """The model's score minus the vanilla VAE's, seed by seed."""
-        return self.difference_of(model, lambda run: _number(run, key))
+    def difference(self, model: Model, key: str, other: Model = VANILLA_MODEL) -> Spread:
+        """The model's score minus the other's, the vanilla VAE's by default, seed by seed."""
+        return self.difference_of(model, lambda run: _number(run, key), other)
 
-    def difference_of(self, model: Model, number: Callable[[dict], float]) -> Spread:
+    def difference_of(self, model: Model, number: Callable[[dict], float], other: Model = VANILLA_MODEL) -> Spread:
         """The same for a number that is computed from a run."""
-        pairs = zip(self.runs[model], self.runs[VANILLA_MODEL], strict=True)
-        return _spread([number(run) - number(vanilla) for run, vanilla in pairs])
+        pairs = zip(self.runs[model], self.runs[other], strict=True)
+        return _spread([number(run) - number(of_other) for run, of_other in pairs])
 
     @property
     def in_order(self) -> list[Model]:
@@ -100,17 +100,23 @@ def _spread(values: list[float]) -> Spread:
 
 
 def read(folder: Path, config: Path) -> Results:
-    """A folder's results for the study in a file. Raises Unusable if they do not belong to it, or are incomplete."""
+    """A folder's results for the study in a file, without the models of which no run is there.
+
+    Raises Unusable if they do not belong to it, or lack the vanilla VAE or some seeds of a model.
+    """
     study = load_study(config)
     content = json.loads((folder / RESULTS).read_text())
     for name, value in study.settings.items():
         if content["config"][name] != value:
             raise Unusable(f"{folder / RESULTS}: {name} is {content['config'][name]}, in {config} {value}")
     found = {(model_of(run), run["seed"]): run for run in content["runs"]}
-    missing = [f"{m.label}, seed {s}" for m in study.models for s in study.seeds if (m, s) not in found]
+    models = [
+        model for model in study.models if model == VANILLA_MODEL or any((model, s) in found for s in study.seeds)
+    ]
+    missing = [f"{m.label}, seed {s}" for m in models for s in study.seeds if (m, s) not in found]
     if missing:
         raise Unusable(f"{folder / RESULTS} lacks {len(missing)} runs of {config}, such as {missing[0]}")
-    runs = {model: [found[model, seed] for seed in study.seeds] for model in study.models}
+    runs = {model: [found[model, seed] for seed in study.seeds] for model in models}
     check_gaps(study, folder / RESULTS, list(itertools.chain.from_iterable(runs.values())))
     epochs = folder / EPOCHS
     return Results(study, runs, content["environment"], json.loads(epochs.read_text()) if epochs.exists() else None)
@@ -125,8 +131,8 @@ def check_gaps(study: Study, path: Path, runs: list[dict]) -> None:
 
 
 def model_of(row: dict) -> Model:
-    """The model of a run or of an epoch's seconds; files without ranks are of full heads."""
-    return Model(row["model"], row["num_steps"], row.get("rank", FULL))
+    """The model of a run or of an epoch's seconds; files without these keys are older than them."""
+    return Model(row["model"], row["num_steps"], row.get("rank", FULL), row.get("matched", UNMATCHED))
 
 
 def read_all(folder: Path = FOLDER, configs: Path = CONFIGS) -> list[Results]:

@@ -3,7 +3,7 @@
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study import study_gaps
 from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
-from vvae_fast.train.run.runconfig import AMORTIZED
+from vvae_fast.train.run.runconfig import AMORTIZED, UNMATCHED
 from vvae_fast.train.study.compare import Model
 
 
@@ -38,6 +38,7 @@ def findings(results: Results) -> str:
     """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
     parts = [_family_sentence(results, family) for family in results.families]
     parts += study_gaps.findings(results) or [_where_the_gain_is(results)]
+    parts += [_matched(results, model) for model in results.runs if model.matched != UNMATCHED]
     parts.append(_cost(results))
     return "\n".join(f"- {part}" for part in parts if part)
 
@@ -82,6 +83,25 @@ def _where_the_gain_is(results: Results) -> str:
     )
 
 
+def _matched(results: Results, model: Model) -> str:
+    """What the flow gains over a vanilla VAE with as many parameters."""
+    wide = results.runs[model][0]["num_parameters"]
+    text = (
+        f"**A vanilla VAE with {wide:,} parameters**, as many as amortized K = {model.matched} has or a few more, "
+        f"changes the NLL by {results.difference(model, 'nll').text(sign=True)} nats"
+    )
+    flow = Model(AMORTIZED, model.matched)
+    if flow not in results.runs:
+        return f"{text}."
+    rest = results.difference(flow, "nll", model)
+    if not rest.is_clear:
+        said = "no clear difference: the flow's parameters explain its gain"
+    else:
+        said = "not explained by its parameters" if rest.mean < 0 else "so the parameters help more without a flow"
+    own = results.difference(flow, "nll").text(sign=True)
+    return f"{text}, that flow by {own}. Between the two are {rest.text(sign=True)} nats, {said}."
+
+
 def _cost(results: Results) -> str:
     """How long an epoch takes with the longest flow of each family, compared with the vanilla VAE."""
     vanilla = results.seconds(VANILLA_MODEL, OURS)
@@ -109,10 +129,27 @@ def limitations(studies: list[Results]) -> str:
 - The deviations come from few seeds ({seeds}), for initialisation, order and noise. They do not contain the error of a
   finite test set, which is the same for all models.
 - All models of a study use one learning rate. It was not tuned for each model.
-- An amortized flow's head adds parameters (see the tables). No vanilla VAE with as many parameters was trained.
-- In all models the prior is a standard normal, and the decoder factorises over pixels.
+- An amortized flow's head adds parameters (see the tables). {_of_parameters(studies)}
+{_not_run(studies)}- In all models the prior is a standard normal, and the decoder factorises over pixels.
 - The full MNIST protocol, [mnist_mlp](../configs/mnist_mlp.yaml), and the convolutional protocol of van den Berg et al.
   (2018), [mnist_conv](../configs/mnist_conv.yaml), run the same way on a GPU. This page has no results of them."""
+
+
+def _of_parameters(studies: list[Results]) -> str:
+    """In which studies a vanilla VAE has as many parameters as a flow VAE."""
+    names = [f"`{x.study.name}`" for x in studies if any(model.matched != UNMATCHED for model in x.runs)]
+    if not names:
+        return "No vanilla VAE with as many parameters was trained."
+    return f"Only {' and '.join(names)} has a vanilla VAE with as many, for one length of the flow."
+
+
+def _not_run(studies: list[Results]) -> str:
+    """The models of the studies' files that have no results."""
+    lines = []
+    for results in studies:
+        labels = ", ".join(model.label for model in results.study.models if model not in results.runs)
+        lines += [f"- Models of `{results.study.name}` that were not run yet: {labels}.\n"] if labels else []
+    return "".join(lines)
 
 
 def _of_gaps(studies: list[Results]) -> str:

@@ -89,6 +89,45 @@ def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
     assert "amortized rank-8" in path.read_text()
 
 
+def test_a_matched_vanilla_vae_is_compared_with_its_flow(tmp_path):
+    (results,) = (found for found in STUDIES if found.study.name == "mnist_mlp_cpu")
+    wide, flow, vanilla = Model("vanilla", 0, matched=16), Model("amortized", 16), study_results.VANILLA_MODEL
+
+    def with_nll(shift: float) -> study_results.Results:
+        runs = [{**run, "nll": run["nll"] + shift, "num_parameters": 1_507_000} for run in results.runs[flow]]
+        return dataclasses.replace(results, runs={vanilla: results.runs[vanilla], wide: runs, **results.runs})
+
+    for shift, words in (
+        (1.0, "are -1.00 ± 0.00 nats, not explained by its parameters."),
+        (-1.0, "are +1.00 ± 0.00 nats, so the parameters help more without a flow."),
+        (0.0, "are +0.00 ± 0.00 nats, no clear difference: the flow's parameters explain its gain."),
+    ):
+        changed = with_nll(shift)
+        own = results.difference(flow, "nll")
+        assert f"as many as amortized K = 16 has or a few more, changes the NLL by {own.mean + shift:+.2f}" in (
+            study_text.findings(changed)
+        )
+        assert words in study_text.findings(changed)
+    page = study_report.page([changed], {})
+    assert "| vanilla VAE, matched to K = 16 | 0 |" in page
+    assert "Only `mnist_mlp_cpu` has a vanilla VAE with as many" in page
+    assert [path.name for path in study_figures.write_all(changed, tmp_path)] == ["mnist_mlp_cpu.svg"]
+
+
+def test_a_model_that_was_not_run_is_left_out_and_named(copied):
+    path = copied / "digits" / "results.json"
+    content = json.loads(path.read_text())
+    runs = [run for run in content["runs"] if (run["model"], run["num_steps"]) != ("shared", 32)]
+    path.write_text(json.dumps({**content, "runs": runs}))
+    (results,) = (found for found in study_results.read_all(copied) if found.study.name == "digits")
+    assert Model("shared", 32) not in results.runs
+    named = study_text.limitations([results])
+    assert re.search(r"- Models of `digits` that were not run yet: .*shared planar K=32\.\n", named)
+    path.write_text(json.dumps({**content, "runs": [run for run in runs if run["model"] != "vanilla"]}))
+    with pytest.raises(Unusable, match=r"lacks 3 runs .* such as vanilla VAE, seed 0"):
+        study_results.read_all(copied)
+
+
 def test_the_page_compares_an_epoch_with_the_plain_loop_where_it_was_timed(copied):
     path = copied / "digits" / "epochs.json"
     content = json.loads(path.read_text())

@@ -1,5 +1,6 @@
 """Studies in YAML files, and what the commands make of them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_ranks_of_a_study(write, tmp_path, capsys):
     printed = capsys.readouterr().out
     for title, k in (("amortized planar", 2), ("amortized rank-2 planar", 1), ("amortized rank-3 planar", 2)):
         assert re.search(rf"\| {title} +\| {k} \|", printed), printed
+
+
+def test_a_matched_vanilla_vae_has_as_many_parameters_as_a_flow(write, tmp_path, capsys):
+    models = {"vanilla": [0], "vanilla-matched": [3], "amortized": [3]}
+    out, command = tmp_path / "out", ["compare", "--config", str(write(models=models, seeds=[4])), "--out"]
+    assert main([*command, str(out)]) == 0
+    content = json.loads((out / "results.json").read_text())
+    vanilla, wide, flow = content["runs"]
+    assert [run["matched"] for run in content["runs"]] == [0, 3, 0]
+    config = RunConfig.from_json(json.loads((out / "vanilla-matched3-seed4" / "config.json").read_text()))
+    more = config.hidden[0] - 6
+    assert (config.model, config.matched, config.hidden) == ("vanilla", 3, (6 + more, 5 + more))
+    assert content["config"]["hidden"] == [6, 5], "which the others have"
+    dataset = load_dataset(config_data(write))
+    narrower = build_vae(dataclasses.replace(config, hidden=(5 + more, 4 + more)), dataset)
+    counts = [sum(x.numel() for x in narrower.parameters()), flow["num_parameters"], wide["num_parameters"]]
+    assert vanilla["num_parameters"] <= counts[0] < counts[1] <= counts[2]
+    title = "vanilla VAE, matched to K = 3"
+    assert f"| {title} " in capsys.readouterr().out
+    written = (out / config.name / "result.json").stat().st_mtime_ns
+    assert main([*command, str(out)]) == 0
+    assert (out / config.name / "result.json").stat().st_mtime_ns == written
+    path = write(models=models, network="gated-conv", hidden=None)
+    assert main(["compare", "--config", str(path), "--out", str(tmp_path / "conv")]) == 2
+    assert "gated-conv has its own widths, no vanilla VAE of it can match" in capsys.readouterr().err
 
 
 def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):

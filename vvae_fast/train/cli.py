@@ -146,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
     model = Model(arguments.model, 0 if arguments.model == VANILLA else arguments.steps, arguments.rank or FULL)
     base, dataset = _configuration(arguments, arguments.seed)
-    config = model.config(base, arguments.seed)
+    config = model.config(base, arguments.seed, dataset)
     out = _out(arguments)
     with processes.connected():
         first = processes.is_first()

@@ -19,6 +19,7 @@ from vvae_fast.train.run.runconfig import (
     RECORD,
     RESULT_KEYS,
     SCORES,
+    UNMATCHED,
     RunConfig,
     are_plans,
     differing_only_in_length,
@@ -63,10 +64,10 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    result = {"rank": FULL, **read_json(path)}  # older versions had no ranks
+    result = {"rank": FULL, "matched": UNMATCHED, **read_json(path)}  # older versions had neither
     if not _is_result({**ADDED, **result}):
         raise RunError(f"{path} is not a result of vvae-fast; remove it or use --fresh")
-    for key in ("model", "num_steps", "rank", "seed"):
+    for key in ("model", "num_steps", "rank", "matched", "seed"):
         wanted = getattr(config, key)
         if result[key] != wanted:
             raise RunError(

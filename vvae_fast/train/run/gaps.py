@@ -85,7 +85,7 @@ def measure(trained: Trained, settings: GapSettings, out: Path, progress: Progre
         with telling_memory("fitting", "free some, data points are fitted in chunks of a fixed size"):
             points, by_samples = _measure(trained, settings, progress)
         content = {
-            **{name: getattr(trained.config, name) for name in ("model", "num_steps", "rank", "seed")},
+            **{name: getattr(trained.config, name) for name in ("model", "num_steps", "rank", "matched", "seed")},
             **_identity(trained, settings),
             "scores": {name: _statistics(values) for name, values in points.items()},
             **{share: (points[name] < FEW).double().mean().item() for name, share in SHARES.items()},

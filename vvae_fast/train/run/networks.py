@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -20,7 +23,16 @@ from vvae_fast.nn.vae import VAE
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.data.sets import GAUSSIAN, Dataset
 from vvae_fast.train.data.statistics import statistics
-from vvae_fast.train.run.runconfig import ADAMAX, FULL, GATED_CONV, GATED_MLP, SHARED, VANILLA, RunConfig
+from vvae_fast.train.run.runconfig import (
+    ADAMAX,
+    AMORTIZED,
+    FULL,
+    GATED_CONV,
+    GATED_MLP,
+    SHARED,
+    VANILLA,
+    RunConfig,
+)
 
 FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
 
@@ -84,6 +96,30 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
         return PlanarFlow(config.latent_dim, config.num_steps)
     rank = None if config.rank == FULL else config.rank
     return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim, rank=rank)
+
+
+def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:
+    """`config`, of a vanilla VAE, with as many parameters as the amortized flow VAE of num_steps has, or a few more.
+
+    Every hidden layer gets the same number of further units, the smallest that is enough. Raises RunError for a network
+    whose widths are fixed.
+    """
+    if config.network == GATED_CONV:
+        raise RunError(f"network {GATED_CONV} has its own widths, no vanilla VAE of it can match; leave it out")
+    wanted = _num_parameters(replace(config, model=AMORTIZED, num_steps=num_steps), dataset)
+
+    def wider(more: int) -> RunConfig:
+        return replace(config, hidden=tuple(width + more for width in config.hidden), matched=num_steps)
+
+    enough = 1
+    while _num_parameters(wider(enough), dataset) < wanted:
+        enough *= 2
+    return wider(bisect_left(range(enough), wanted, key=lambda more: _num_parameters(wider(more), dataset)))
+
+
+def _num_parameters(config: RunConfig, dataset: Dataset) -> int:
+    with torch.random.fork_rng(devices=[]):  # the caller's numbers stay as they are
+        return sum(parameter.numel() for parameter in build_vae(config, dataset).parameters())
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

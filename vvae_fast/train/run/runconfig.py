@@ -13,6 +13,7 @@ from vvae_fast.train.data.sets import SPLITS, Dataset
 VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
 MODELS = (VANILLA, AMORTIZED, SHARED)
 FULL = 0  # the rank that stands for a full head in files
+UNMATCHED = 0  # a vanilla VAE with the requested widths
 MLP, GATED_MLP, GATED_CONV = "mlp", "gated-mlp", "gated-conv"
 ADAM, ADAMAX = "adam", "adamax"
 COSINE, CONSTANT = "cosine", "constant"
@@ -24,7 +25,17 @@ CHOICES = {
 }
 # Keys of a result and of an epoch's record in its history.
 SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
-RECORD = ("model", "num_steps", "rank", "seed", *SCORES, "num_parameters", "seconds_per_epoch", *outcome.OUTCOME)
+RECORD = (
+    "model",
+    "num_steps",
+    "rank",
+    "matched",
+    "seed",
+    *SCORES,
+    "num_parameters",
+    "seconds_per_epoch",
+    *outcome.OUTCOME,
+)
 RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset", "num_samples", "earlier_plans"}
 # The first versions' results lack these keys. Their values are defaults; a finished run is evaluated again for them.
 ADDED: dict[str, Any] = {
@@ -61,13 +72,15 @@ class RunConfig:
     likelihood: str = ""  # of the data; an older version left it to the digest
     array: str = ""  # the requested array of an archive
     rank: int = FULL  # of an amortized flow's head; FULL for the one without a rank
+    matched: int = UNMATCHED  # K of the amortized flow whose parameters the widths of this vanilla VAE are to match
 
     @property
     def name(self) -> str:
         """The run's folder."""
         model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
         rank = "" if self.rank == FULL else f"-rank{self.rank}"
-        return f"{model}{rank}-seed{self.seed}"
+        matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
+        return f"{model}{rank}{matched}-seed{self.seed}"
 
     def to_json(self) -> dict:
         return {**asdict(self), "hidden": list(self.hidden)}

@@ -64,7 +64,7 @@ def run(
     rounding, and a run may continue with or without it.
 
     Returns:
-        the result: model, num_steps, rank, seed; the scores of `evaluate`; num_parameters;
+        the result: model, num_steps, rank, matched, seed; the scores of `evaluate`; num_parameters;
         seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
         earlier_plans and history (see VAEModule); and dataset (see data.describe). The scores of a run that diverged
         are those of its best epoch; if it has none, they and best_epoch are None.
@@ -114,6 +114,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
         "model": config.model,
         "num_steps": config.num_steps,
         "rank": config.rank,
+        "matched": config.matched,
         "seed": config.seed,
         **{name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()},
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),

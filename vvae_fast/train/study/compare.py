@@ -17,15 +17,15 @@ from vvae_fast.train.data.sets import Dataset, describe, summary
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
 from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, measure
-from vvae_fast.train.run.networks import check_rank
-from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, VANILLA, RunConfig
+from vvae_fast.train.run.networks import check_rank, matched
+from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, UNMATCHED, VANILLA, RunConfig
 from vvae_fast.train.run.runs import Trained, load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
 CONTENT_KEYS = {"data", "config", "environment", "runs"}  # the keys of results.json in every version
-OWN_SETTINGS = ("model", "num_steps", "rank", "seed")  # the settings that differ between runs
+OWN_SETTINGS = ("model", "num_steps", "rank", "matched", "seed")  # the settings that differ between runs
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
@@ -46,6 +46,7 @@ class Model:
     kind: str
     num_steps: int
     rank: int = FULL  # of an amortized flow's head
+    matched: int = UNMATCHED  # for a wider vanilla VAE, K of the amortized flow whose number of parameters it has
 
     @property
     def family(self) -> str:
@@ -53,15 +54,18 @@ class Model:
 
     @property
     def title(self) -> str:
-        return "vanilla VAE" if self.kind == VANILLA else f"{self.family} planar"
+        matched = "" if self.matched == UNMATCHED else f", matched to K = {self.matched}"
+        return f"vanilla VAE{matched}" if self.kind == VANILLA else f"{self.family} planar"
 
     @property
     def label(self) -> str:
         return self.title if self.kind == VANILLA else f"{self.title} K={self.num_steps}"
 
-    def config(self, base: RunConfig, seed: int) -> RunConfig:
-        """The configuration of this model's run with a seed; the other settings are those of `base`."""
-        return replace(base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed)
+    def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
+        """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
+        of a matched model. Raises RunError as `networks.matched` does."""
+        config = replace(base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed)
+        return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 
 def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
@@ -103,7 +107,7 @@ def compare(
         raise RunError("gaps are measured in one process; start it without torchrun, or leave gaps out of the file")
     make_folder(out)
     _check_results(base, out, fresh)
-    runs = [(model, model.config(base, seed)) for seed in seeds for model in models]
+    runs = [(model, model.config(base, seed, dataset)) for seed in seeds for model in models]
     for _, config in runs:
         check_rank(config)
         if fresh and processes.is_first():
@@ -223,7 +227,7 @@ def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], o
     for model, runs in results.items():
         seeds = [run["seed"] for run in runs if run["best_epoch"] is not None]
         if seeds:
-            config = model.config(base, seeds[0])
+            config = model.config(base, seeds[0], dataset)
             vaes[model], _ = load_best(config, dataset, out / config.name)
     labelled = {model.label: vae for model, vae in vaes.items()}
     plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / CURVES)

@@ -21,6 +21,7 @@ Read = TypeVar("Read")
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16], amortized-rank32: [16]}"
 RANK = "-rank"  # joins "amortized" and the rank of its heads
+MATCHED = f"{VANILLA}-matched"  # a list of K: vanilla VAEs with as many parameters as amortized flows of K
 
 
 def _text(value: object, least: int = 1) -> str:
@@ -155,6 +156,8 @@ def _models(content: object) -> list[Model]:
 
 
 def _models_of(name: object, lengths: object) -> list[Model]:
+    if name == MATCHED:
+        return [Model(VANILLA, 0, matched=num_steps) for num_steps in as_ints(lengths, 1)]
     kind, separator, rank = _text(name).partition(RANK)
     if kind not in MODELS or (separator and kind != AMORTIZED):
         raise ValueError
