@@ -100,7 +100,7 @@ def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--root", type=Path, help="MNIST's folder")
+    parser.add_argument("--root", type=Path, help="the folder of MNIST or FashionMNIST")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=15, help="in a block")
     parser.add_argument("--out", type=Path, help=f"folder of {EPOCHS} (default: docs/results/STUDY)")

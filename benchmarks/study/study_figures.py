@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import svg
 from benchmarks.study import study_gaps
-from benchmarks.study.study_results import VANILLA_MODEL, Results
+from benchmarks.study.study_results import OURS, VANILLA_MODEL, Results
 from vvae_fast.train.run.runconfig import AMORTIZED, SHARED, VANILLA
 
 COLORS = {AMORTIZED: "#c0392b", SHARED: "#2471a3"}
@@ -28,10 +28,49 @@ def write_all(results: Results, folder: Path) -> list[Path]:
     figures = {"": _draw_lengths(results)}
     if study_gaps.measured(results):
         figures["_gaps"] = _draw_gaps(results)
+    if ranks(results):
+        figures["_ranks"] = _draw_ranks(results)
     paths = [folder / f"{results.study.name}{suffix}.svg" for suffix in figures]
     for figure, path in zip(figures.values(), paths, strict=True):
         svg.save(figure, path, svg_fonttype="none")  # text stays text
     return paths
+
+
+def ranks(results: Results) -> list[str]:
+    """The families of amortized flows, if some have a rank."""
+    families = [family for family in results.families if results.flows(family)[0].kind == AMORTIZED]
+    return families if len(families) > 1 else []
+
+
+def _draw_ranks(results: Results) -> Figure:
+    """NLL against parameters, and against seconds of an epoch if they were measured: a line for each rank, a point for
+    each K."""
+    costs = {"parameters": lambda model: results.runs[model][0]["num_parameters"]}
+    if all(results.seconds(model, OURS) for family in ranks(results) for model in results.flows(family)):
+        costs["seconds of an epoch"] = lambda model: results.seconds(model, OURS)
+    figure = Figure(figsize=(4.5 * len(costs), 3.8), layout="constrained")
+    for axes, (cost, of) in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs.items(), strict=True):
+        mean, deviation = results.score(VANILLA_MODEL, "nll")
+        axes.axhline(mean, color=VANILLA_COLOR, label="vanilla")
+        axes.axhspan(mean - deviation, mean + deviation, color=VANILLA_COLOR, alpha=0.15, linewidth=0)
+        for family, color in _colors(results, ranks(results)).items():
+            models = results.flows(family)
+            means, deviations = zip(*(results.score(model, "nll") for model in models), strict=True)
+            x = [of(model) for model in models]
+            axes.errorbar(x, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=2, label=family)
+            for model, place in zip(models, zip(x, means, strict=True), strict=True):
+                label = f"K = {model.num_steps}"
+                axes.annotate(label, place, (4, 4), textcoords="offset points", fontsize="x-small", color=color)
+        axes.set(xscale="log", xlabel=cost, ylabel="NLL, nats")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def _colors(results: Results, families: list[str]) -> dict[str, str]:
+    """The same color for a family in all figures of a study."""
+    others = itertools.cycle(RANK_COLORS)
+    colors = {family: COLORS.get(family) or next(others) for family in results.families}
+    return {family: colors[family] for family in families}
 
 
 def _draw_gaps(results: Results) -> Figure:
@@ -72,9 +111,8 @@ def _draw_score(axes, results: Results, key: str, named: bool) -> None:
     mean, deviation = results.score(VANILLA_MODEL, key)
     axes.axhline(mean, color=VANILLA_COLOR, linestyle=line, label="vanilla" if named else None)
     axes.axhspan(mean - deviation, mean + deviation, color=VANILLA_COLOR, alpha=0.15, linewidth=0)
-    others = itertools.cycle(RANK_COLORS)
-    for family in results.families:
-        models, color = results.flows(family), COLORS.get(family) or next(others)
+    for family, color in _colors(results, results.families).items():
+        models = results.flows(family)
         means, deviations = zip(*(results.score(model, key) for model in models), strict=True)
         style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "capsize": 2}
         label = family if named else None

@@ -22,6 +22,8 @@ COLUMNS = ["model", "K", "-ELBO", "NLL", "gap", "KL", "active units", "parameter
 TITLES = {
     "digits": "Digits",
     "mnist_mlp_cpu": "MNIST, at a budget for two CPU cores",
+    "mnist_rank_cpu": "MNIST, ranks of the amortized flow's head",
+    "fashion_mlp_cpu": "FashionMNIST, at the same budget",
     "mnist_mlp_cpu_high_lr": "MNIST, the same at a higher learning rate",
 }
 
@@ -81,6 +83,7 @@ def section(results: Results, published: list[dict]) -> str:
         f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "
         "package's own loop. " + timing(results),
         f"![-ELBO, NLL and gap against K](results/{name}.svg)",
+        *([f"![NLL of each rank against its cost](results/{name}_ranks.svg)"] if study_figures.ranks(results) else []),
         *study_gaps.section(results),
         findings(results),
     ]

@@ -85,8 +85,13 @@ def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
     text = study_text.findings(with_ranks)
     assert study_text.findings(results).splitlines()[0] in text
     assert "**Amortized rank-32 flows help at every length.**" in text
-    (path,) = study_figures.write_all(with_ranks, tmp_path)
-    assert "amortized rank-8" in path.read_text()
+    paths = study_figures.write_all(with_ranks, tmp_path)
+    assert [path.name for path in paths] == ["mnist_mlp_cpu.svg", "mnist_mlp_cpu_ranks.svg"]
+    for path, word in zip(paths, ("steps of the flow", "seconds of an epoch"), strict=True):
+        assert word in path.read_text()
+        assert "amortized rank-8" in path.read_text()
+    assert "(results/mnist_mlp_cpu_ranks.svg)" in study_report.section(with_ranks, [])
+    assert "_ranks.svg" not in study_report.section(results, [])
 
 
 def test_a_matched_vanilla_vae_is_compared_with_its_flow(tmp_path):

@@ -43,6 +43,13 @@ def write(tmp_path):
     return write_study
 
 
+@pytest.mark.parametrize("name", ["fashion_mlp_cpu", "mnist_rank_cpu"])
+def test_studies_by_the_protocol_of_mnist_mlp_cpu(name):
+    study, mnist = (load_study(CONFIGS / f"{stem}.yaml") for stem in (name, "mnist_mlp_cpu"))
+    assert {**study.settings, "data": "mnist"} == mnist.settings
+    assert (study.seeds, study.gaps, study.splits) == (mnist.seeds, mnist.gaps, mnist.splits)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_protocols(path):
     study = load_study(path)
@@ -55,7 +62,11 @@ def test_the_protocols(path):
     assert len(study.seeds) > 1
     if path.stem == "mnist_mlp_cpu":
         assert {Model("amortized", 4), Model("shared", 16), Model("shared", 80)} <= set(study.models)
-    elif path.stem != "mnist_mlp_cpu_high_lr":
+    elif path.stem == "mnist_rank_cpu":
+        assert {(model.num_steps, model.rank) for model in study.models if model.kind == "amortized"} == {
+            (num_steps, rank) for num_steps in (4, 16, 80) for rank in (0, 8, 32, 128)
+        }
+    elif path.stem not in ("mnist_mlp_cpu_high_lr", "fashion_mlp_cpu"):
         assert lengths == {0, 2, 4, 8, 16, 32, 80}
     if study.settings["data"] == "digits":
         digits = load_dataset("digits")

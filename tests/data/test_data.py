@@ -6,13 +6,16 @@ import gzip
 import os
 import struct
 import sys
+import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from vvae_fast.train.data import sets
 from vvae_fast.train.data.idx import read_idx
 from vvae_fast.train.data.sets import DataError, Dataset, load_dataset, make_loaders
 
@@ -115,6 +118,32 @@ def test_mnist_protocol_on_synthetic_files(tmp_path):
     for part in (data.val, data.test):
         bits = stream.random_sample((10_000, 28, 28)).reshape(10_000, -1) < p
         assert torch.equal(part.flatten(1), torch.from_numpy(bits).float())
+
+
+def test_each_of_mnist_and_fashion_mnist_refuses_the_others_files(tmp_path, monkeypatch):
+    """Here the known files are small ones, whose sizes are refused after that."""
+    for name, pixel in (("mnist", 1), ("fashion-mnist", 2)):
+        pixels = bytes([pixel] * 2 * 784)
+        monkeypatch.setitem(sets.KNOWN, zlib.crc32(pixels), name)
+        (tmp_path / name).mkdir()
+        for file in (TRAIN_FILE, TEST_FILE):
+            (tmp_path / name / file).write_bytes(gzip.compress(idx_bytes((2, 28, 28), pixels)))
+    for name, title, other, found in (
+        ("mnist", "MNIST", "fashion-mnist", "FashionMNIST"),
+        ("fashion-mnist", "FashionMNIST", "mnist", "MNIST"),
+    ):
+        words = (TRAIN_FILE, f"wanted {title}, got {found}; choose data '{other}'")
+        refusal(partial(load_dataset, name, root=tmp_path / other), *words)
+        refusal(partial(load_dataset, name, root=tmp_path / name), "[60000, 28, 28]", "[2, 28, 28]")
+        refusal(partial(load_dataset, name), f"{name}: wanted the folder", "--root")
+
+
+def test_fashion_mnist_is_read_as_mnist_is(tmp_path):
+    write_mnist(tmp_path)
+    data, mnist = (load_dataset(name, root=tmp_path) for name in ("fashion-mnist", "mnist"))
+    assert (data.name, data.source) == ("fashion-mnist", "FashionMNIST's original files")
+    assert torch.equal(data.train, mnist.train)
+    assert torch.equal(data.test, mnist.test)
 
 
 def test_mnist_refuses(tmp_path):

@@ -46,7 +46,7 @@ def command(
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Where the data of a trained run are."""
     parser.add_argument("--data", type=text, help="where the run was trained on an array file: its path")
-    parser.add_argument("--root", type=path, help="MNIST's folder")
+    parser.add_argument("--root", type=path, help="the folder of MNIST or FashionMNIST")
 
 
 def add_array_options(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +71,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=path, help="a study's YAML file, see configs/: its settings replace these options' defaults")
-    add("--data", type=text, default="digits", help="digits, mnist or the path of a .npz or .npy file")
+    add("--data", type=text, default="digits", help="digits, mnist, fashion-mnist or the path of a .npz or .npy file")
     add("--array", type=text, metavar="NAME", help="the array of a .npz file to split, where it holds several")
     add("--likelihood", choices=LIKELIHOODS, help="of the data (default: what their values say)")
-    add("--root", type=path, help="MNIST's folder, with its original .gz files")
+    add("--root", type=path, help="the folder with the original .gz files of MNIST or FashionMNIST")
     add("--epochs", type=positive, default=200, help="a run in --out that has fewer goes on to so many")
     add("--batch-size", type=positive, default=100, help="rows of a training step")
     add("--latent-dim", type=positive, default=8, help="D, the numbers in a latent z")

@@ -1,7 +1,8 @@
-"""Data sets as tensors in memory: scikit-learn's digits, MNIST from its original files, any array file."""
+"""Data sets as tensors in memory: scikit-learn's digits, MNIST and FashionMNIST from their files, any array file."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ MNIST_FILES = {  # name: sizes
     "train-images-idx3-ubyte.gz": [60_000, 28, 28],
     "t10k-images-idx3-ubyte.gz": [10_000, 28, 28],
 }
+MNIST, FASHION = "mnist", "fashion-mnist"
+TITLES = {MNIST: "MNIST", FASHION: "FashionMNIST"}  # whose files have the same names and sizes
+KNOWN = {  # the CRC-32 of a file's pixels: whose file it is
+    **dict.fromkeys((0xF3639B56, 0xE4CA5F57), MNIST),
+    **dict.fromkeys((0xAE65DCCD, 0x12728439), FASHION),
+}
 MAX_COUNT = 2**24 - 1  # float32 rounds larger integers
 
 
@@ -62,7 +69,7 @@ class Dataset:
     """Three splits, and the facts about them that the model needs.
 
     Attributes:
-        name: "digits", "mnist" or the file's name.
+        name: "digits", "mnist", "fashion-mnist" or the file's name.
         train, val, test: float32 [N, *shape], the same shape in each.
         likelihood: "bernoulli" (values in [0, 1]), "binomial" (counts) or "gaussian".
         total_count: the largest possible count for "binomial", None otherwise.
@@ -110,9 +117,11 @@ def load_dataset(
             "mnist": the original files in ``root``, Bernoulli, dynamic: the first 50,000 rows of the training file
             train, its last 10,000 validate, the 10,000 of the test file test. The bits of validation, then
             test, are drawn once from ``numpy.random.RandomState(777)``, a stream that numpy has frozen.
+            "fashion-mnist": Zalando's FashionMNIST, whose files have the same names, in the same way. Each of the two
+            refuses the other's original files.
             A path to a .npy array [N, *shape], split 80 / 10 / 10 in a fixed random order, or to a .npz archive with
             the arrays train, val and test, or with one to split: its only one, or "x". Any other archive is rejected.
-        root: MNIST's folder; for array files, where a relative path starts. Digits ignore it.
+        root: the folder of MNIST or FashionMNIST; for array files, where a relative path starts. Digits ignore it.
         array: the name of the archive's array to split.
         likelihood: "bernoulli", "binomial" or "gaussian". By default it follows from the values of all splits:
             only 0 and 1, Bernoulli; within [0, 1], Bernoulli and dynamic, as for MNIST (its density is one of bits,
@@ -126,13 +135,14 @@ def load_dataset(
     """
     path = Path(name_or_path)
     try:
-        if name_or_path in ("digits", "mnist"):
+        if name_or_path in ("digits", *TITLES):
             if array is not None:
                 raise DataError(f"{name_or_path}: wanted an archive to take '{array}' from, got no file; leave it out")
-            return _digits(likelihood) if name_or_path == "digits" else _mnist(root, likelihood)
+            return _digits(likelihood) if name_or_path == "digits" else _mnist(name_or_path, root, likelihood)
         if path.suffix not in (".npy", ".npz"):
             raise DataError(
-                f"data: wanted 'digits', 'mnist' or the path of a .npz or .npy file, got '{name_or_path}'; "
+                f"data: wanted {', '.join(map(repr, ('digits', *TITLES)))} or the path of a .npz or .npy file, got "
+                f"'{name_or_path}'; "
                 "check the name"
             )
         return _array_file(path if root is None else Path(root) / path, array, likelihood)
@@ -200,22 +210,31 @@ def _digits(likelihood: str | None) -> Dataset:
     return _make("digits", parts, model, source="digits of scikit-learn", value_range=_range([x]), order=order)
 
 
-def _mnist(root: Path | str | None, likelihood: str | None) -> Dataset:
+def _mnist(name: str, root: Path | str | None, likelihood: str | None) -> Dataset:
+    """MNIST or FashionMNIST."""
+    title = TITLES[name]
     if likelihood not in (None, BERNOULLI):
-        raise DataError(f"mnist: wanted the likelihood {BERNOULLI}, its protocol's, got {likelihood}; leave it out")
+        raise DataError(f"{name}: wanted the likelihood {BERNOULLI}, its protocol's, got {likelihood}; leave it out")
     if root is None:
-        raise DataError(f"mnist: wanted the folder with {' and '.join(MNIST_FILES)}, got none; pass root (--root DIR)")
+        raise DataError(f"{name}: wanted the folder with {' and '.join(MNIST_FILES)}, got none; pass root (--root DIR)")
     folder = Path(root)
     if not folder.is_dir():
-        raise DataError(f"{folder}: wanted MNIST's folder, got no such folder; pass the right root (--root DIR)")
-    missing = [name for name in MNIST_FILES if not (folder / name).is_file()]
+        raise DataError(f"{folder}: wanted {title}'s folder, got no such folder; pass the right root (--root DIR)")
+    missing = [file for file in MNIST_FILES if not (folder / file).is_file()]
     if missing:
-        raise DataError(f"{folder}: wanted MNIST's original files, got a folder without {', '.join(missing)}; add them")
+        raise DataError(
+            f"{folder}: wanted {title}'s original files, got a folder without {', '.join(missing)}; add them"
+        )
     images = []
-    for name, sizes in MNIST_FILES.items():
-        x = read_idx(folder / name, rank=3)  # [N, 28, 28]
+    for file, sizes in MNIST_FILES.items():
+        x = read_idx(folder / file, rank=3)  # [N, 28, 28]
+        found = KNOWN.get(zlib.crc32(x.numpy()), name)  # files of others are taken as they are
+        if found != name:
+            raise DataError(
+                f"{folder / file}: wanted {title}, got {TITLES[found]}; choose data '{found}' or another folder"
+            )
         if list(x.shape) != sizes:
-            raise DataError(f"{folder / name}: wanted sizes {sizes}, got {list(x.shape)}; fetch the original file")
+            raise DataError(f"{folder / file}: wanted sizes {sizes}, got {list(x.shape)}; fetch the original file")
         images.append(x.float().div_(255).numpy())
     np = require("numpy")
     train_file, test = images
@@ -223,7 +242,8 @@ def _mnist(root: Path | str | None, likelihood: str | None) -> Dataset:
     parts = [torch.from_numpy(x) for x in (train, *_draw_bits(val, test))]
     model = Model(BERNOULLI, None, dynamic=True, why="grey levels over 255 are probabilities of bits, drawn anew")
     order = [*np.split(np.arange(len(train_file)), [len(train)]), np.arange(len(test))]
-    return _make("mnist", parts, model, source="MNIST's original files", value_range=_range(images), order=order)
+    source = f"{title}'s original files"
+    return _make(name, parts, model, source=source, value_range=_range(images), order=order)
 
 
 def _array_file(path: Path, array: str | None, likelihood: str | None) -> Dataset:
