@@ -10,6 +10,7 @@ import pytest
 from vvae_fast.train.cli import main
 from vvae_fast.train.study.compare import RECORD
 
+PDFS = ("elbo.pdf", "posterior.pdf")
 PLOTS = ("elbo.png", "reconstructions.png", "samples.png", "posterior.png")
 
 
@@ -50,6 +51,7 @@ def test_table_results_and_plots(data, tmp_path, capsys):
     assert f"{mean:.2f} ±" in rows[2]
     assert len(rows) == 2 + len(kinds)
     assert "[10/10] shared planar K=2, seed 1: -ELBO" in printed
+    assert all((out / name).read_bytes().startswith(b"%PDF") for name in PDFS)
     image = pytest.importorskip("matplotlib.image")
     for name in PLOTS:
         pixels = image.imread(out / name)

@@ -20,7 +20,8 @@ from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, me
 from vvae_fast.train.run.networks import check_rank, matched
 from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, UNMATCHED, VANILLA, RunConfig
 from vvae_fast.train.run.runs import Trained, load_best, run
-from vvae_fast.train.study.plots import plot_curves, plot_posterior, plot_reconstructions, plot_samples
+from vvae_fast.train.study.plots import plot_curves, plot_reconstructions, plot_samples
+from vvae_fast.train.study.posterior import plot_posterior
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
@@ -137,7 +138,7 @@ def compare(
         write_json(out / RESULTS, content)
         print_table(results)
         _plot(base, dataset, results, out)
-        print(f"\n{out / RESULTS} and the plots *.png beside it are written.")
+        print(f"\n{out / RESULTS} and the plots beside it are written.")
     return content
 
 
@@ -162,7 +163,14 @@ def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
     """Raises RunError if a file to be written exists and is not from a comparison with these settings."""
     path = out / RESULTS
     if not path.exists():
-        plots = [name for name in (CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR) if (out / name).exists()]
+        names = [
+            CURVES,
+            RECONSTRUCTIONS,
+            SAMPLES,
+            POSTERIOR,
+            *(Path(x).with_suffix(".pdf") for x in (CURVES, POSTERIOR)),
+        ]
+        plots = [name for name in names if (out / name).exists()]
         if plots:
             raise RunError(
                 f"{out / plots[0]} is there, but no {RESULTS}: it would be overwritten; choose another --out"

@@ -17,7 +17,6 @@ from vvae_fast.train.data.sets import Dataset
 
 SEED = 0  # for the samples in the plots
 NUM_IMAGES = 12
-NUM_POSTERIOR_SAMPLES = 20_000
 MOST = 1e30  # for larger values matplotlib's float32 and its margins overflow
 
 
@@ -44,6 +43,7 @@ def plot_curves(histories: Mapping[str, Sequence[list[dict]]], path: Path) -> No
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     save_figure(figure, path)
+    save_figure(figure, path.with_suffix(".pdf"))
 
 
 def _drawable(value: float) -> float:
@@ -66,37 +66,6 @@ def plot_samples(vaes: Mapping[str, VAE], dataset: Dataset, path: Path) -> None:
         for model, vae in vaes.items()
     }
     _plot_images(rows, dataset, path)
-
-
-def plot_posterior(vae: VAE, dataset: Dataset, path: Path) -> None:
-    """Densities of a posterior's samples before and after the flow, in two latent dimensions.
-
-    The posterior, among those of the test set's first hundred rows, and the two dimensions are those with the largest
-    correlation after the flow.
-    """
-    x = dataset.test[:100].flatten(1)  # [N, P]
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        row, *dims = _most_correlated(vae.posterior_sample(x, 200, generator).z_K)
-        drawn = vae.posterior_sample(x[row : row + 1], NUM_POSTERIOR_SAMPLES, generator)
-    figure = make_figure(8.0, 4.2)
-    panels = {"before the flow: q(z_0 | x)": drawn.z_0, "after the flow: q(z_K | x)": drawn.z_K}
-    for number, (title, z) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 2, number + 1)
-        points = z[:, 0, dims]
-        axes.hist2d(*points[(points.abs() < MOST).all(-1)].T.numpy(), bins=100, cmap="magma")
-        axes.set_title(title)
-        axes.set_xlabel(f"latent dimension {dims[0]}")
-        axes.set_ylabel(f"latent dimension {dims[1]}")
-    save_figure(figure, path)
-
-
-def _most_correlated(z: Tensor) -> tuple[int, int, int]:
-    """(row, dimension, dimension) with the largest correlation, for z [S, B, D]."""
-    centred = (z - z.mean(0)) / z.std(0)
-    correlation = torch.einsum("sbi,sbj->bij", centred, centred).abs().nan_to_num().triu(1)  # [B, D, D]
-    row, i, j = torch.unravel_index(correlation.argmax(), correlation.shape)
-    return int(row), int(i), int(j)
 
 
 def _plot_images(rows: Mapping[str, Tensor], dataset: Dataset, path: Path) -> None:
@@ -122,6 +91,7 @@ def make_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG in one step; the same figure gives the same bytes."""
+    """Writes a PNG or a PDF, as the suffix says, in one step; the same figure gives the same bytes."""
+    metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:], metadata=metadata)
