@@ -44,6 +44,16 @@ def test_before_after_and_truth_agree_where_the_encoder_is_exact(vae):
         assert difference < 0.15, panel.title
 
 
+@pytest.mark.parametrize("size", [1e20, 1e35, math.inf])
+def test_huge_posteriors_of_diverged_runs_are_drawn(vae, size):
+    with torch.no_grad():
+        panels, limits = posterior._panels(vae, torch.full((1, 2), size), [0, 1], torch.Generator().manual_seed(0))
+    assert limits.isfinite().all()
+    assert (limits[:, 0] < limits[:, 1]).all()
+    for panel in panels:
+        assert panel.density.isfinite().all()
+
+
 def test_a_level_contains_its_mass():
     density = torch.tensor([[4.0, 3.0], [2.0, 1.0]])
     assert [posterior._level(density, mass) for mass in (0.3, 0.5, 0.9)] == [4.0, 3.0, 2.0]

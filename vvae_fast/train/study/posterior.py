@@ -90,15 +90,18 @@ def _drawable(z: Tensor) -> Tensor:
 
 
 def _limits(sets: list[Tensor]) -> Tensor:
-    """Of both dimensions, around all but the tails of each set of points [S, 2]; with a margin."""
+    """Of both dimensions, around all but the tails of each set of points [S, 2]; with a margin. A posterior of a run
+    that diverged may have no points."""
+    sets = [points for points in sets if len(points) > 0] or [torch.zeros(1, 2)]
     ends = torch.stack([points.quantile(torch.tensor([TAIL, 1 - TAIL]), 0) for points in sets])  # [sets, 2, 2]
     limits = torch.stack([ends[:, 0].amin(0), ends[:, 1].amax(0)], 1)
-    return limits + torch.tensor([-1.0, 1.0]) * (0.1 * (limits[:, 1:] - limits[:, :1]) + 1e-3)
+    margin = 1e-3 * (1.0 + limits.abs().amax(1, keepdim=True))
+    return limits + torch.tensor([-1.0, 1.0]) * (0.1 * (limits[:, 1:] - limits[:, :1]) + margin)
 
 
 def _area(limits: Tensor) -> float:
     """Of a cell."""
-    return float((limits[:, 1] - limits[:, 0]).prod()) / CELLS**2
+    return float((limits[:, 1] - limits[:, 0]).double().prod()) / CELLS**2
 
 
 def _histogram(z: Tensor, limits: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def _true_posterior(vae: VAE, x: Tensor, limits: Tensor) -> tuple[Tensor, Tensor
     steps = (torch.arange(CELLS) + 0.5) / CELLS
     z = torch.cartesian_prod(*(least + (greatest - least) * steps for least, greatest in limits))
     log_p = torch.cat([vae.log_joint(x, part) for part in z[:, None].split(1000)])[:, 0]
-    return z, log_p.double().softmax(0)
+    return z, log_p.double().nan_to_num(nan=-MOST).softmax(0)
 
 
 def _draw(axes, panel: Panel, limits: Tensor, top: float):
