@@ -21,7 +21,8 @@ inline int32_t dtype_of(const Tensor& t) {
   return dtype;
 }
 
-class Argument {
+// Lives no longer than the tensor. Hidden like Tensor, which it contains.
+class __attribute__((visibility("hidden"))) Argument {
  public:
   const char* name;
   const int64_t *sizes, *strides;

@@ -228,7 +228,7 @@ def _mnist(name: str, root: Path | str | None, likelihood: str | None) -> Datase
     images = []
     for file, sizes in MNIST_FILES.items():
         x = read_idx(folder / file, rank=3)  # [N, 28, 28]
-        found = KNOWN.get(zlib.crc32(x.numpy()), name)  # files of others are taken as they are
+        found = KNOWN.get(zlib.crc32(x.numpy().data), name)  # files of others are taken as they are
         if found != name:
             raise DataError(
                 f"{folder / file}: wanted {title}, got {TITLES[found]}; choose data '{found}' or another folder"

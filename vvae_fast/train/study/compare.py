@@ -163,13 +163,8 @@ def _check_results(base: RunConfig, out: Path, fresh: bool) -> None:
     """Raises RunError if a file to be written exists and is not from a comparison with these settings."""
     path = out / RESULTS
     if not path.exists():
-        names = [
-            CURVES,
-            RECONSTRUCTIONS,
-            SAMPLES,
-            POSTERIOR,
-            *(Path(x).with_suffix(".pdf") for x in (CURVES, POSTERIOR)),
-        ]
+        in_print = [Path(name).with_suffix(".pdf").name for name in (CURVES, POSTERIOR)]
+        names = [CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR, *in_print]
         plots = [name for name in names if (out / name).exists()]
         if plots:
             raise RunError(

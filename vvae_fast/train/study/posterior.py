@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def _true_posterior(vae: VAE, x: Tensor, limits: Tensor) -> tuple[Tensor, Tensor
     return z, log_p.double().nan_to_num(nan=-MOST).softmax(0)
 
 
-def _draw(axes, panel: Panel, limits: Tensor, top: float):
+def _draw(axes: Any, panel: Panel, limits: Tensor, top: float) -> Any:
     """The density as an image with contours around MASSES of it."""
     extent = [float(limit) for limit in limits.flatten()]
     density = panel.density.T.numpy()  # rows are the second dimension
