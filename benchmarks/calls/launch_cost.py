@@ -2,18 +2,18 @@
 
     python -m benchmarks.calls.launch_cost [--seconds 0.3]
 
-Two stand-ins take turns. One replaces `launch` by a call that does nothing: this times the operators and the launchers.
-The other replaces the driver by one that compiles for sm_90 and runs nothing (count_variants.py): this adds Triton's
-own time for a launch. The tensors are on the CPU. It prints medians in microseconds.
+Two stand-ins take turns. One replaces `Launch.__call__` by a function that does nothing: this times the operators and
+the launchers. The other replaces the driver by one that compiles for sm_90 and runs nothing (count_variants.py): this
+adds Triton's own time for a launch. The tensors are on the CPU. It prints medians in microseconds.
 """
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -29,16 +29,9 @@ from triton.runtime import driver
 
 from vvae_fast.backends import operators
 from vvae_fast.spec import FlowSpec
-from vvae_fast.triton import (
-    compact_backward,
-    compact_forward,
-    compact_gradients,
-    direct_backward,
-    direct_forward,
-    planar,
-)
+from vvae_fast.triton import planar
+from vvae_fast.triton.launch import Launch
 
-LAUNCHERS = (direct_forward, direct_backward, compact_forward, compact_backward, compact_gradients)
 CASES = {  # rows, D, K, parameter sets
     "128 x 40, K = 80": (128, 40, 80, 1),
     "128 x 40, K = 16, amortized": (128, 40, 16, 128),
@@ -61,16 +54,12 @@ def calls(rows: int, dim: int, num_steps: int, num_sets: int) -> dict[str, Calla
     }
 
 
-def nothing(*args, **options) -> None:
+def nothing(*args) -> None:
     pass
 
 
-@contextlib.contextmanager
-def nothing_launched() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for module in LAUNCHERS:
-            stack.enter_context(mock.patch.object(module, "launch", nothing))
-        yield
+def nothing_launched() -> AbstractContextManager:
+    return mock.patch.object(Launch, "__call__", nothing)
 
 
 def microseconds(call: Callable) -> float:
@@ -81,7 +70,7 @@ def microseconds(call: Callable) -> float:
 
 
 def measure(call: Callable, seconds: float) -> tuple[float, float]:
-    """The medians without `launch`, and with it on the driver that runs nothing."""
+    """The medians without launches, and with it on the driver that runs nothing."""
     call()  # compiles
     times, end = ([], []), time.perf_counter() + seconds
     while not times[0] or time.perf_counter() < end:

@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.gpu import tune_triton
 from benchmarks.gpu.tune_triton import Entry
-from vvae_fast.triton import _heuristics, _table, direct_backward, direct_forward
+from vvae_fast.triton import _heuristics, _table
+from vvae_fast.triton.launch import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRY = Entry("DIRECT", ("backward", "shared", 4), 0)
@@ -65,8 +66,7 @@ def test_an_entry_is_timed_on_a_problem_that_reads_it(entry, monkeypatch):
 def test_a_candidate_is_what_is_launched(key, monkeypatch):
     """Not the plan of the entry before."""
     entry, launched = Entry("DIRECT", key, 0), []
-    monkeypatch.setattr(direct_forward, "launch", lambda planned, *tensors: launched.append(planned))
-    monkeypatch.setattr(direct_backward, "launch", lambda planned, *tensors: launched.append(planned))
+    monkeypatch.setattr(Launch, "__call__", lambda planned, *tensors: launched.append(planned))
     call, _ = tune_triton.pass_of(entry, tune_triton.problem_of(entry, "meta"))
     for value in ((64, 1, 2), (64, 2, 2), (128, 2, 3)):
         entry.set(value)

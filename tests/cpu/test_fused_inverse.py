@@ -7,6 +7,7 @@ from problems import (
     assert_accuracy_rule,
     assert_rows_are_strangers,
     on_each_isa,
+    opchecked,
     random_problem,
     relative_errors,
 )
@@ -289,9 +290,7 @@ def test_compile_fullgraph(params):
 @pytest.mark.parametrize(("rows", "params"), [(6, ()), (6, (6,)), (6, (3,)), (0, ())])
 def test_opcheck(rows, params):
     p = random_problem((rows,), 4, 3, params)
-    torch.library.opcheck(operators.planar_inverse, (*p.inputs, *INVERTIBLE, True))
-    torch.library.opcheck(operators.planar_inverse, (*p.inputs, *INVERTIBLE, False))
-    z_0, _, a = operators.planar_inverse(*p.inputs, *INVERTIBLE, True)
+    z_0, _, a = opchecked(operators.planar_inverse, p, INVERTIBLE)
     torch.library.opcheck(
         operators.planar_inverse_backward, (p.grad_z, p.grad_log_det, z_0, *p.inputs[1:], a, *INVERTIBLE)
     )

@@ -9,6 +9,7 @@ from problems import (
     Problem,
     assert_accuracy_rule,
     assert_close_to_oracle,
+    assert_float64_is_the_oracle,
     assert_right_at_an_edge,
     oracle,
     random_problem,
@@ -47,8 +48,7 @@ def on_gpu(gpu_backend):
 @pytest.mark.parametrize(("batch", "params"), BATCHES)
 def test_float64_is_the_oracle(on_gpu, batch, params, constraint):
     for num_steps, dim in STEPS_AND_DIMS:
-        p = random_problem(batch, num_steps, dim, params, scale=0.5, dtype=torch.float64)
-        assert_close_to_oracle(p, constraint, 1e-10, **on_gpu)
+        assert_float64_is_the_oracle(batch, num_steps, dim, params, constraint, **on_gpu)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -57,8 +57,7 @@ def test_float64_is_the_oracle(on_gpu, batch, params, constraint):
 def test_large_steps_and_dims(on_gpu, num_steps, dim, params):
     if on_gpu["backend"] == "cuda":
         dim = min(dim, cuda.most_dim[torch.float64])
-    p = random_problem((21,), num_steps, dim, params, scale=0.5, dtype=torch.float64)
-    assert_close_to_oracle(p, "softplus", 1e-9, **on_gpu)
+    assert_float64_is_the_oracle((21,), num_steps, dim, params, tolerance=1e-9, **on_gpu)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -67,8 +66,7 @@ def test_large_steps_and_dims(on_gpu, num_steps, dim, params):
 )
 def test_many_rows(on_gpu, batch, params):
     """More rows than the programs of a backward take at once, and sets with many samples."""
-    p = random_problem(batch, 18, 6, params, scale=0.5, dtype=torch.float64)
-    assert_close_to_oracle(p, "softplus", 1e-10, **on_gpu)
+    assert_float64_is_the_oracle(batch, 18, 6, params, **on_gpu)
 
 
 @pytest.mark.usefixtures("poisoned", "set_cuda_form")

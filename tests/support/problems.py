@@ -162,6 +162,20 @@ def assert_close_to_oracle(
     assert max(errors) < tolerance, dict(zip(NAMES, errors, strict=True))
 
 
+def assert_float64_is_the_oracle(
+    batch: tuple[int, ...],
+    num_steps: int,
+    dim: int,
+    params: tuple[int, ...] = (),
+    constraint: str = "softplus",
+    tolerance: float = 1e-10,
+    **others,
+) -> None:
+    """On a random problem; `others` are those of `assert_close_to_oracle`."""
+    p = random_problem(batch, num_steps, dim, params, scale=0.5, dtype=torch.float64)
+    assert_close_to_oracle(p, constraint, tolerance, **others)
+
+
 def assert_right_at_an_edge(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     """float32 against float64; log_det has its own bound: at alpha = log(e - 1) it is a rounding error itself."""
     assert all(t.isfinite().all() for t in got)
@@ -182,6 +196,13 @@ def assert_same_of_strides(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], 
     for answer in (got, wanted):
         errors = relative_errors(answer, exact)
         assert max(errors) < 1e-5, (about, dict(zip(NAMES, errors, strict=True)))
+
+
+def opchecked(forward: Callable, p: Problem, formulas: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """z, log_det and a of a raw forward or inverse that has passed opcheck, with and without saving a."""
+    for save in (True, False):
+        torch.library.opcheck(forward, (*p.inputs, *formulas, save))
+    return forward(*p.inputs, *formulas, True)
 
 
 def saved_for_backward(p: Problem, backend: str) -> int:

@@ -12,27 +12,29 @@ from problems import (
     assert_right_at_an_edge,
     assert_same_of_strides,
     invert,
+    opchecked,
     oracle,
     random_problem,
     relative_errors,
     run,
 )
 from test_planar_flow import edge_problem, strided_views
+from triton_device import (
+    DEVICE,
+    ON_DEVICE,
+    TRITON,
+    assert_float64_is_the_oracle,
+    assert_nothing_is_launched,
+    assert_same_bits_where_a_barrier_orders_nothing,
+    each_parameters,
+    without_rows_or_steps,
+)
 
 import vvae_fast
-from vvae_fast.backends import operators
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from vvae_fast.spec import FlowSpec
-from vvae_fast.triton import _heuristics, _table, direct_backward, direct_forward, launch
+from vvae_fast.triton import _heuristics, _table
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = operators.OPERATORS["triton"]
 FORMULAS = FlowSpec().arguments()
-
-
-ON_DEVICE = {"backend": "triton", "device": DEVICE}
 
 
 def answer(p: Problem, constraint: str = "softplus") -> tuple[torch.Tensor, ...]:
@@ -57,18 +59,14 @@ STEPS_AND_DIMS = [(1, 1), (2, 3), (5, 8), (3, 33), (17, 5), (2, 70)]
 @pytest.mark.parametrize(("num_steps", "dim"), STEPS_AND_DIMS)
 @pytest.mark.parametrize(("batch", "params"), BATCHES)
 def test_float64_is_the_oracle(batch, params, num_steps, dim):
-    assert_close_to_oracle(
-        random_problem(batch, num_steps, dim, params, scale=0.5, dtype=torch.float64), "softplus", 1e-12, **ON_DEVICE
-    )
+    assert_float64_is_the_oracle(batch, num_steps, dim, params)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("num_steps", "dim"), [(1, 1), (3, 2), (4, 9)])
 @pytest.mark.parametrize(("batch", "params"), [((9,), ()), ((9,), (9,)), ((4, 3), (3,))])
 def test_without_the_constraint(batch, params, num_steps, dim):
-    assert_close_to_oracle(
-        random_problem(batch, num_steps, dim, params, scale=0.5, dtype=torch.float64), "none", 1e-12, **ON_DEVICE
-    )
+    assert_float64_is_the_oracle(batch, num_steps, dim, params, "none")
 
 
 @pytest.mark.one_in(2)
@@ -77,9 +75,7 @@ def test_without_the_constraint(batch, params, num_steps, dim):
 @pytest.mark.parametrize("dim", [1, 6, 40, 300])
 def test_configurations_for_many_rows(monkeypatch, dim, params):
     monkeypatch.setattr(_table, "FEW_ROWS", 0)
-    assert_close_to_oracle(
-        random_problem((20,), 3, dim, params, scale=0.5, dtype=torch.float64), "softplus", 1e-12, **ON_DEVICE
-    )
+    assert_float64_is_the_oracle((20,), 3, dim, params)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -87,7 +83,7 @@ def test_configurations_for_many_rows(monkeypatch, dim, params):
 def test_programs_that_take_several_blocks_of_rows(monkeypatch, most):
     """With one program there are no partial sums; with two, each adds blocks of rows, the last of them not full."""
     monkeypatch.setattr(_heuristics, "num_partials", lambda *shape: most)
-    assert_close_to_oracle(random_problem((150,), 3, 6, scale=0.5, dtype=torch.float64), "softplus", 1e-12, **ON_DEVICE)
+    assert_float64_is_the_oracle((150,), 3, 6)
 
 
 @pytest.mark.one_in(2)
@@ -97,7 +93,7 @@ def test_float32_accuracy(num_steps, dim, params):
     assert_accuracy_rule((9, num_steps, dim, 0.7, params), **ON_DEVICE)
 
 
-@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@each_parameters
 @pytest.mark.parametrize("alpha", [-80.0, -20.0, -1.0, 0.0, 0.5413, 10.0, 89.0, 100.0])
 def test_edges_of_the_constraint(alpha, amortized):
     got = answer(edge_problem(alpha, torch.float32, amortized))
@@ -175,19 +171,10 @@ def test_bits_depend_on_the_row_alone(params):
     assert all(map(torch.equal, answer(p), whole))
 
 
-@pytest.mark.parametrize(("batch", "num_steps"), [((0,), 3), ((4,), 0), ((0,), 0), ((2, 0), 3)])
-@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@without_rows_or_steps
+@each_parameters
 def test_nothing_to_do_launches_nothing(monkeypatch, batch, num_steps, amortized):
-    def refuse(*args, **options):
-        raise AssertionError("a kernel was launched")
-
-    monkeypatch.setattr(direct_forward, "launch", refuse)
-    monkeypatch.setattr(direct_backward, "launch", refuse)
-    p = random_problem(batch, num_steps, 2, batch if amortized else ())
-    z_K, log_det, dz, du, dw, db = answer(p)
-    assert torch.equal(z_K, p.z)
-    assert torch.equal(dz, p.grad_z)
-    assert all((t == 0).all() for t in (log_det, du, dw, db))
+    assert_nothing_is_launched(answer, batch, num_steps, amortized, monkeypatch)
 
 
 def packed_of(p: Problem) -> torch.Tensor:
@@ -214,9 +201,7 @@ def test_packed_parameters(batch, params, dtype):
 @pytest.mark.parametrize("params", [(), (3,)])
 def test_the_raw_operators_pass_opcheck(params):
     p = random_problem((3,), 2, 4, params).to(DEVICE)
-    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, *FORMULAS, True))
-    torch.library.opcheck(TRITON.planar_forward, (*p.inputs, *FORMULAS, False))
-    a = TRITON.planar_forward(*p.inputs, *FORMULAS, True)[2]
+    a = opchecked(TRITON.planar_forward, p, FORMULAS)[2]
     torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, *FORMULAS))
     torch.library.opcheck(TRITON.planar_backward, (p.grad_z, p.grad_log_det, *p.inputs, a, *FORMULAS, False))
     if params:
@@ -314,10 +299,4 @@ def test_every_shape_has_a_configuration():
 
 @pytest.mark.parametrize("params", [(), (5,)])
 def test_a_launch_for_each_block_where_a_barrier_orders_nothing(monkeypatch, params):
-    """What AMD's GPUs run, with the same bits."""
-    monkeypatch.setattr(_heuristics, "num_partials", lambda *shape: 2)
-    p = random_problem((30, 5), 3, 6, params)
-    at_once = answer(p)
-    monkeypatch.setattr(direct_backward, "BARRIER_ORDERS_MEMORY", False)
-    launch.forget_plans()
-    assert all(map(torch.equal, answer(p), at_once))
+    assert_same_bits_where_a_barrier_orders_nothing(answer, random_problem((30, 5), 3, 6, params), monkeypatch)

@@ -12,16 +12,13 @@ from problems import (
     relative_errors,
     run,
 )
-
-pytest.importorskip("triton", reason="Triton is not installed")
+from triton_device import DEVICE, ON_DEVICE
 
 from vvae_fast import shapes
 from vvae_fast.spec import FlowSpec
 from vvae_fast.triton import _heuristics, _table, launch, planar
 from vvae_fast.triton.compact_backward import launch_compact_backward
 from vvae_fast.triton.compact_forward import launch_compact_forward
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -87,7 +84,7 @@ def test_saving_nothing_changes_nothing(name):
 def test_float32_accuracy(num_steps, dim, params, monkeypatch):
     """The rule of the direct form. On a GPU tl.dot is three products in tf32."""
     monkeypatch.setattr(_heuristics, "is_compact", lambda *problem: True)
-    assert_accuracy_rule((8, num_steps, dim, 0.7, params), backend="triton", device=DEVICE)
+    assert_accuracy_rule((8, num_steps, dim, 0.7, params), **ON_DEVICE)
 
 
 @pytest.mark.one_in(2)

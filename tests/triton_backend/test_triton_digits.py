@@ -6,24 +6,17 @@ import pytest
 import torch
 from problems import oracle, random_problem, relative_errors, run
 from torch import Tensor
+from triton_device import DEVICE, TRITON, each_parameters
 
 import vvae_fast
 from vvae_fast import reference
-from vvae_fast.backends import operators
 from vvae_fast.reference import activations
 from vvae_fast.spec import FlowSpec
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from vvae_fast.triton import _heuristics, direct_backward
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = operators.OPERATORS["triton"]
+from vvae_fast.triton.launch import Launch
 
 # NumPy's, which interprets: what is selected against may divide by 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
-
-each_parameters = pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
 
 
 @pytest.fixture(params=["direct", "compact"])
@@ -155,7 +148,7 @@ def test_gradients_of_a_round_trip_cancel_where_w_is_zero(amortized):
 def test_memory_of_the_z_that_the_way_back_takes(monkeypatch, dtype, rows, sets, wanted):
     """dw's own where a step's gradient can take its z's place; else it does not grow with the rows of a set."""
     launched = []
-    monkeypatch.setattr(direct_backward, "launch", lambda planned, *tensors: launched.append(tensors))
+    monkeypatch.setattr(Launch, "__call__", lambda planned, *tensors: launched.append(tensors))
     new = {"dtype": dtype, "device": "meta"}
     z, u, b = torch.empty(rows, 4, **new), torch.empty(sets, 5, 4, **new), torch.empty(sets, 5, **new)
     u, b = (u, b) if sets > 1 else (u[0], b[0])

@@ -2,23 +2,27 @@
 
 import pytest
 import torch
-from problems import Problem, assert_accuracy_rule, random_problem, relative_errors
+from problems import Problem, assert_accuracy_rule, opchecked, random_problem, relative_errors
 from test_fused_inverse import edge_points
 from test_fused_inverse import run as run_inverse
 from test_planar_flow import EDGES, strided_views
+from triton_device import (
+    DEVICE,
+    ON_DEVICE,
+    TRITON,
+    assert_nothing_is_launched,
+    assert_same_bits_where_a_barrier_orders_nothing,
+    each_parameters,
+    without_rows_or_steps,
+)
 
 import vvae_fast
 from vvae_fast import reference, shapes
-from vvae_fast.backends import operators, selection
+from vvae_fast.backends import selection
 from vvae_fast.reference import activations
 from vvae_fast.spec import ACTIVATIONS, FlowSpec
+from vvae_fast.triton import _heuristics
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from vvae_fast.triton import _heuristics, direct_backward, launch, planar
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = operators.OPERATORS["triton"]
 INVERTIBLE = FlowSpec().arguments(inverse=True)
 
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -60,19 +64,13 @@ def test_the_inverse_is_direct_whatever_the_flow_is(monkeypatch):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("params", [(), (3,)])
 def test_a_launch_for_each_block_where_a_barrier_orders_nothing(monkeypatch, params):
-    """What AMD's GPUs run, with the same bits: the z of a block are kept by one launch and used by the next."""
-    monkeypatch.setattr(_heuristics, "num_partials", lambda *shape: 2)
-    p = random_problem((4, 3), 3, 6, params)
-    at_once = answer(p)
-    monkeypatch.setattr(direct_backward, "BARRIER_ORDERS_MEMORY", False)
-    launch.forget_plans()
-    assert all(map(torch.equal, answer(p), at_once))
+    assert_same_bits_where_a_barrier_orders_nothing(answer, random_problem((4, 3), 3, 6, params), monkeypatch)
 
 
 @pytest.mark.parametrize("params", [(), (16,)])
 def test_float32_accuracy(params):
     """As the forward's rule, against the reference's inverse in float32."""
-    assert_accuracy_rule((16, 6, 5, 0.5, params), backend="triton", device=DEVICE, inverse=True)
+    assert_accuracy_rule((16, 6, 5, 0.5, params), **ON_DEVICE, inverse=True)
 
 
 @pytest.mark.one_in(2)
@@ -109,7 +107,7 @@ def test_round_trip(params, dtype, bound):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@each_parameters
 @pytest.mark.parametrize("activation", ["tanh", "elu", "sigmoid"])
 def test_bits_of_a_row_depend_on_nothing_else(activation, amortized, dtype):
     """Nor on how long the search of its neighbours takes: some have their root at once, or none that is a number."""
@@ -183,27 +181,16 @@ def test_half_precisions_compute_in_float32(dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("batch", "num_steps"), [((0,), 3), ((4,), 0), ((0,), 0), ((2, 0), 3)])
-@pytest.mark.parametrize("amortized", [False, True], ids=["shared", "amortized"])
+@without_rows_or_steps
+@each_parameters
 def test_nothing_to_do_launches_nothing(monkeypatch, batch, num_steps, amortized):
-    def refuse(*args, **options):
-        raise AssertionError("a kernel was launched")
-
-    for name in ("launch_direct_forward", "launch_direct_backward"):
-        monkeypatch.setattr(planar, name, refuse)
-    p = random_problem(batch, num_steps, 2, batch if amortized else ())
-    z_0, log_det, dz, du, dw, db = answer(p)
-    assert torch.equal(z_0, p.z)
-    assert torch.equal(dz, p.grad_z)
-    assert all((t == 0).all() for t in (log_det, du, dw, db))
+    assert_nothing_is_launched(answer, batch, num_steps, amortized, monkeypatch)
 
 
 @pytest.mark.parametrize("params", [(), (3,)])
 def test_the_raw_operators_pass_opcheck(params):
     p = random_problem((3,), 2, 4, params).to(DEVICE)
-    torch.library.opcheck(TRITON.planar_inverse, (*p.inputs, *INVERTIBLE, True))
-    torch.library.opcheck(TRITON.planar_inverse, (*p.inputs, *INVERTIBLE, False))
-    a = TRITON.planar_inverse(*p.inputs, *INVERTIBLE, True)[2]
+    a = opchecked(TRITON.planar_inverse, p, INVERTIBLE)[2]
     arguments = (p.grad_z, p.grad_log_det, *p.inputs, a, *INVERTIBLE)
     torch.library.opcheck(TRITON.planar_inverse_backward, arguments)
 

@@ -24,7 +24,7 @@ from vvae_fast.triton.blocks import (
     store_state,
 )
 from vvae_fast.triton.compact_gradients import GradientsPlan, launch_gradients, plan_gradients
-from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, layouts, planned
 from vvae_fast.triton.math import AnyFlow, activate, step_adjoint, unit
 
 
@@ -148,6 +148,6 @@ def launch_compact_backward(
     delta, constraint = torch.empty_like(a), a.new_empty(plan.constraint)
     state = dz if plan.state is None else torch.empty_like(dz, dtype=plan.state)
     scratch = a.new_empty(plan.scratch)
-    launch(plan.launch, grad_z, grad_log_det, u, w, a, dz, delta, constraint, state, scratch)
+    plan.launch(grad_z, grad_log_det, u, w, a, dz, delta, constraint, state, scratch)
     if params:
         launch_gradients(plan.gradients, (grad_z, grad_log_det, z), (u, w), (a, delta, constraint), gradients)

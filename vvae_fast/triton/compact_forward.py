@@ -21,7 +21,7 @@ from vvae_fast.triton.blocks import (
     store_gram,
     store_state,
 )
-from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, layouts, planned
 from vvae_fast.triton.math import AnyFlow, activate, log_abs_determinant
 
 
@@ -165,4 +165,4 @@ def launch_compact_forward(inputs: Tensors, outputs: Tensors, spec: FlowSpec, sa
     plan = _plan(layouts(*inputs), z.dtype, z.device, spec, save)
     state = z_K if plan.state is None else torch.empty_like(z_K, dtype=plan.state)
     a = a if save else log_det.new_empty(plan.chunk)
-    launch(plan.launch, *copied(plan.copies, inputs), z_K, log_det, a, state, log_det.new_empty(plan.scratch))
+    plan.launch(*copied(plan.copies, inputs), z_K, log_det, a, state, log_det.new_empty(plan.scratch))

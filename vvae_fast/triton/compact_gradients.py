@@ -9,7 +9,7 @@ import triton.language as tl
 from vvae_fast.spec import FlowSpec
 from vvae_fast.triton import _heuristics
 from vvae_fast.triton.blocks import CHUNK, dot, elements, load_params, load_w_and_u_hat, rows_of, sum_partials
-from vvae_fast.triton.launch import Call, Launch, Tensors, ceil_div, launch
+from vvae_fast.triton.launch import Call, Launch, Tensors, ceil_div
 from vvae_fast.triton.math import AnyFlow, activate, adjoint_parts, constrain, constrain_backward, unit
 
 
@@ -210,5 +210,5 @@ def launch_gradients(
     """From grad_z, grad_log_det and z, from u and w, and from a, delta and the constraint of compact_backward_kernel
     fills du, dw and db, in which the steps of a set are contiguous."""
     partials = steps[0].new_empty(plan.partials)
-    launch(plan.summing, *of_rows, *steps, partials)
-    launch(plan.adding, *params, steps[2], partials, *gradients)
+    plan.summing(*of_rows, *steps, partials)
+    plan.adding(*params, steps[2], partials, *gradients)

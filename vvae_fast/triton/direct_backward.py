@@ -21,7 +21,6 @@ from vvae_fast.triton.launch import (
     Tensors,
     ceil_div,
     copied,
-    launch,
     layouts,
     planned,
 )
@@ -293,6 +292,6 @@ def launch_direct_backward(
         to = partials.split_with_sizes(plan.of_partials, 1)
     kept = gradients[1] if plan.kept is None else a.new_empty(plan.kept)
     for of_rows in plan.launches:
-        launch(of_rows, *inputs, a, dz, *to, kept)
+        of_rows(*inputs, a, dz, *to, kept)
     if plan.adding is not None and params:
-        launch(plan.adding, partials, *gradients)
+        plan.adding(partials, *gradients)

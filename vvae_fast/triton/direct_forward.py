@@ -8,7 +8,7 @@ import triton.language as tl
 from vvae_fast.spec import FlowSpec
 from vvae_fast.triton import _heuristics
 from vvae_fast.triton.blocks import elements
-from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, launch, layouts, planned
+from vvae_fast.triton.launch import Call, Launch, Layout, Tensors, ceil_div, copied, layouts, planned
 from vvae_fast.triton.math import AnyFlow, activate, constrain, log_abs_determinant
 from vvae_fast.triton.root import solve
 
@@ -103,4 +103,4 @@ def launch_direct_forward(inputs: Tensors, outputs: Tensors, spec: FlowSpec, sav
     z_K in z to z_0."""
     z = inputs[0]
     plan, copies = _plan(layouts(*inputs), z.dtype, z.device, spec, save, inverse)
-    launch(plan, *copied(copies, inputs), *outputs)
+    plan(*copied(copies, inputs), *outputs)

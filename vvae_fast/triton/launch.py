@@ -116,6 +116,15 @@ class Launch:
         if capped and not AMD:
             self.options["maxnreg"] = min(255, 2048 // num_warps)
 
+    def __call__(self, *tensors: Tensor) -> None:
+        """Runs the kernel on the tensors' device, which need not be the current one, and on its current stream."""
+        like = tensors[0]
+        if like.is_cuda and like.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(like.device):  # Triton launches on the current device
+                self.kernel[self.programs](*tensors, *self.arguments, **self.options)
+        else:
+            self.kernel[self.programs](*tensors, *self.arguments, **self.options)
+
 
 def planned(make: Callable[P, R]) -> Callable[P, R]:
     """`make`, once for equal arguments: a pure function of layouts, dtypes, the device and the spec. Threads may share
@@ -140,16 +149,6 @@ def copied(copies: tuple[bool, ...] | None, tensors: Tensors) -> Tensors:
     if copies is None:
         return tensors
     return tuple(t.contiguous() if copy else t for t, copy in zip(tensors, copies, strict=False))
-
-
-def launch(planned: Launch, *tensors: Tensor) -> None:
-    """Runs the kernel on the tensors' device, which need not be the current one, and on its current stream."""
-    like = tensors[0]
-    if like.is_cuda and like.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(like.device):  # Triton launches on the current device
-            planned.kernel[planned.programs](*tensors, *planned.arguments, **planned.options)
-    else:
-        planned.kernel[planned.programs](*tensors, *planned.arguments, **planned.options)
 
 
 def ceil_div(n: int, by: int) -> int:
