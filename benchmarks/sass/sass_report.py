@@ -31,15 +31,15 @@ class Signature(NamedTuple):
     names: tuple[str, ...]
     has: str  # opcodes; "-" marks those that the loop must not have
     steps: int = 1  # in a turn
-    once: str = ""  # if turns are unrolled: an opcode that occurs once in each usual step, twice in an inverse's
+    once: str = ""  # if turns are unrolled: an opcode that occurs once in each usual step
+    in_inverse: int = 1  # how often `once` occurs in a step of the kernel's inverse
 
 
 LOOPS = {
     "shared_forward_kernel": Signature(("steps",), "LDS MUFU -LDG -BAR", once="STG"),
     "shared_inverse_kernel": Signature(("steps",), "LDS MUFU -LDG -BAR", once="STG"),
-    "shared_backward_kernel": Signature(("steps",), "LDS STS -MUFU -LDG -STG -BAR", once="STS"),
+    "shared_backward_kernel": Signature(("steps",), "LDS STS -MUFU -LDG -STG -BAR", once="STS", in_inverse=2),
     "amortized_forward_kernel": Signature(("steps",), "LDG MUFU STG", once="STG"),
-    "amortized_inverse_kernel": Signature(("steps",), "LDG MUFU STG", once="STG"),
     "amortized_backward_kernel": Signature(("steps", "again"), "LDG MUFU STG"),
     "compact_forward_kernel": Signature(("chunks",), "HMMA MUFU BAR", STEPS_OF_CHUNK),
     "compact_backward_kernel": Signature(("chunks", "again"), "HMMA MUFU BAR", STEPS_OF_CHUNK),
@@ -141,7 +141,7 @@ def rows_of(kernel: sass.Kernel, name: str, used: tuple[int, int, int], signatur
         divergent = _divergent(own)
         elsewhere = _divergent(kernel.instructions) - divergent
         once = sum(one.kind == signature.once for one in sass_walk.usual_way(kernel, loop))
-        steps = max(signature.steps, once // 2 if name.endswith(", true>") else once)
+        steps = max(signature.steps, once // (signature.in_inverse if name.endswith(", true>") else 1))
         figures = (len(own), turn.instructions, turn.in_order, turn.chain)
         rows.append(Row(*used, divergent, elsewhere, steps, *figures, over, name))
     return rows

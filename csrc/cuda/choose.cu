@@ -41,8 +41,8 @@ int64_t workspace_bytes(const Problem& p) {
 }
 
 void launch_forward(const Forward& f, void* stream) {
-  if (f.inverse) return shares(f) ? launch_shared_inverse(f, stream) : launch_amortized_inverse(f, stream);
   if (!shares(f)) return launch_amortized_forward(f, stream);
+  if (f.inverse) return launch_shared_inverse(f, stream);
   return is_compact(f) ? launch_compact_forward(f, stream) : launch_shared_forward(f, stream);
 }
 

@@ -89,13 +89,24 @@ void with_kernels(const Problem& p, const F& f) {
   });
 }
 
-// The same for backwards, with whether it is the inverse's, of which there are few.
+// f, told as well whether it is the inverse's.
+template <bool inverse, class F>
+auto told(const F& f) {
+  return [&f](auto zero, auto layout, auto activation) {
+    f(zero, layout, activation, std::integral_constant<bool, inverse>());
+  };
+}
+
+// For forwards, with whether it is the inverse's, of which there are few.
+template <class F>
+void with_forward_kernels(const Problem& p, const F& f) {
+  p.inverse ? with_few_kernels(p, told<true>(f)) : with_kernels(p, told<false>(f));
+}
+
+// The same for backwards, of whose inverses there are fewer.
 template <class F>
 void with_backward_kernels(const Problem& p, const F& f) {
-  if (p.inverse)
-    return with_any_formulas(
-        p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::true_type()); });
-  with_kernels(p, [&](auto zero, auto layout, auto activation) { f(zero, layout, activation, std::false_type()); });
+  p.inverse ? with_any_formulas(p, told<true>(f)) : with_kernels(p, told<false>(f));
 }
 
 }  // namespace cuda

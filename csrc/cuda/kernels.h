@@ -24,7 +24,6 @@ void launch_shared_forward(const Forward& p, void* stream);
 void launch_shared_inverse(const Forward& p, void* stream);
 void launch_shared_backward(const Backward& p, void* stream);
 void launch_amortized_forward(const Forward& p, void* stream);
-void launch_amortized_inverse(const Forward& p, void* stream);
 void launch_amortized_backward(const Backward& p, void* stream);
 void launch_compact_forward(const Forward& p, void* stream);
 void launch_compact_backward(const Backward& p, void* stream);

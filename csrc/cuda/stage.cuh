@@ -125,6 +125,24 @@ __device__ __forceinline__ void for_each_row(const P& p, const Staged<T, Layout>
   }
 }
 
+// Takes each row z of the block's groups through all steps, and stores what becomes of it:
+// pass(z, log_det, row, saves, first, count) takes it through `count` steps from `first` on, and stores its
+// pre-activations if it `saves`.
+template <bool inverse, class Layout, class S, class F, class T, class Pass>
+__device__ __forceinline__ void pass_each_row(const SharedView<ForwardView<S, F>>& p, const Staged<T, Layout>& staged,
+                                              const Pass& pass) {
+  const int dim = p.params.dim;
+  for_each_row<!inverse>(p, staged, [&](int64_t row, bool inside, const auto& for_staged) {
+    const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
+    Row<T, Layout> z = {};  // [columns]
+    if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
+    auto log_det = no_steps<Lane<T>>();
+    for_staged([&](int first, int count) { pass(z, log_det, row, saves, first, count); });
+    if (!inside) return;
+    store_outputs<inverse, Layout>(p, row, dim, z, log_det);
+  });
+}
+
 // Steps of a chunk where rows are long: half of them where they would fill the block's memory.
 template <class T, class Layout>
 constexpr int64_t staged_chunk_of(int64_t dim) {

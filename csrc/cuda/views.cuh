@@ -55,6 +55,15 @@ struct ForwardView : ProblemView<S, F> {
         a(taken<compute_t<S>>(f.a, f).data) {}
 };
 
+// What a forward, or an inverse, leaves of one row.
+template <bool inverse, class Layout, class S, class F, class LogDet, class T = compute_t<S>>
+__device__ __forceinline__ void store_outputs(const ForwardView<S, F>& p, int64_t row, int dim,
+                                              const Row<T, Layout>& z, const LogDet& log_det) {
+  store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
+  const T sum_of_logs = value<Lane<T>>(log_det);
+  if (lane_of_row<Layout>() == 0) store(p.log_det + row, inverse ? -sum_of_logs : sum_of_logs);
+}
+
 template <class S, class F>
 struct BackwardView : ProblemView<S, F> {
   Rows<S> grad_z;

@@ -218,8 +218,9 @@ def symbols(program: Path) -> dict[int, str]:
 def instantiations(program: Path) -> set[str]:
     """Every kernel that the program holds, whether it can run or not."""
     names = "|".join(kernel_names())
-    kernel = re.compile(rf"(?:^|[ :])({names})[<(]")
-    return {name for name in symbols(program).values() if kernel.search(name)}
+    # From the start: a function that was not inlined may have a kernel's lambda among its template arguments.
+    kernel = re.compile(rf"(?:void )?vvae::cuda::(?:\(anonymous namespace\)::)?({names})[<(]")
+    return {name for name in symbols(program).values() if kernel.match(name)}
 
 
 def _input(t: Tensor) -> bytes:

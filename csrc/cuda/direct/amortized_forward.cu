@@ -1,12 +1,15 @@
-// The forward of rows with parameters of their own, docs/math.md (1) to (8): z in registers, one launch, u and w read
-// once. The next step's parameters are on their way while a step is computed.
+// The forward of rows with parameters of their own, docs/math.md (1) to (8), and their inverse, (17): z in registers, one
+// launch, u and w read once. The next step's parameters are on their way while a step is computed. A row's lanes search
+// for its root side by side.
 #include "../stage.cuh"
+
+#include "../../planar/root.h"  // last: it belongs to the lane type that is there
 
 namespace vvae {
 namespace cuda {
 namespace {
 
-template <class Layout, class S, class F>
+template <class Layout, class S, class F, bool inverse>
 __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const ForwardView<S, F> p) {
   using T = compute_t<S>;
   const int dim = p.params.dim, steps = p.params.steps;
@@ -22,26 +25,29 @@ __global__ void __launch_bounds__(kThreads, 1) amortized_forward_kernel(const Fo
     raw = read_step<Layout>(p.params, set, k + 1 < steps ? k + 1 : k);
     const auto step = constrain<Lane<T>>(dot(w, u), dot(w, w), p.params.constraint());
     const auto u_hat = add(u, rho_over_n(step), w);
-    const T a = dot(w, z) + b;
+    T a = dot(w, z) + b;
+    if constexpr (inverse) {
+      const T rhs = a;
+      solve<Lane<T>, 1>(&a, &rhs, step.c, step.s, p.params.activation);
+    }
     const auto act = activate<Lane<T>>(a, p.params.activation);
-    if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.rows + row, a);
+    if (p.a && inside && lane_of_row<Layout>() == 0) store(p.a + k * p.a_step + row, a);
     add_step<Lane<T>, 1>(&log_det, &act, step.c, step.s, step.sunk, p.params.activation);
-    z = add(z, act.h, u_hat);
+    z = add(z, inverse ? -act.h : act.h, u_hat);
   }
   if (!inside) return;
-  store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
-  if (lane_of_row<Layout>() == 0) store(p.log_det + row, value<Lane<T>>(log_det));
+  store_outputs<inverse, Layout>(p, row, dim, z, log_det);
 }
 
 }  // namespace
 
 void launch_amortized_forward(const Forward& f, void* stream) {
-  with_kernels(f, [&](auto zero, auto layout, auto activation) {
+  with_forward_kernels(f, [&](auto zero, auto layout, auto activation, auto inverse) {
     using S = decltype(zero);
     using L = decltype(layout);
     using F = decltype(activation);
-    launch(amortized_forward_kernel<L, S, F>, "amortized_forward_kernel", ceil_div(f.rows * L::lanes, kThreads),
-           kThreads, 0, stream, ForwardView<S, F>(f));
+    launch(amortized_forward_kernel<L, S, F, inverse.value>, "amortized_forward_kernel",
+           ceil_div(f.rows * L::lanes, kThreads), kThreads, 0, stream, ForwardView<S, F>(f));
   });
 }
 

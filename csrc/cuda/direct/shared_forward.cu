@@ -15,37 +15,27 @@ using SharedForward = SharedView<ForwardView<S, F>>;
 template <class Layout, class S, class F>
 __global__ void __launch_bounds__(kThreads, 1) shared_forward_kernel(const SharedForward<S, F> p) {
   using T = compute_t<S>;
-  const int dim = p.params.dim;
   const Staged<T, Layout> staged(shared_memory(), p.staged);
-  for_each_row<true>(p, staged, [&](int64_t row, bool inside, const auto& for_staged) {
-    const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
-    Row<T, Layout> z = {};  // [columns]
-    if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
-    auto log_det = no_steps<Lane<T>>();
-    for_staged([&](int first, int count) {
-      T a = dot(z, read_row<Layout>(staged.w)) + staged.numbers[0].b;
-      int64_t a_at = first * p.rows + row;
-      // What the next step needs of the block's memory is on its way while this one is computed.
-      auto step = staged.numbers[0];
-      auto w_after = read_row<Layout>(staged.w + (count > 1 ? 1 : 0) * Layout::columns);
-      for (int k = 0; k < count; ++k) {
-        const int after = k + 1 < count ? k + 1 : k, second = k + 2 < count ? k + 2 : after;
-        const auto u_hat = read_row<Layout>(staged.u_hat + k * Layout::columns);
-        const T part = part_of_dot(z, w_after);
-        const auto act = activate<Lane<T>>(a, p.params.activation);
-        if (saves) store(p.a + a_at, a);
-        a_at += p.rows;
-        const auto now = step;
-        step = staged.numbers[after];
-        w_after = read_row<Layout>(staged.w + second * Layout::columns);
-        z = add(z, act.h, u_hat);
-        a = (sum_lanes<Layout>(part) + step.b) + now.next * act.h;  // (27)
-        add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, now.sunk, p.params.activation);
-      }
-    });
-    if (!inside) return;
-    store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
-    if (lane_of_row<Layout>() == 0) store(p.log_det + row, value<Lane<T>>(log_det));
+  pass_each_row<false>(p, staged, [&](auto& z, auto& log_det, int64_t row, bool saves, int first, int count) {
+    T a = dot(z, read_row<Layout>(staged.w)) + staged.numbers[0].b;
+    int64_t a_at = first * p.rows + row;
+    // What the next step needs of the block's memory is on its way while this one is computed.
+    auto step = staged.numbers[0];
+    auto w_after = read_row<Layout>(staged.w + (count > 1 ? 1 : 0) * Layout::columns);
+    for (int k = 0; k < count; ++k) {
+      const int after = k + 1 < count ? k + 1 : k, second = k + 2 < count ? k + 2 : after;
+      const auto u_hat = read_row<Layout>(staged.u_hat + k * Layout::columns);
+      const T part = part_of_dot(z, w_after);
+      const auto act = activate<Lane<T>>(a, p.params.activation);
+      if (saves) store(p.a + a_at, a);
+      a_at += p.rows;
+      const auto now = step;
+      step = staged.numbers[after];
+      w_after = read_row<Layout>(staged.w + second * Layout::columns);
+      z = add(z, act.h, u_hat);
+      a = (sum_lanes<Layout>(part) + step.b) + now.next * act.h;  // (27)
+      add_step<Lane<T>, 1>(&log_det, &act, now.c, now.s, now.sunk, p.params.activation);
+    }
   });
 }
 

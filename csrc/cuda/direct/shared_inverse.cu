@@ -12,28 +12,18 @@ constexpr int64_t kMostInversePrograms = 1024;  // of a set: a few for each SM o
 
 template <class Layout, class T, class F>
 __global__ void __launch_bounds__(kThreads, 1) shared_inverse_kernel(const SharedView<ForwardView<T, F>> p) {
-  const int dim = p.params.dim;
   const Staged<T, Layout> staged(shared_memory(), p.staged);
-  for_each_row<false>(p, staged, [&](int64_t row, bool inside, const auto& for_staged) {
-    const bool saves = p.a && inside && lane_of_row<Layout>() == 0;
-    Row<T, Layout> z = {};  // [columns]
-    if (inside) z = load_row<Layout>(p.z.from(row * p.z_row), dim);
-    auto log_det = no_steps<Lane<T>>();
-    for_staged([&](int first, int count) {
-      for (int k = 0; k < count; ++k) {
-        const auto step = staged.numbers[k];
-        const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + step.b;
-        T a;
-        solve<Lane<T>, 1>(&a, &rhs, step.c, step.s, p.params.activation);
-        const auto act = activate<Lane<T>>(a, p.params.activation);
-        if (saves) store(p.a + (first + k) * p.a_step + row, a);
-        add_step<Lane<T>, 1>(&log_det, &act, step.c, step.s, step.sunk, p.params.activation);
-        z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
-      }
-    });
-    if (!inside) return;
-    store_row<Layout>(p.z_K + row * dim, z, dim, dim % 4 == 0);
-    if (lane_of_row<Layout>() == 0) store(p.log_det + row, -value<Lane<T>>(log_det));
+  pass_each_row<true>(p, staged, [&](auto& z, auto& log_det, int64_t row, bool saves, int first, int count) {
+    for (int k = 0; k < count; ++k) {
+      const auto step = staged.numbers[k];
+      const T rhs = dot(z, read_row<Layout>(staged.w + k * Layout::columns)) + step.b;
+      T a;
+      solve<Lane<T>, 1>(&a, &rhs, step.c, step.s, p.params.activation);
+      const auto act = activate<Lane<T>>(a, p.params.activation);
+      if (saves) store(p.a + (first + k) * p.a_step + row, a);
+      add_step<Lane<T>, 1>(&log_det, &act, step.c, step.s, step.sunk, p.params.activation);
+      z = add(z, -act.h, read_row<Layout>(staged.u_hat + k * Layout::columns));
+    }
   });
 }
 
