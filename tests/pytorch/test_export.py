@@ -166,28 +166,34 @@ def test_half_precision_compiles(amortized):
     torch.testing.assert_close(compiled(x, noise=noise), vae(x, noise=noise), rtol=2e-2, atol=2e-2)
 
 
-LOAD = "import sys, torch; {first}; print(torch.export.load(sys.argv[1]).module()(torch.zeros(4, 3))[0].shape)"
+LOADS = """
+import sys, torch
+
+def load(path):
+    print(torch.export.load(path).module()(torch.zeros(4, 3))[0].shape)
+
+try:
+    load(sys.argv[1])
+except Exception as error:
+    print("error when deserializing" in str(error))
+load(sys.argv[2])
+print("vvae_fast" in sys.modules)
+import vvae_fast
+load(sys.argv[1])
+"""
 
 
 def test_a_program_in_a_fresh_process(tmp_path):
     """As docs/export.md has it: with the kernels the package comes first, from the reference nothing has to."""
-    path = tmp_path / "flow.pt2"
-
-    def load(first):
-        command = [sys.executable, "-W", "ignore", "-c", LOAD.format(first=first), str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
     flow, batch = PlanarFlow(3, 2), torch.export.Dim("batch")
-
-    def export():
-        torch.export.save(torch.export.export(flow, (torch.zeros(6, 3),), dynamic_shapes=({0: batch},)), path)
-
-    export()
-    assert "error when deserializing" in load("pass").stderr
-    assert load("import vvae_fast").stdout.strip() == "torch.Size([4, 3])"
-    with vvae_fast.use_backend("reference"):
-        export()
-    assert load("pass").stdout.strip() == "torch.Size([4, 3])"
+    paths = [str(tmp_path / f"{backend}.pt2") for backend in ("cpp", "reference")]
+    for path, backend in zip(paths, ("cpp", "reference"), strict=True):
+        with vvae_fast.use_backend(backend):
+            exported = torch.export.export(flow, (torch.zeros(6, 3),), dynamic_shapes=({0: batch},))
+        torch.export.save(exported, path)
+    command = [sys.executable, "-W", "ignore", "-c", LOADS, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["True", "torch.Size([4, 3])", "False", "torch.Size([4, 3])"], done.stderr
 
 
 def onnx_outputs(module, inputs, others, dynamo, path):
