@@ -31,6 +31,9 @@ _IDENTITY_ALPHA = {
     "none": 0.0,
 }
 
+NORMAL_SIZE = 0.1  # about what an encoder's features have at the start; larger ones move the flow too far in a step
+_LEAST_MEAN_SQUARE = 1e-6
+
 
 def identity_u(w: Tensor, constraint: str) -> Tensor:
     """u [K, D] for w [K, D] such that u_hat = 0; it is computed in more than half precision, which would miss 0."""
@@ -191,10 +194,44 @@ def _draw_like_linear(weight: Tensor) -> None:
 
 
 class _Head(Linear):
-    """A linear layer that its flow initialises."""
+    """A linear layer that its flow initialises. With `normalise` it takes rows of one size, docs/math.md (56).
+
+    Both kinds have the same state_dict but for its version: nn.Linear's 1 without, 2 with `normalise`.
+    """
+
+    normalise = False  # for modules that were pickled before there was one
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, normalise: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.normalise, self._version = normalise, 2 if normalise else 1
 
     def reset_parameters(self) -> None:
         pass
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        version = local_metadata.get("version", self._version)  # a plain dict has none
+        if version != self._version:
+            errors.append(f"{prefix[:-1]} is of a flow with normalise={version == 2}: make the flow with that")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_of_one_size(x) if self.normalise else x)
+
+
+def _of_one_size(x: Tensor) -> Tensor:
+    """x [*batch, F] with its rows scaled to the root mean square NORMAL_SIZE, docs/math.md (56)."""
+    wide = full_precision(x)
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * (NORMAL_SIZE * torch.rsqrt(mean_square + _LEAST_MEAN_SQUARE))).to(x.dtype)
 
 
 class AmortizedPlanarFlow(_Planar):
@@ -210,11 +247,16 @@ class AmortizedPlanarFlow(_Planar):
     `head.down`, without a bias, then `head.up`. A rank above min(F, K (2 D + 1)) is refused: it would restrict nothing,
     and cost more than the full head of rank=None.
 
+    With normalise=True each context is scaled to one root mean square before the head, docs/math.md (56), so that the
+    flow does not depend on the size of an encoder's features. Leave it out for a context of a few numbers, whose size
+    means something. `load_state_dict` refuses a state_dict of the other kind.
+
     Raises TypeError or ValueError if dim, context_dim, rank (at least 1) or num_steps (at least 0) is not a size, or if
     another argument is not a known name or is out of range.
     """
 
     rank: int | None = None  # for modules that were pickled before there was one
+    normalise = False  # the same
     head: Any  # a module, which may be the user's own
 
     def __init__(
@@ -224,6 +266,7 @@ class AmortizedPlanarFlow(_Planar):
         context_dim: int,
         *,
         rank: int | None = None,
+        normalise: bool = False,
         activation: str = "tanh",
         slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
@@ -232,11 +275,15 @@ class AmortizedPlanarFlow(_Planar):
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
         self.context_dim = check_size("context_dim", context_dim, 1)
         self.rank = None if rank is None else self._check_rank(rank)
+        if not isinstance(normalise, bool):
+            raise TypeError(f"normalise must be a bool, got {type(normalise).__name__}")
+        self.normalise = normalise
         outputs = _num_params(self.dim, self.num_steps)
         if self.rank is None:
-            self.head = _Head(self.context_dim, outputs)
+            self.head = _Head(self.context_dim, outputs, normalise=normalise)
         else:
-            down, up = _Head(self.context_dim, self.rank, bias=False), _Head(self.rank, outputs)
+            down = _Head(self.context_dim, self.rank, bias=False, normalise=normalise)
+            up = _Head(self.rank, outputs)
             up.narrow = True
             self.head = nn.Sequential(OrderedDict(down=down, up=up))
         self.reset_parameters()
@@ -329,4 +376,5 @@ class AmortizedPlanarFlow(_Planar):
         return self._trajectory(z, *self._params_for(z, context))
 
     def extra_repr(self) -> str:
-        return self._repr(dim=self.dim, num_steps=self.num_steps, context_dim=self.context_dim, rank=self.rank)
+        sizes = {"dim": self.dim, "num_steps": self.num_steps, "context_dim": self.context_dim, "rank": self.rank}
+        return self._repr(**sizes, normalise=self.normalise or None)
