@@ -30,13 +30,15 @@ def gaps(seed: int, nll: float, optimal: float, approximation: float, amortizati
 
 @pytest.fixture
 def with_gaps(tmp_path):
-    """Reads digits' committed results with gaps added: of the vanilla VAE and of flows."""
+    """Reads digits' committed results with these gaps in place of theirs: of the vanilla VAE and of flows."""
 
     def make(vanilla: tuple[float, ...], flow: tuple[float, ...]) -> study_results.Results:
         folder = tmp_path / "digits"
         shutil.copytree(study_results.FOLDER / "digits", folder, dirs_exist_ok=True)
         content = json.loads((folder / "results.json").read_text())
+        content["runs"] = [run for run in content["runs"] if not run.get("matched")]
         for run in content["runs"]:
+            run.pop("gaps", None)
             if run["model"] == "vanilla" or run["num_steps"] == 16:
                 run["gaps"] = gaps(run["seed"], *(vanilla if run["model"] == "vanilla" else flow))
         (folder / "results.json").write_text(json.dumps(content))
