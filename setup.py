@@ -46,7 +46,7 @@ def octal(character: str) -> str:
 
 
 def debug_flags() -> list[str]:
-    """Against Python's own -g, with which _C is eight times as large; none where CFLAGS itself asks for one."""
+    """Against Python's own -g, with which _C is seven times as large; none where CFLAGS itself asks for one."""
     return [] if any(word.startswith("-g") for word in compiler.words("CFLAGS")) else ["-g0"]
 
 

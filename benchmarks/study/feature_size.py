@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import nn
 
-from benchmarks.study.study_results import CONFIGS
+from benchmarks.study.study_results import CONFIGS, Spread
 from vvae_fast import VAE, AmortizedPlanarFlow
 from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
 from vvae_fast.train.run.networks import build_optimizer, build_vae
@@ -55,7 +55,7 @@ def trained_nll(vae: VAE, config: RunConfig, dataset: Dataset) -> float:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
+    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0).text()
 
 
 def main() -> None:

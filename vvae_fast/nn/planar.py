@@ -31,7 +31,7 @@ _IDENTITY_ALPHA = {
     "none": 0.0,
 }
 
-NORMAL_SIZE = 0.1  # about what an encoder's features have at the start; larger ones move the flow too far in a step
+NORMAL_SIZE = 0.1  # of 1, 0.25 and 0.1 the one with the lowest NLL on digits: larger features move the flow too far
 _LEAST_MEAN_SQUARE = 1e-6
 
 

@@ -41,8 +41,9 @@ def load_run(folder: Path | str, data: str | None = None, root: Path | str | Non
 
     Args:
         folder: the run's, with best.ckpt.
-        data: the path of the array file that the run was trained on; digits and mnist are found by their names.
-        root: MNIST's folder.
+        data: the path of the array file that the run was trained on; digits, mnist and fashion-mnist are found by
+            their names.
+        root: the folder of MNIST or FashionMNIST.
 
     Raises:
         RunError: the folder has no checkpoint of this package, or the data are not those that the run was trained on.

@@ -108,7 +108,9 @@ def compare(
         raise RunError("gaps are measured in one process; start it without torchrun, or leave gaps out of the file")
     make_folder(out)
     _check_results(base, out, fresh)
-    runs = [(model, model.config(base, seed, dataset)) for seed in seeds for model in models]
+    # Once a model: the widths of a matched one take many VAEs to find.
+    configs = {model: model.config(base, base.seed, dataset) for model in models}
+    runs = [(model, replace(configs[model], seed=seed)) for seed in seeds for model in models]
     for _, config in runs:
         check_rank(config)
         if fresh and processes.is_first():
@@ -137,7 +139,7 @@ def compare(
     if processes.is_first():
         write_json(out / RESULTS, content)
         print_table(results)
-        _plot(base, dataset, results, out)
+        _plot(configs, dataset, results, out)
         print(f"\n{out / RESULTS} and the plots beside it are written.")
     return content
 
@@ -224,13 +226,13 @@ def _mean_and_spread(values: list[float | None], digits: int) -> str:
     return f"{mean:{form}} ± {statistics.stdev(known):{form}}" if is_measured else f"{mean:{form}}"
 
 
-def _plot(base: RunConfig, dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
+def _plot(configs: dict[Model, RunConfig], dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
     """Plots the curves of all runs, and pictures of each model's first seed that has a trained VAE."""
     vaes = {}
     for model, runs in results.items():
         seeds = [run["seed"] for run in runs if run["best_epoch"] is not None]
         if seeds:
-            config = model.config(base, seeds[0], dataset)
+            config = replace(configs[model], seed=seeds[0])
             vaes[model], _ = load_best(config, dataset, out / config.name)
     labelled = {model.label: vae for model, vae in vaes.items()}
     plot_curves({model.label: [run["history"] for run in runs] for model, runs in results.items()}, out / CURVES)
