@@ -128,6 +128,7 @@ struct Lane {
   PLANAR_FN Exp exp_both(T x) { return exp_and_minus_one<Lane, T>(x); }
   PLANAR_FN T log(T x) { return ::log(x); }
   PLANAR_FN T quotient(T a, T b) { return quotient_of(a, b); }
+  PLANAR_FN T multiply_add(T a, T b, T c) { return ::fma(a, b, c); }
   PLANAR_FN T product_error(T a, T b, T ab) { return ::fma(a, b, -ab); }
   // Nonzero where x > 0 has an exponent outside the middle half of its type's, or is NaN.
   PLANAR_FN Bits outside(T x) {

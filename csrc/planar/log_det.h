@@ -15,7 +15,7 @@ struct StepAdjoint {
 };
 
 template <class L>
-struct AdjointParts {  // what of it does not wait for the steps after: delta = e slope + bend
+struct AdjointParts {  // what of it does not wait for the steps after
   typename L::V slope, bend, gamma;
 };
 
@@ -83,12 +83,19 @@ PLANAR_FN AdjointParts<L> adjoint_parts(typename L::V lambda, const Activated<L>
   return {act.h_prime, lambda * (c * inverse * h_second<L>(act, f)), lambda * (unit * inverse * act.h_prime)};
 }
 
-// The same with e = dL/dz_k . u_hat.
+// delta of (12) or mu of (35), by the same instruction whatever else a kernel computes: with the gradients of the
+// parameters or without, the bits are the same.
+template <class L>
+PLANAR_FN typename L::V delta_of(typename L::V e, const AdjointParts<L>& parts) {
+  return L::multiply_add(e, parts.slope, parts.bend);
+}
+
+// adjoint_parts with e = dL/dz_k . u_hat.
 template <class L, class F>
 PLANAR_FN StepAdjoint<L> step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act, typename L::V c,
                                       typename L::V s, typename L::V unit, const F& f) {
   const auto parts = adjoint_parts<L>(lambda, act, c, s, unit, f);
-  return {e * parts.slope + parts.bend, parts.gamma};
+  return {delta_of<L>(e, parts), parts.gamma};
 }
 
 // (26): the sum of (8) over steps as log + log(high + low): high + low is the product of the determinants since the

@@ -126,7 +126,7 @@ template <class L, class F>
 PLANAR_FN StepAdjoint<L> inverse_step_adjoint(typename L::V e, typename L::V lambda, const Activated<L>& act,
                                               typename L::V c, typename L::V s, const F& f) {
   const auto parts = inverse_adjoint_parts<L>(lambda, act, c, s, f);
-  const auto mu = e * parts.slope + parts.bend;
+  const auto mu = delta_of<L>(e, parts);
   return {mu, parts.gamma + gamma_of_root<L>(mu, s, -act.h)};
 }
 

@@ -5,6 +5,8 @@
 //   load, store       the lanes of a mask alone touch memory; the others load `rest`
 //   stream, fence     a store past the caches to a whole, aligned vector; what other threads need before they read it
 //   max(a, b)         a > b ? a : b, so that a NaN in b stays
+//   multiply_add      a * b + c, rounded once where the processor can. Left to the compiler, which of two products is
+//                     rounded depends on what else a kernel computes
 //   product_error     what rounding took from a * b = ab
 //   any(x)            whether a bit of x is set
 #pragma once
@@ -35,6 +37,7 @@ struct Native<float> {
   PLANAR_FN void stream(float* p, V x) { _mm512_stream_ps(p, (__m512)x); }
   PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b); }
+  PLANAR_FN V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }
 };
@@ -50,6 +53,7 @@ struct Native<double> {
   PLANAR_FN void stream(double* p, V x) { _mm512_stream_pd(p, (__m512d)x); }
   PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm512_mask_max_pd((__m512d)a, 0xff, (__m512d)a, (__m512d)b); }
+  PLANAR_FN V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)ab); }
   PLANAR_FN bool any(I x) { return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) != 0; }
 };
@@ -67,6 +71,7 @@ struct Native<float> {
   PLANAR_FN void stream(float* p, V x) { _mm256_stream_ps(p, (__m256)x); }
   PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+  PLANAR_FN V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 };
@@ -82,6 +87,7 @@ struct Native<double> {
   PLANAR_FN void stream(double* p, V x) { _mm256_stream_pd(p, (__m256d)x); }
   PLANAR_FN void fence() { _mm_sfence(); }
   PLANAR_FN V max(V a, V b) { return (V)_mm256_max_pd((__m256d)a, (__m256d)b); }
+  PLANAR_FN V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
   PLANAR_FN V product_error(V a, V b, V ab) { return (V)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)ab); }
   PLANAR_FN bool any(I x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 };
@@ -107,6 +113,16 @@ struct Portable {
   PLANAR_FN void stream(T* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
   PLANAR_FN void fence() {}
   PLANAR_FN V max(V a, V b) { return a > b ? a : b; }
+  PLANAR_FN float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  PLANAR_FN double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  PLANAR_FN V multiply_add(V a, V b, V c) {
+#if defined(__FP_FAST_FMA)
+    for (int i = 0; i < width; ++i) c[i] = fused(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+  }
   PLANAR_FN V product_error(V a, V b, V ab) {  // halves of the mantissas: their products are exact
     constexpr Bits halves = -(Bits(1) << (sizeof(T) == 4 ? 12 : 27));
     const V a_high = (V)((I)a & halves), b_high = (V)((I)b & halves), a_low = a - a_high, b_low = b - b_high;
