@@ -22,6 +22,7 @@ COLUMNS = ["model", "K", "-ELBO", "NLL", "gap", "KL", "active units", "parameter
 TITLES = {
     "digits": "Digits",
     "mnist_mlp_cpu": "MNIST, at a budget for two CPU cores",
+    "mnist_gaps_cpu": "MNIST, where the gain comes from",
     "mnist_rank_cpu": "MNIST, ranks of the amortized flow's head",
     "fashion_mlp_cpu": "FashionMNIST, at the same budget",
     "mnist_mlp_cpu_high_lr": "MNIST, the same at a higher learning rate",

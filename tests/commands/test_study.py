@@ -43,11 +43,12 @@ def write(tmp_path):
     return write_study
 
 
-@pytest.mark.parametrize("name", ["fashion_mlp_cpu", "mnist_rank_cpu"])
+@pytest.mark.parametrize("name", ["fashion_mlp_cpu", "mnist_rank_cpu", "mnist_gaps_cpu"])
 def test_studies_by_the_protocol_of_mnist_mlp_cpu(name):
-    study, mnist = (load_study(CONFIGS / f"{stem}.yaml") for stem in (name, "mnist_mlp_cpu"))
+    studies = (name, "mnist_mlp_cpu", "mnist_gaps_cpu")
+    study, mnist, with_gaps = (load_study(CONFIGS / f"{stem}.yaml") for stem in studies)
     assert {**study.settings, "data": "mnist"} == mnist.settings
-    assert (study.seeds, study.gaps, study.splits) == (mnist.seeds, mnist.gaps, mnist.splits)
+    assert (study.seeds, study.gaps, study.splits) == (mnist.seeds, with_gaps.gaps, mnist.splits)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -66,6 +67,8 @@ def test_the_protocols(path):
         assert {(model.num_steps, model.rank) for model in study.models if model.kind == "amortized"} == {
             (num_steps, rank) for num_steps in (4, 16, 80) for rank in (0, 8, 32, 128)
         }
+    elif path.stem == "mnist_gaps_cpu":
+        assert {Model("vanilla", 0, matched=16), Model("amortized", 80)} <= set(study.models)
     elif path.stem not in ("mnist_mlp_cpu_high_lr", "fashion_mlp_cpu"):
         assert lengths == {0, 2, 4, 8, 16, 32, 80}
     if study.settings["data"] == "digits":
