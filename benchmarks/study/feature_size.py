@@ -7,19 +7,19 @@ the NLL of the test set by importance sampling and the gain over the vanilla VAE
 standard deviations over the seeds. A run takes about 20 s on one core; with 3 seeds there are 18.
 """
 
-import statistics
 import sys
 
 import torch
 from torch import nn
 
-from benchmarks.study.study_results import CONFIGS, Spread
+from benchmarks.study.study_results import CONFIGS
 from vvae_fast import VAE, AmortizedPlanarFlow
 from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
 from vvae_fast.train.run.networks import build_optimizer, build_vae
 from vvae_fast.train.run.objective import free_energy, lr_factor
 from vvae_fast.train.run.runconfig import VANILLA, RunConfig
 from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.spread import Spread
 from vvae_fast.train.study.studies import load_study
 
 STEPS = 16
@@ -54,10 +54,6 @@ def trained_nll(vae: VAE, config: RunConfig, dataset: Dataset) -> float:
     return -vae.log_likelihood(dataset.test, config.num_samples, generator=generator).mean().item()
 
 
-def mean_and_spread(values: list[float]) -> str:
-    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0).text()
-
-
 def main() -> None:
     seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
     torch.set_num_threads(1)
@@ -70,8 +66,8 @@ def main() -> None:
             configs = [vanilla.config(base, seed, dataset) for seed in seeds]
             nll[name] = [trained_nll(make(config, dataset, size, normalise), config, dataset) for config in configs]
             gains = [before - after for before, after in zip(nll["vanilla"], nll[name], strict=True)]
-            gain = f", gain {mean_and_spread(gains)}" if normalise is not None else ""
-            print(f"digits fed as {title}, {name}: NLL {mean_and_spread(nll[name])}{gain}", flush=True)
+            gain = f", gain {Spread.of(gains).text()}" if normalise is not None else ""
+            print(f"digits fed as {title}, {name}: NLL {Spread.of(nll[name]).text()}{gain}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import itertools
 import statistics
 
 from benchmarks.report.report import table
-from benchmarks.study.study_results import VANILLA_MODEL, Results, Spread
+from benchmarks.study.study_results import VANILLA_MODEL, Results
 from vvae_fast.train.run.gaps import FEW, SHARES
 from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.spread import Spread
 
 NLL, NLL_OPTIMAL, NEG_ELBO, APPROXIMATION, AMORTIZATION = (
     f"gaps.scores.{name}.mean" for name in ("nll", "nll_optimal", "neg_elbo", "approximation_gap", "amortization_gap")

@@ -2,14 +2,14 @@
 
 import itertools
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vvae_fast.train.run.runconfig import FULL, UNMATCHED, VANILLA
 from vvae_fast.train.study.compare import RESULTS, Model
+from vvae_fast.train.study.spread import Spread
 from vvae_fast.train.study.studies import Study, load_study
 
 ROOT = Path(__file__).parents[2]
@@ -17,26 +17,11 @@ FOLDER = ROOT / "docs" / "results"
 CONFIGS = ROOT / "configs"
 EPOCHS = "epochs.json"
 OURS = "vvae_fast"  # this package's name in EPOCHS, beside the loops
-CLEAR = 2.0  # a mean difference is clear above so many standard deviations of the seeds' differences
 VANILLA_MODEL = Model(VANILLA, 0)
 
 
 class Unusable(Exception):
     """The results do not belong to the study's file, or lack a run."""
-
-
-class Spread(NamedTuple):
-    """A mean over the seeds and the sample standard deviation."""
-
-    mean: float
-    deviation: float
-
-    def text(self, digits: int = 2, sign: bool = False) -> str:
-        return f"{self.mean:{'+' * sign}.{digits}f} ± {self.deviation:.{digits}f}"
-
-    @property
-    def is_clear(self) -> bool:
-        return abs(self.mean) > CLEAR * self.deviation
 
 
 @dataclass(frozen=True)
@@ -50,7 +35,7 @@ class Results:
 
     def score(self, model: Model, key: str) -> Spread:
         """Of the number at a path in each run, such as "nll" or "gaps.scores.nll.mean"."""
-        return _spread([_number(run, key) for run in self.runs[model]])
+        return Spread.of([_number(run, key) for run in self.runs[model]])
 
     def difference(self, model: Model, key: str, other: Model = VANILLA_MODEL) -> Spread:
         """The model's score minus the other's, the vanilla VAE's by default, seed by seed."""
@@ -59,7 +44,7 @@ class Results:
     def difference_of(self, model: Model, number: Callable[[dict], float], other: Model = VANILLA_MODEL) -> Spread:
         """The same for a number that is computed from a run."""
         pairs = zip(self.runs[model], self.runs[other], strict=True)
-        return _spread([number(run) - number(of_other) for run, of_other in pairs])
+        return Spread.of([number(run) - number(of_other) for run, of_other in pairs])
 
     @property
     def in_order(self) -> list[Model]:
@@ -93,10 +78,6 @@ def _number(run: dict, path: str) -> float:
     for name in path.split("."):
         value = value[int(name) if isinstance(value, list) else name]
     return value
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.mean(values), statistics.stdev(values))
 
 
 def read(folder: Path, config: Path) -> Results:

@@ -2,9 +2,10 @@
 
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study import study_gaps
-from benchmarks.study.study_results import CLEAR, OURS, VANILLA_MODEL, Results, Spread
+from benchmarks.study.study_results import OURS, VANILLA_MODEL, Results
 from vvae_fast.train.run.runconfig import AMORTIZED, UNMATCHED
 from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.spread import CLEAR, Spread
 
 
 def introduction(studies: list[Results]) -> str:

@@ -11,8 +11,9 @@ import pytest
 from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report import svg
 from benchmarks.study import study_figures, study_report, study_results, study_text
-from benchmarks.study.study_results import Spread, Unusable
+from benchmarks.study.study_results import Unusable
 from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.spread import Spread
 
 STUDIES = study_results.read_all()
 

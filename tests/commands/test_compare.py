@@ -9,6 +9,7 @@ import pytest
 
 from vvae_fast.train.cli import main
 from vvae_fast.train.study.compare import RECORD
+from vvae_fast.train.study.spread import in_words
 
 PDFS = ("elbo.pdf", "posterior.pdf")
 PLOTS = ("elbo.png", "reconstructions.png", "samples.png", "posterior.png")
@@ -28,6 +29,21 @@ def arguments(data, out, *more: str) -> list[str]:
 
 def records(out) -> list[dict]:
     return json.loads((out / "results.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize(
+    ("nlls", "vanilla", "words"),
+    [
+        ([95.0, 96.0, 97.0], [98.0, 99.0, 100.6], "3.20 ± 0.35 nats better than the vanilla VAE in NLL (3 seeds)"),
+        ([98.0, 99.0], [95.0, 96.0], "3.00 ± 0.00 nats worse than the vanilla VAE in NLL (2 seeds)"),
+        ([98.0, 95.0], [97.0, 97.0], "no clear difference from the vanilla VAE, NLL -0.50 ± 2.12 nats (2 seeds)"),
+        ([95.0, 95.0], [95.0, 95.0], "no clear difference from the vanilla VAE, NLL +0.00 ± 0.00 nats (2 seeds)"),
+        ([95.0, None, 1.0], [98.0, 90.0, None], "3.00 nats better than the vanilla VAE in NLL (one seed)"),
+        ([None], [98.0], "not compared with the vanilla VAE, no seed has a score of both"),
+    ],
+)
+def test_a_gain_in_words(nlls, vanilla, words):
+    assert in_words("a flow", nlls, vanilla) == f"a flow: {words}"
 
 
 def test_table_results_and_plots(data, tmp_path, capsys):
@@ -51,6 +67,9 @@ def test_table_results_and_plots(data, tmp_path, capsys):
     assert f"{mean:.2f} ±" in rows[2]
     assert len(rows) == 2 + len(kinds)
     assert "[10/10] shared planar K=2, seed 1: -ELBO" in printed
+    vanilla, shared = ([run["nll"] for run in runs[start : start + 2]] for start in (0, 8))
+    assert in_words("shared planar K=2", shared, vanilla) in printed
+    assert "standard deviations of the seeds' differences." in printed
     assert all((out / name).read_bytes().startswith(b"%PDF") for name in PDFS)
     image = pytest.importorskip("matplotlib.image")
     for name in PLOTS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, UNMAT
 from vvae_fast.train.run.runs import Trained, load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_reconstructions, plot_samples
 from vvae_fast.train.study.posterior import plot_posterior
+from vvae_fast.train.study.spread import CLEAR, Spread, in_words
 
 RESULTS = "results.json"
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
@@ -209,6 +209,7 @@ def print_table(results: dict[Model, list[dict]]) -> None:
         f"latent dimensions whose posterior mean varies{spread}."
     )
     screen.print(legend, soft_wrap=True)
+    print_gains(results)
     for model, runs in results.items():
         for result in runs:
             if result["status"] != outcome.FINISHED:
@@ -216,14 +217,29 @@ def print_table(results: dict[Model, list[dict]]) -> None:
                 screen.print(ending, soft_wrap=True, markup=False)
 
 
+def print_gains(results: dict[Model, list[dict]]) -> None:
+    """A line for each other model: how much better or worse its NLL is than the vanilla VAE's, seed by seed."""
+    vanilla = [run["nll"] for run in results.get(Model(VANILLA, 0), [])]
+    others = [model for model in results if model != Model(VANILLA, 0)]
+    if not vanilla or not others:
+        return
+    screen = make_console()
+    for model in others:
+        screen.print(
+            in_words(model.label, [run["nll"] for run in results[model]], vanilla), soft_wrap=True, markup=False
+        )
+    if len(vanilla) > 1:
+        screen.print(f"Clear: more than {CLEAR:g} standard deviations of the seeds' differences.", soft_wrap=True)
+
+
 def _mean_and_spread(values: list[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    mean = statistics.mean(known)
+    mean, deviation = Spread.of(known)
     form = f".{digits}f" if abs(mean) < FIXED_BELOW else ".4g"
     is_measured = len(known) > 1 and digits > 0  # other values are the same for every seed
-    return f"{mean:{form}} ± {statistics.stdev(known):{form}}" if is_measured else f"{mean:{form}}"
+    return f"{mean:{form}} ± {deviation:{form}}" if is_measured else f"{mean:{form}}"
 
 
 def _plot(configs: dict[Model, RunConfig], dataset: Dataset, results: dict[Model, list[dict]], out: Path) -> None:
