@@ -30,7 +30,7 @@ struct AnyFlow {
   static constexpr AnyFlow of(const FlowSpec& f) { return {f.activation, T(f.slope), T(f.log_det_eps)}; }
 };
 
-// tanh: one exponential and one division serve both; 1 + |h| = 2 / (1 + e^(-2|a|)).
+// tanh: one exponential and one division serve both; 1 + |h| = 2 / (1 + e^(-2|a|)). Errors: tanh, tanh_slope.
 template <class L>
 PLANAR_FN Activated<L> activate(typename L::V a, StandardFlow) {
   const auto e = L::exp_both(-2 * L::abs(a));
@@ -40,6 +40,7 @@ PLANAR_FN Activated<L> activate(typename L::V a, StandardFlow) {
   return {L::copy_sign(magnitude, a), h_prime};
 }
 
+// Errors: sigmoid, sigmoid_slope, elu, elu_slope, leaky_relu.
 template <class L, class T>
 PLANAR_FN Activated<L> activate(typename L::V a, const AnyFlow<T>& f) {
   const auto up = a >= 0;
@@ -62,7 +63,7 @@ PLANAR_FN Activated<L> activate(typename L::V a, const AnyFlow<T>& f) {
   }
 }
 
-// 1 - h'.
+// 1 - h'. Errors: tanh_one_minus_slope, sigmoid_one_minus_slope, elu_one_minus_slope.
 template <class L>
 PLANAR_FN typename L::V one_minus_slope(const Activated<L>& act, StandardFlow) {
   return act.h * act.h;
@@ -75,7 +76,7 @@ PLANAR_FN typename L::V one_minus_slope(const Activated<L>& act, const AnyFlow<T
   return 1 - act.h_prime;
 }
 
-// h'' at the same point, for (12).
+// h'' at the same point, for (12). Errors: tanh_second, sigmoid_second, elu_second.
 template <class L>
 PLANAR_FN typename L::V h_second(const Activated<L>& act, StandardFlow) {
   return -2 * act.h * act.h_prime;

@@ -35,6 +35,7 @@ PLANAR_FN typename L::V log1p_of_positive(typename L::V x) {
 }
 
 // (4), (5), or (29), from alpha = w . u and n = |w|^2. Without the constraint u_hat = u and c = alpha.
+// Errors: c, s, rho, rising, falling, log_c, log_s, log_rho, log_rising, log_falling.
 template <class L>
 PLANAR_FN Constrained<L> constrain(typename L::V alpha, typename L::V n, Constraint constraint) {
   const auto zero = L::splat(0), one = L::splat(1);

@@ -1,4 +1,6 @@
 // e^x with e^x - 1, for every kernel in C++. Of the lane type L this takes splat, max, as_bits and as_float.
+//
+// "Errors:" here and beside the other formulas names rows of docs/math.md's table of errors and ranges.
 #pragma once
 
 #include "float_format.h"
@@ -26,6 +28,7 @@ PLANAR_FN typename L::V exp_series(typename L::V r) {
 }
 
 // e^x and e^x - 1 for x <= 0, both at full relative precision; below exp_least the value stays there. NaN stays NaN.
+// Errors: exp, exp_minus_one.
 template <class L, class T>
 PLANAR_FN typename L::Exp exp_and_minus_one(typename L::V x) {
   using Float = Ieee<T>;

@@ -2,8 +2,8 @@
 //
 // L is a lane type: `L::V` is what one variable holds (a float on a GPU thread, a SIMD vector on a CPU) and L gives the
 // primitives splat, select, abs, copy_sign, exp_both, log, quotient (by a number in [1, 2]), multiply_add, product_error,
-// outside and any, the constants tiny and saturated on it and Float, its format (float_format.h). No torch, no memory; few branches
-// on data, none for one lane alone.
+// outside and any, the constants tiny and saturated on it and Float, its format (float_format.h). No torch, no memory;
+// few branches on data, none for one lane alone.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -42,7 +42,7 @@ PLANAR_FN typename L::V det_minus_one(typename L::V x, const AnyFlow<T>& f) {
 }
 
 // (7): 1 + c h', and near its zero the same number as a sum of positive terms. c < -2 happens only without the
-// constraint. With the eps of (31), the number whose logarithm is taken.
+// constraint. With the eps of (31), the number whose logarithm is taken. Errors: determinant.
 template <class L, class F>
 PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, typename L::V s, const F& f) {
   const auto x = c * act.h_prime;
@@ -51,7 +51,7 @@ PLANAR_FN typename L::V determinant(const Activated<L>& act, typename L::V c, ty
 }
 
 // (8): log1p(c h') or the logarithm of the determinant itself; one logarithm serves both. sunk, (38), is all of the
-// determinant where nothing else is left of it.
+// determinant where nothing else is left of it. Errors: log_abs_determinant, log_abs_determinant_eps.
 template <class L, class F>
 PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L::V c, typename L::V s,
                                             typename L::V sunk, const F& f) {
@@ -63,6 +63,7 @@ PLANAR_FN typename L::V log_abs_determinant(const Activated<L>& act, typename L:
 }
 
 // 1 / det for (11), 0 where lambda is 0, as it is for rows that are not there: their determinant may be 0.
+// Errors: inverse_determinant.
 template <class L>
 PLANAR_FN typename L::V inverse_determinant(typename L::V /*lambda*/, const Activated<L>& act, typename L::V c,
                                             typename L::V s, StandardFlow f) {
@@ -128,7 +129,7 @@ PLANAR_FN LogDet<L> multiplied(const LogDet<L>& sum, const Activated<L>& act, ty
 }
 
 // Adds one step to the sums of N variables; a variable whose product leaves the range takes its logarithms at once, and
-// none is touched by its neighbours.
+// none is touched by its neighbours. Errors: log_det.
 template <class L, int N, class F>
 PLANAR_FN void add_step(LogDet<L>* sum, const Activated<L>* act, typename L::V c, typename L::V s, typename L::V sunk,
                         const F& f) {

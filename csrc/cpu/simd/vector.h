@@ -59,7 +59,7 @@ struct Simd : Native<T> {
   PLANAR_FN V quotient(V a, V b) { return a / b; }
   PLANAR_FN Exp exp_both(V x) { return exp_and_minus_one<Simd, T>(x); }
 
-  // log x for x >= 0, -inf at 0; NaN stays NaN.
+  // log x for x >= 0, -inf at 0; NaN stays NaN. Errors: log.
   PLANAR_FN V log(V x) {
     const I small = x < Float::tiny;
     const V scaled = select(small, x * Float::denormal_scale, x);
