@@ -12,9 +12,9 @@ from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
 from vvae_fast.train.data.sets import load_dataset
 from vvae_fast.train.run.networks import build_vae
-from vvae_fast.train.run.runconfig import RunConfig, is_config
+from vvae_fast.train.run.runconfig import CHOICES, RunConfig, is_config
 from vvae_fast.train.study.compare import Model, compare
-from vvae_fast.train.study.studies import load_study
+from vvae_fast.train.study.studies import OTHERS, SETTINGS, load_study
 
 yaml = pytest.importorskip("yaml")
 
@@ -49,6 +49,16 @@ def test_studies_by_the_protocol_of_mnist_mlp_cpu(name):
     study, mnist, with_gaps = (load_study(CONFIGS / f"{stem}.yaml") for stem in studies)
     assert {**study.settings, "data": "mnist"} == mnist.settings
     assert (study.seeds, study.gaps, study.splits) == (mnist.seeds, with_gaps.gaps, mnist.splits)
+
+
+def test_the_page_has_every_key():
+    page = (CONFIGS.parent / "docs" / "study.md").read_text().partition("## A file")[2].partition("## Run one")[0]
+    keys = [
+        key for line in page.splitlines() for key in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")
+    ]
+    assert sorted(keys) == sorted({*SETTINGS, *OTHERS})
+    for name, choices in CHOICES.items():
+        assert name == "model" or f"| `{name}` | {', '.join(choices)} |" in page
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -177,7 +187,8 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
     [
         ({"splits": {"train": 81, "val": 10, "test": 9}}, r"splits are .*81.*, bits.npy has .*80.*; correct"),
         ({"epochs": 0}, "epochs must be a positive int, got 0; correct the file"),
-        ({"epochs": None}, "epochs must be a positive int, got None; correct the file"),
+        ({"epochs": None}, r"small.yaml lacks settings; add epochs \(a positive int\)$"),
+        ({"lr": None, "models": None, "hidden": None}, r"add hidden \(a list of .*\), lr \(a .*\), models \(a list of"),
         ({"batch_size": "many"}, "batch_size must be a positive int, got 'many'"),
         ({"lr": "0,001"}, "lr must be a positive number, got '0,001'; correct the file"),
         ({"lr": "1e3x"}, "lr must be a positive number, got '1e3x'"),
@@ -196,7 +207,7 @@ def test_train_and_evaluate_take_a_study(write, tmp_path, monkeypatch, capsys):
         ({"network": "gated-conv"}, "gated-conv has its own widths; remove hidden"),
         ({"network": "gated-conv", "hidden": None}, "wants grey images of 28 x 28"),
         ({"hidden": []}, "hidden must be a list of positive ints"),
-        ({"seeds": None}, "seeds must be a list of ints"),
+        ({"seeds": None}, r"add seeds \(a list of ints"),
         ({"models": {"vanilla": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"sylvester": [3]}}, "models must be a list of flow lengths for each kind"),
         ({"models": {"shared": [0]}}, "models must be"),

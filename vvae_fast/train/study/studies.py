@@ -54,7 +54,11 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     },
 }
 OPTIONAL = {"array", "likelihood"}  # if they are left out, the data decide
-OTHERS = {"protocol", "splits", "models", "seeds", "gaps"}
+ALWAYS = {  # what else every file has
+    "models": f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}",
+    "seeds": "a list of ints from 0 to 2^32 - 1",
+}
+OTHERS = {"protocol", "splits", "gaps", *ALWAYS}
 GAP_KEYS = ("num_points", "iterations", "num_samples")  # q* has the model's own number of steps
 
 
@@ -108,18 +112,17 @@ def load_study(path: Path, root: Path | None = None) -> Study:
     if conv and "hidden" in content:
         raise RunError(f"{path}: {GATED_CONV} has its own widths; remove hidden")
     left_out = {name for name in OPTIONAL if name not in content} | ({"hidden"} - content.keys() if conv else set())
-    settings = {
-        name: _read_as(*kind, path, name, content.get(name)) for name, kind in SETTINGS.items() if name not in left_out
-    }
+    wanted = {**{name: words for name, (_, words) in SETTINGS.items() if name not in left_out}, **ALWAYS}
+    missing = [f"{name} ({words})" for name, words in sorted(wanted.items()) if name not in content]
+    if missing:
+        raise RunError(f"{path} lacks settings; add {', '.join(missing)}")
+    settings = {name: _read_as(*SETTINGS[name], path, name, content[name]) for name in SETTINGS if name not in left_out}
     settings["data"] = resolve_data(settings["data"], path.absolute().parent if root is None else root)
-    protocol, splits, seeds = content.get("protocol", ""), content.get("splits"), content.get("seeds")
+    protocol, splits = content.get("protocol", ""), content.get("splits")
     _read_as(lambda value: _text(value, least=0), "a line of text", path, "protocol", protocol)
     splits = None if splits is None else _read_as(_splits, f"rows of {', '.join(SPLITS)}", path, "splits", splits)
-    seeds = _read_as(
-        lambda value: as_ints(value, 0, MOST_SEED), "a list of ints from 0 to 2^32 - 1", path, "seeds", seeds
-    )
-    wanted = f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}"
-    models = _read_as(_models, wanted, path, "models", content.get("models"))
+    seeds = _read_as(lambda value: as_ints(value, 0, MOST_SEED), ALWAYS["seeds"], path, "seeds", content["seeds"])
+    models = _read_as(_models, ALWAYS["models"], path, "models", content["models"])
     gaps = content.get("gaps")
     if gaps is not None:
         gaps = _read_as(_gaps, f"positive ints {', '.join(GAP_KEYS)}", path, "gaps", gaps)
