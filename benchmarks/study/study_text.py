@@ -57,6 +57,8 @@ def verdict(differences: list[Spread]) -> str:
     helping = sum(x.is_clear and x.mean < 0 for x in differences)
     harming = sum(x.is_clear and x.mean > 0 for x in differences)
     count = len(differences)
+    if count == 1:
+        return "help clearly" if helping else "harm clearly" if harming else "make no clear difference"
     if helping == count:
         return "help at every length"
     if helping == 0 and harming == 0:
@@ -141,7 +143,8 @@ def _of_parameters(studies: list[Results]) -> str:
     names = [f"`{x.study.name}`" for x in studies if any(model.matched != UNMATCHED for model in x.runs)]
     if not names:
         return "No vanilla VAE with as many parameters was trained."
-    return f"Only {' and '.join(names)} has a vanilla VAE with as many, for one length of the flow."
+    have = "has" if len(names) == 1 else "have"
+    return f"Only {' and '.join(names)} {have} a vanilla VAE with as many, for one length of the flow."
 
 
 def _not_run(studies: list[Results]) -> str:

@@ -187,6 +187,13 @@ def test_verdicts(differences, words):
     assert study_text.verdict([Spread(mean, 0.3) for mean in differences]) == words
 
 
+@pytest.mark.parametrize(
+    ("mean", "words"), [(-1.0, "help clearly"), (1.0, "harm clearly"), (0.5, "make no clear difference")]
+)
+def test_a_verdict_on_one_length(mean, words):
+    assert study_text.verdict([Spread(mean, 0.3)]) == words
+
+
 def test_results_of_another_configuration_or_incomplete_ones_are_refused(copied, capsys, tmp_path):
     path = copied / "digits" / "results.json"
     content = json.loads(path.read_text())
