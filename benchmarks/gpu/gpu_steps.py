@@ -66,7 +66,9 @@ class Steps:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         lines = []
         # A new session, so that the workers of a late command end with it.
-        process = subprocess.Popen(arguments, cwd=ROOT, env=env, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=env, start_new_session=True, preexec_fn=heed_interrupts, **pipes
+        )
         with process, ending(process, limit) as late:
             for line in process.stdout:
                 self.say(line.rstrip("\n"))
@@ -80,6 +82,11 @@ class Steps:
     @property
     def exit_status(self) -> int:
         return int("FAIL" in self.outcomes.values())
+
+
+def heed_interrupts() -> None:
+    """In a new process. Its parent may ignore them, as what a shell script starts with & does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,15 @@ def test_a_step_is_a_line(steps, capsys):
     assert steps.exit_status == 1
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["heeded", "ignored"])
+def interrupts(request):
+    """What the harness does on SIGINT: started with & by a shell script, it ignores it, and so would its commands."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys):
     assert steps.command([sys.executable, "-c", "print('one'); print('two')"], 60) == ["one", "two"]
     with pytest.raises(gpu.Failed, match="exit status 3: last words"):
@@ -106,9 +115,11 @@ def test_a_command_is_seen_as_it_comes_and_ends_in_time(steps, tmp_path, capsys)
     assert capsys.readouterr().out == (tmp_path / "gpu.log").read_text()
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_comes_before_the_end_and_lets_a_command_say_what_it_has():
     patient = "import time\ntry: print('up', flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print('one failed')"
     options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["preexec_fn"] = gpu_steps.heed_interrupts
     with subprocess.Popen([sys.executable, "-c", patient], **options) as process:
         assert process.stdout.readline() == "up\n"
         with gpu_steps.ending(process, 0) as late:
