@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vvae_fast.train.run.runconfig import FULL, UNMATCHED, VANILLA
-from vvae_fast.train.study.compare import RESULTS, Model
+from vvae_fast.train.study.compare import RESULTS, VANILLA_MODEL, Model
 from vvae_fast.train.study.spread import Spread
 from vvae_fast.train.study.studies import Study, load_study
 
@@ -17,7 +17,6 @@ FOLDER = ROOT / "docs" / "results"
 CONFIGS = ROOT / "configs"
 EPOCHS = "epochs.json"
 OURS = "vvae_fast"  # this package's name in EPOCHS, beside the loops
-VANILLA_MODEL = Model(VANILLA, 0)
 
 
 class Unusable(Exception):
@@ -83,9 +82,12 @@ def _number(run: dict, path: str) -> float:
 def read(folder: Path, config: Path) -> Results:
     """A folder's results for the study in a file, without the models of which no run is there.
 
-    Raises Unusable if they do not belong to it, or lack the vanilla VAE or some seeds of a model.
+    Raises Unusable if they do not belong to it, or lack the vanilla VAE or some seeds of a model, or if the study has
+    one seed.
     """
     study = load_study(config)
+    if len(study.seeds) < 2:
+        raise Unusable(f"{config} has one seed: no difference would be clear, and the page gives their deviations")
     content = json.loads((folder / RESULTS).read_text())
     for name, value in study.settings.items():
         if content["config"][name] != value:

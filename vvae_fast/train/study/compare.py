@@ -69,10 +69,13 @@ class Model:
         return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 
+VANILLA_MODEL = Model(VANILLA, 0)
+
+
 def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
     """The vanilla VAE, and an amortized flow of each length; with `shared` also a shared flow of each length."""
     kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
-    return [Model(VANILLA, 0)] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
+    return [VANILLA_MODEL] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
 
 
 def compare(
@@ -209,7 +212,8 @@ def print_table(results: dict[Model, list[dict]]) -> None:
         f"latent dimensions whose posterior mean varies{spread}."
     )
     screen.print(legend, soft_wrap=True)
-    print_gains(results)
+    for line in _gains(results):
+        screen.print(line, soft_wrap=True, markup=False)
     for model, runs in results.items():
         for result in runs:
             if result["status"] != outcome.FINISHED:
@@ -217,19 +221,15 @@ def print_table(results: dict[Model, list[dict]]) -> None:
                 screen.print(ending, soft_wrap=True, markup=False)
 
 
-def print_gains(results: dict[Model, list[dict]]) -> None:
+def _gains(results: dict[Model, list[dict]]) -> list[str]:
     """A line for each other model: how much better or worse its NLL is than the vanilla VAE's, seed by seed."""
-    vanilla = [run["nll"] for run in results.get(Model(VANILLA, 0), [])]
-    others = [model for model in results if model != Model(VANILLA, 0)]
-    if not vanilla or not others:
-        return
-    screen = make_console()
-    for model in others:
-        screen.print(
-            in_words(model.label, [run["nll"] for run in results[model]], vanilla), soft_wrap=True, markup=False
-        )
-    if len(vanilla) > 1:
-        screen.print(f"Clear: more than {CLEAR:g} standard deviations of the seeds' differences.", soft_wrap=True)
+    nlls = {model: [run["nll"] for run in runs] for model, runs in results.items()}
+    vanilla = nlls.pop(VANILLA_MODEL, [])
+    if not vanilla or not nlls:
+        return []
+    lines = [in_words(model.label, values, vanilla) for model, values in nlls.items()]
+    clear = [f"Clear: more than {CLEAR:g} standard deviations of the seeds' differences."]
+    return lines + clear * (len(vanilla) > 1)
 
 
 def _mean_and_spread(values: list[float | None], digits: int) -> str:
