@@ -6,8 +6,8 @@ from statistics import median
 
 from benchmarks.flow.contestants import GRAPH
 from benchmarks.flow.loops import PLAIN, REFERENCE
-from benchmarks.report.report import OURS, cases, duration, pick, ratio, size, speedup, title, where_from
 from benchmarks.report.results import Results, Row
+from benchmarks.report.tables import OURS, cases, duration, pick, ratio, size, speedup, title, where_from
 
 FB = "forward+backward"
 

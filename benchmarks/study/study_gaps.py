@@ -6,7 +6,7 @@ Every number and direction is computed from the results.
 import itertools
 import statistics
 
-from benchmarks.report.report import table
+from benchmarks.report.tables import table
 from benchmarks.study.study_results import VANILLA_MODEL, Results
 from vvae_fast.train.run.gaps import FEW, SHARES
 from vvae_fast.train.study.compare import Model

@@ -1,4 +1,4 @@
-"""docs/results.md and its figures from the committed results of studies: `make results`.
+"""docs/results.md, its figures and the README's table from the committed results of studies: `make results`.
 
 Everything here is a function of docs/results/ and configs/: the same files give the same bytes. None of our numbers is
 typed by hand.
@@ -10,13 +10,16 @@ from pathlib import Path
 import yaml
 
 from benchmarks.flow.loops import PLAIN, REFERENCE
-from benchmarks.report.report import table
+from benchmarks.report.front import between
+from benchmarks.report.tables import table
 from benchmarks.study import study_figures, study_gaps
 from benchmarks.study.study_results import FOLDER, OURS, ROOT, Results, Unusable, model_of, read_all
 from benchmarks.study.study_text import conclusions, findings, introduction, limitations
 from vvae_fast.train.study.compare import Model
 
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+README_START, README_END, README_STUDY = "<!-- results -->\n", "<!-- /results -->", "mnist_gaps_cpu"
 PUBLISHED = FOLDER / "published.yaml"
 COLUMNS = ["model", "K", "-ELBO", "NLL", "gap", "KL", "active units", "parameters", "s / epoch", PLAIN, REFERENCE]
 TITLES = {
@@ -103,17 +106,38 @@ def page(studies: list[Results], published: dict[str, list[dict]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(folder: Path = FOLDER, path: Path = PAGE) -> int:
-    """Writes the page and its figures."""
+def readme_section(studies: list[Results]) -> str:
+    """The README's table: the scores of one study's models, and what of -ELBO the posterior loses."""
+    (results,) = (study for study in studies if study.study.name == README_STUDY)
+    keys = ("neg_elbo", "nll", study_gaps.APPROXIMATION, study_gaps.AMORTIZATION)
+    lines = []
+    for model in results.in_order:
+        name = f"{model.title}, K = {model.num_steps}" if model.num_steps else model.title
+        parameters = f"{results.runs[model][0]['num_parameters']:,}"
+        lines.append([name, *(results.score(model, key).text() for key in keys), parameters])
+    title, study, seeds = TITLES[README_STUDY].split(",")[0], results.study, len(results.study.seeds)
+    how = (
+        f"{title}, {study.settings['epochs']} epochs, {seeds} seeds, nats per data point. Approximation gap: "
+        "what the posterior's family lacks. Amortization gap: what the encoder lacks. Matched: with as many parameters "
+        "as the flow VAE."
+    )
+    columns = ["model", "-ELBO", "NLL", "approximation gap", "amortization gap", "parameters"]
+    return f"{how}\n\n{table(columns, lines)}\n\n[More studies](docs/results.md), and what did not help.\n"
+
+
+def main(folder: Path = FOLDER, path: Path = PAGE, readme: Path = README) -> int:
+    """Writes the page and its figures, and the README's table of results."""
     try:
         studies = read_all(folder)
     except Unusable as error:
         print(error, file=sys.stderr)
         return 1
     text = page(studies, yaml.safe_load((folder / PUBLISHED.name).read_text()))
+    front_page = between(README_START, README_END, readme_section(studies), readme.read_text())
     path.write_text(text)
+    readme.write_text(front_page)
     figures = [figure for results in studies for figure in study_figures.write_all(results, path.parent / "results")]
-    print(f"written: {path.name} and {len(figures)} figures beside it")
+    print(f"written: {path.name} and {len(figures)} figures beside it; {readme.name}")
     return 0
 
 

@@ -21,7 +21,7 @@ from benchmarks.flow.measure import COPY, Block, Refused, Run, Stage, make_input
 from benchmarks.flow.memory import peak_bytes, saved_bytes
 from benchmarks.flow.peers import peers
 from benchmarks.flow.session import Bench
-from benchmarks.report import report, results
+from benchmarks.report import front, report, results, tables
 from vvae_fast import PlanarFlow
 from vvae_fast.backends import cpp, cuda
 
@@ -64,8 +64,8 @@ def test_floor_is_the_slower_of_memory_and_arithmetic():
 def test_names_are_unique_and_the_report_knows_them():
     for cases in (PLANAR_CASES, MEMORY_CASES, GPU_CASES, GPU_MEMORY_CASES):
         assert len({str(case) for case in cases}) == len(cases)
-    assert {*report.HEADLINE, *report.FLOOR_CASES} <= {str(case) for case in PLANAR_CASES}
-    assert set(report.GPU_FLOOR_CASES) <= {str(case) for case in GPU_CASES}
+    assert {*front.HEADLINE, *tables.FLOOR_CASES} <= {str(case) for case in PLANAR_CASES}
+    assert set(tables.GPU_FLOOR_CASES) <= {str(case) for case in GPU_CASES}
 
 
 def test_registry_covers_the_sizes():
@@ -170,7 +170,7 @@ def test_rows_have_their_ratios():
     assert (mine.fastest_peer, mine.to_fastest_peer) == ("plain loop", pytest.approx(4 / 12, rel=1e-4))
     assert (mine.base, mine.base_ratios, mine.to_base) == ("plain loop", [0.5, 0.25, 0.33333], 0.33333)
     assert (loop.role, rows[COPY].role, rows[COPY].to_floor) == ("peer", "copy", None)
-    assert (report.cell(mine), report.cell(loop)) == ("4.00 us (3.00x)", "12.0 us~")
+    assert (tables.cell(mine), tables.cell(loop)) == ("4.00 us (3.00x)", "12.0 us~")
     without = timed_run({"vvae_fast cpp": [4e-6], "reference": [8e-6]})
     assert {row.base for row in results.rows(without, bench.contestants)} == {None}
 
@@ -237,8 +237,8 @@ def test_a_form_is_a_contestant_where_a_case_names_it_and_never_ours():
     rows = {row.contestant: row for row in results.rows(run, bench.contestants)}
     assert {row.base for row in rows.values()} == {"plain loop"}
     assert rows["vvae_fast cuda"].fastest_peer == "plain loop"
-    picked = report.pick(results.Results({}, list(rows.values())), "forward", str(SMALL))
-    assert picked[report.OURS].contestant == "vvae_fast cuda"
+    picked = tables.pick(results.Results({}, list(rows.values())), "forward", str(SMALL))
+    assert picked[tables.OURS].contestant == "vvae_fast cuda"
 
 
 def test_saved_bytes_are_z_and_the_pre_activations():
@@ -280,31 +280,31 @@ def stored_run() -> results.Results:
 
 def test_report_says_where_a_peer_is_faster():
     run = stored_run()
-    sentence = report.where_not_fastest(run)
+    sentence = tables.where_not_fastest(run)
     assert "not the fastest in 1 of 2 comparisons" in sentence
     assert "1 x 64, K = 32, forward (pythae takes 0.50 of its time)" in sentence
     faster = results.Results(run.header, [row for row in run.rows if row.rows != 1])
-    assert "is the fastest in all 1 comparisons" in report.where_not_fastest(faster)
-    assert report.where_not_fastest(faster).endswith(
+    assert "is the fastest in all 1 comparisons" in tables.where_not_fastest(faster)
+    assert tables.where_not_fastest(faster).endswith(
         "at all in it: plain loop, torch.compile, reference, normflows, Pyro."
     )
-    assert report.where_not_fastest(results.Results(run.header, [])) == ""
+    assert tables.where_not_fastest(results.Results(run.header, [])) == ""
 
 
 def test_noisy_rounds_and_floors_below_a_function_call_are_marked():
     (row,) = (row for row in stored_run().rows if row.rows == 100)
-    assert report.cell(dataclasses.replace(row, round_medians=[1.0, 1.6, 1.2])) == "100 us~"
-    assert report.cell(dataclasses.replace(row, round_medians=[1.0, 1.4, 1.2])) == "100 us"
-    assert report.floor_ratio(row) == "2.00x"
-    assert report.floor_ratio(dataclasses.replace(row, floor=1.9e-6)) == "-"
+    assert tables.cell(dataclasses.replace(row, round_medians=[1.0, 1.6, 1.2])) == "100 us~"
+    assert tables.cell(dataclasses.replace(row, round_medians=[1.0, 1.4, 1.2])) == "100 us"
+    assert tables.floor_ratio(row) == "2.00x"
+    assert tables.floor_ratio(dataclasses.replace(row, floor=1.9e-6)) == "-"
 
 
 def test_the_section_says_when_no_gpu_was_measured():
     run = stored_run()
     gpu = results.Results({**run.header, "device": "cuda"}, run.rows)
-    page = f"{report.START}{report.END}"
-    assert report.NO_GPU in report.with_section(page, {"cpu": run})
-    assert report.NO_GPU not in report.with_section(page, {"cpu": run, "gpu": gpu})
+    page = f"{front.START}{front.END}"
+    assert front.NO_GPU in front.with_section(page, {"cpu": run})
+    assert front.NO_GPU not in front.with_section(page, {"cpu": run, "gpu": gpu})
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
@@ -334,7 +334,7 @@ def test_report_names_a_file_it_cannot_read_and_writes_nothing(tmp_path, capsys,
         written["rows"][0]["renamed"] = 1
     path.write_text(json.dumps(written) if spoiled in ("old", "row") else spoiled)
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.START}old\n{report.END}\n")
+    readme.write_text(f"{front.START}old\n{front.END}\n")
     assert report.main(tmp_path, readme) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"cannot read {path} (truncated, or of another version): delete it or run `make bench` again"
@@ -347,14 +347,14 @@ def test_readme_is_what_the_report_writes_from_the_committed_results():
     assert newest
     readme = (ROOT / "README.md").read_text()
     runs = {machine: results.read(path) for machine, path in newest.items()}
-    assert report.with_section(readme, runs) == readme
+    assert front.with_section(readme, runs) == readme
     for machine, run in runs.items():
         assert (results.FOLDER / machine / "README.md").read_text() == report.machine_page(run)
 
 
 def test_report_replaces_the_section_alone():
     page = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
-    written = report.with_section(page, {"machine": stored_run()})
+    written = front.with_section(page, {"machine": stored_run()})
     assert written.startswith("before\n<!-- bench -->\n")
     assert written.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in written

@@ -20,15 +20,19 @@ STUDIES = study_results.read_all()
 
 @pytest.fixture
 def copied(tmp_path):
-    """The page, written anew from a copy of the results."""
+    """A copy of the results."""
     folder = tmp_path / "results"
     shutil.copytree(study_results.FOLDER, folder, ignore=shutil.ignore_patterns("*.svg"))
     return folder
 
 
-def test_the_page_is_that_of_the_committed_results(copied, tmp_path):
-    assert study_report.main(copied, tmp_path / "results.md") == 0
+def test_the_pages_are_those_of_the_committed_results(copied, tmp_path):
+    readme = tmp_path / "README.md"
+    start, end = study_report.README_START, study_report.README_END
+    readme.write_text(re.sub(f"{start}.*{end}", f"{start}old{end}", study_report.README.read_text(), flags=re.S))
+    assert study_report.main(copied, tmp_path / "results.md", readme) == 0
     assert (tmp_path / "results.md").read_bytes() == study_report.PAGE.read_bytes()
+    assert readme.read_bytes() == study_report.README.read_bytes()
     for results in STUDIES:
         name = f"{results.study.name}.svg"
         committed = (study_results.FOLDER / name).read_text()
@@ -181,7 +185,7 @@ def test_results_of_another_configuration_or_incomplete_ones_are_refused(copied,
         path.write_text(json.dumps(bad))
         with pytest.raises(Unusable, match=message):
             study_results.read_all(copied)
-        assert study_report.main(copied, tmp_path / "results.md") == 1
+        assert study_report.main(copied, tmp_path / "results.md", tmp_path / "README.md") == 1
         assert re.search(message, capsys.readouterr().err)
         assert not (tmp_path / "results.md").exists()
 

@@ -18,7 +18,7 @@ from benchmarks.flow.cases import GPU_CASES, GPU_MEMORY_CASES, Case
 from benchmarks.flow.contestants import ours
 from benchmarks.flow.measure import Refused, Run
 from benchmarks.gpu import bars
-from benchmarks.report import report, results
+from benchmarks.report import front, report, results, tables
 
 # Seconds of each contestant by the clock and on the device, and of each step.
 CLOCK = {
@@ -87,7 +87,7 @@ def test_the_table_is_short_and_has_every_case_and_the_bars():
     columns = ["cuda", "triton", "plain", "reference", "compile", "device: forward, cuda", "device: forward, triton"]
     assert re.split(r"  +", lines[2])[1:] == [*columns, "backward, cuda", "backward, triton"]
     for case in GPU_CASES:
-        (line,) = (x for x in lines if x.startswith(f"{report.title(timed('vvae_fast cuda', case, ''))}  "))
+        (line,) = (x for x in lines if x.startswith(f"{tables.title(timed('vvae_fast cuda', case, ''))}  "))
         both = ["100 us (13x)", "200 us (6.50x)", "1.30 ms", "12.0 ms (0.11x)"]
         compiled = ["missing"] if "torch.compile" in case.contestants else []
         alone = 2 * ["10.0 us (1.25x)", "20.0 us (2.50x)"]
@@ -252,15 +252,15 @@ def test_the_report_takes_a_gpu_beside_the_cpu(tmp_path):
     assert re.fullmatch(r"a-gpu/torch-2\.11\.0-cu130-[A-Za-z0-9-]+\.json", str(paths[0].relative_to(tmp_path)))
     assert results.read(paths[0]) == run
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}{report.END}after\n")
+    readme.write_text(f"before\n{front.START}{front.END}after\n")
     assert report.main(tmp_path, readme) == 0
     page = readme.read_text()
-    assert report.NO_GPU not in page
-    assert report.readme_section(cpu, paths[1].parent.name) in page
-    assert "| 128 x 40, K = 80 | 100 us (13x) | 1.30 ms | missing | 12.0 ms (0.11x) | 8.00 us | 1.25x |" in page
-    assert "| 65,536 x 64, K = 32 | 1.25x (10.0 us) | 1.25x (10.0 us) |" in page
-    assert "784-400-40, B = 100, and 512 where the column says so, as a ratio" in page
+    assert front.NO_GPU not in page
+    assert front.readme_section(cpu, paths[1].parent.name) in page
+    assert "| 128 x 40, K = 80 | 100 us | 13x | - |" in page
     machine = (tmp_path / "a-gpu" / "README.md").read_text()
+    assert "| 65,536 x 64, K = 32 | 1.25x (10.0 us) | 1.25x (10.0 us) |" in machine
+    assert "784-400-40, B = 100, and 512 where the column says so, as a ratio" in machine
     assert "| 4,096 x 64, K = 32 | 3.0 kB |" in machine
     assert "Copy: 4.00 TB/s" in machine
     three = "{0}, both | {0}, forward | {0}, backward"
