@@ -1,4 +1,4 @@
-"""AmortizedPlanarFlow(normalise=True): the size of a context does not matter, and state_dicts know their kind."""
+"""AmortizedPlanarFlow(normalise=True): the size of a context hardly matters, and state_dicts know their kind."""
 
 import copy
 import pickle
@@ -7,49 +7,70 @@ import pytest
 import torch
 
 from vvae_fast import AmortizedPlanarFlow
-from vvae_fast.nn.planar import NORMAL_SIZE
 
 DIM, STEPS, FEATURES, ROWS = 3, 5, 24, 7
 RANKS = pytest.mark.parametrize("rank", [None, 4])
 
 
-def make(rank=None, normalise=True, dtype=torch.float32):
+def make(rank=None, normalise=True, dtype=torch.float32, features=FEATURES):
     """A flow away from the identity."""
     torch.manual_seed(0)
-    flow = AmortizedPlanarFlow(DIM, STEPS, FEATURES, rank=rank, normalise=normalise).to(dtype)
+    flow = AmortizedPlanarFlow(DIM, STEPS, features, rank=rank, normalise=normalise).to(dtype)
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return flow
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, features=FEATURES):
     g = torch.Generator().manual_seed(1)
-    return torch.randn(ROWS, DIM, generator=g).to(dtype), torch.randn(ROWS, FEATURES, generator=g).to(dtype)
+    return torch.randn(ROWS, DIM, generator=g).to(dtype), torch.randn(ROWS, features, generator=g).to(dtype)
+
+
+def like_sizes(context):
+    """math.md (56)."""
+    knee = max(0.03, 3 / context.shape[-1])
+    r = context.square().mean(-1, keepdim=True).sqrt() / knee
+    return context * torch.log(1 + r) / r
 
 
 @RANKS
-def test_the_head_gets_rows_of_one_root_mean_square(rank):
-    flow, (_, context) = make(rank, dtype=torch.float64), inputs(torch.float64)
-    scaled = NORMAL_SIZE * context / (context.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # math.md (56)
-    plain = make(rank, normalise=False, dtype=torch.float64)
-    for got, wanted in zip(flow.params(context), plain.params(scaled), strict=True):
+@pytest.mark.parametrize("features", [1, 2, FEATURES, 300])
+def test_the_head_gets_rows_of_like_sizes(rank, features):
+    rank = rank and min(rank, features)
+    flow, (_, context) = make(rank, True, torch.float64, features), inputs(torch.float64, features)
+    plain = make(rank, False, torch.float64, features)
+    for got, wanted in zip(flow.params(context), plain.params(like_sizes(context)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("features", [1, 300])
+def test_a_size_matters_by_its_logarithm_and_is_never_lost(features):
+    """Sixteen times the context is far less than sixteen times as large for the head, but larger."""
+    _, context = inputs(torch.float64, features)
+    head = make(None, True, torch.float64, features).head
+    with torch.no_grad():
+        torch.nn.init.eye_(head.weight)
+        head.bias.zero_()
+    small, large = (head(size * context).norm(dim=-1) for size in (1.0, 16.0))
+    assert (large > 1.2 * small).all()
+    if features == 300:
+        assert (large < 2 * small).all()
+
+
 @RANKS
-@pytest.mark.parametrize("size", [1e-1, 16.0, 1e4, 1e15])
-def test_the_size_of_a_context_does_not_matter(size, rank):
-    flow, (z, context) = make(rank), inputs()
-    for got, wanted in zip(flow(z, size * context), flow(z, context), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+def test_small_contexts_stay_as_they_are(rank):
+    flow, plain = (make(rank, normalise, torch.float64) for normalise in (True, False))
+    _, context = inputs(torch.float64)
+    for got, wanted in zip(flow.params(1e-6 * context), plain.params(1e-6 * context), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_contexts_in_half_precision(dtype):
     _, context = inputs(dtype)
     flow = make().to(dtype)
-    for got, wanted in zip(flow.params(1e4 * context), make().params(context.float()), strict=True):
+    for got, wanted in zip(flow.params(1e4 * context), make().params((1e4 * context).float()), strict=True):
         torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05)
 
 
