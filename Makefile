@@ -1,5 +1,5 @@
-# make demo | check | test | test-compiled | test-long | sanitize | lint | peers-tests | bench | bench-quick | report | results | sass | wheel: each
-# makes .venv when missing and rebuilds what changed only.
+# make demo | check | test | test-compiled | test-long | sanitize | lint | docs | peers-tests | bench | bench-quick | report | results | sass | wheel:
+# each makes .venv when missing and rebuilds what changed only.
 # make gpu-test | gpu-bench | gpu-sanitize | gpu-tune: on a GPU with $(PYTHON) as it is, each under 9 minutes; make gpu: all
 # of them in turn. RESULTS=folder, COMMIT=what git cannot tell. make gpu-prebuilt: what they would build, built before, on a
 # machine with nvcc, for ARCHITECTURES=9.0. See docs/gpu.md.
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo check test test-compiled test-long sanitize lint peers-tests bench bench-quick report results sass wheel gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
+.PHONY: demo check test test-compiled test-long sanitize lint docs peers-tests bench bench-quick report results sass wheel gpu gpu-test gpu-bench gpu-sanitize gpu-tune \
 	gpu-prebuilt clean
 
 demo: .venv/built
@@ -44,6 +44,15 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/ into build/docs/html: a warning is an error, links within it are checked, and all notebooks are run. NOTEBOOKS=off runs none.
+# Links to other sites are not fetched, so that no result depends on a network; LINKCHECK=1 fetches them.
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env
+
+docs: .venv/built-docs
+	$(SPHINX) -b html $(if $(NOTEBOOKS),-D nb_execution_mode=$(NOTEBOOKS)) docs build/docs/html
+	$(if $(LINKCHECK),$(SPHINX) -b linkcheck -D nb_execution_mode=off docs build/docs/linkcheck)
+	@echo "The site is in build/docs/html/index.html"
 
 # normflows', pythae's, Pyro's and PyTorch's own tests with this package's classes: PEERS=folders with their checkouts.
 peers-tests: .venv/built
@@ -81,7 +90,7 @@ gpu-prebuilt:
 	@$(PYTHON) -m benchmarks.gpu.prebuilt $(if $(ARCHITECTURES),--architectures "$(ARCHITECTURES)")
 
 clean:
-	rm -rf build vvae_fast/*.so vvae_fast/_built.json vvae_fast.egg-info .venv/built
+	rm -rf build vvae_fast/*.so vvae_fast/_built.json vvae_fast.egg-info .venv/built .venv/built-docs
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -95,4 +104,9 @@ clean:
 .venv/built: .venv/installed setup.py $(SOURCES)
 	@echo "Building the extension and installing the extras (about two minutes)"
 	$(PIP) --no-build-isolation --editable '.[train,bench,test]'
+	@touch $@
+
+.venv/built-docs: .venv/built
+	@echo "Installing what makes the site"
+	$(PIP) 'vvae_fast[docs]'  # of what is installed already: nothing is built again
 	@touch $@
