@@ -47,7 +47,7 @@ lint: .venv/built
 
 # The site of docs/ into build/docs/html: a warning is an error, links within it are checked, and all notebooks are run. NOTEBOOKS=off runs none.
 # Links to other sites are not fetched, so that no result depends on a network; LINKCHECK=1 fetches them.
-SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env --jobs auto
 
 docs: .venv/built-docs
 	$(SPHINX) -b html $(if $(NOTEBOOKS),-D nb_execution_mode=$(NOTEBOOKS)) docs build/docs/html
