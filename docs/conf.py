@@ -79,7 +79,8 @@ def read_docstring(app: Sphinx, what: str, name: str, value: object, options: ob
     plain = [re.sub(r"([*_|\\])", r"\\\1", part) for part in parts[::2]]
     parts[::2] = [re.sub(r"docs/(\w+)\.md", r":doc:`docs/\1.md </\1>`", part) for part in plain]
     parts[1::2] = [f"``{part}``" for part in parts[1::2]]
-    text = re.sub(r"^(Args|Returns|Raises):$", r":\1:", "".join(parts), flags=re.M)
+    text = re.sub(r"``(\w+)``(?=\w)", r"``\1``\\ ", "".join(parts))  # `Name`s: the s would hide the end of the code
+    text = re.sub(r"^(Args|Returns|Raises):$", r":\1:", text, flags=re.M)
     text = re.sub(r"^ {8}", " " * 6, text, flags=re.M)  # an entry's further lines
     lines[:] = re.sub(r"^ {4}(\w[^:`\n]*):(?= )", r"    - **\1**:", text, flags=re.M).split("\n")
 
