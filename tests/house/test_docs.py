@@ -15,7 +15,8 @@ from vvae_fast import shapes
 from vvae_fast.backends import cuda, selection
 from vvae_fast.spec import ACTIVATIONS, FlowSpec
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.S)
 PEERS = ("normflows", "pyro", "pythae")
@@ -109,3 +110,18 @@ def test_interops_names_are_there():
     sources = "".join(path.read_text() for path in (DOCS.parent / "vvae_fast").rglob("*.py"))
     for name in re.findall(r"`(?:stack\.)?((?:from|to|load)_\w+|Planar\w*|ConditionalPlanar)\(", PAGES["interop.md"]):
         assert re.search(rf"(?:def|class) {name}\b", sources), name
+
+
+def test_the_commands_that_print_numbers_are_there():
+    """CONTRIBUTING's table: modules that can be run, targets of the Makefile, tests."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("### Where each number comes from")[2]
+    table = "\n".join(line for line in table.partition("\nA new case")[0].splitlines() if line.startswith("|"))
+    modules, targets = re.findall(r"python -m ([\w.]+)", table), re.findall(r"`make ([\w-]+)`", table)
+    assert len(modules) >= 4
+    assert len(targets) >= 6
+    makefile = (ROOT / "Makefile").read_text()
+    assert all((ROOT / f"{module.replace('.', '/')}.py").exists() for module in modules)
+    assert all(f"\n{target}:" in makefile for target in targets)
+    assert all((ROOT / path).exists() for path in re.findall(r"tests/[\w/]+\.py", table))
+    pages = re.findall(r"(?:docs/|, )([a-z]+\.md)", table)
+    assert all((DOCS / page).exists() for page in pages)
