@@ -8,7 +8,7 @@ BYTES_OF = {"float32": 4, "float64": 8}
 # Contestants by name; "vvae_fast" stands for every backend of the package.
 FAST = ("vvae_fast", "no-op")
 LOOPS = (*FAST, "plain loop", "normflows")
-UNCOMPILED = (*LOOPS, "reference", "Pyro", "pythae")
+UNCOMPILED = (*LOOPS, "reference", "Pyro", "pythae", "flowjax")
 EVERYONE = (*UNCOMPILED, "torch.compile")
 
 

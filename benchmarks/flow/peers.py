@@ -113,12 +113,63 @@ def _pythae(inputs: list[Tensor]) -> Prepared:
     return _prepared(z, [[f.u, f.w, f.b] for f in flows], run, inputs)
 
 
+class _Jitted(torch.autograd.Function):
+    """A function of JAX arrays in PyTorch's graph, without copies; both of its passes are compiled."""
+
+    @staticmethod
+    def forward(ctx, forward: Callable, backward: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, ctx.vjp = forward(*map(_to_jax, inputs))
+        ctx.backward = backward
+        return tuple(map(torch.from_dlpack, outputs))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *map(torch.from_dlpack, ctx.backward(ctx.vjp, *map(_to_jax, grads)))
+
+
+def _to_jax(tensor: Tensor):
+    import jax
+
+    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+
+
+def _flowjax(inputs: list[Tensor]) -> Prepared:
+    """Its Planar layers in its Scan, which XLA compiles as one loop; amortized, with one flow for each row."""
+    with _importing("flowjax"):
+        import equinox
+        import jax
+        from flowjax.bijections import Planar, Scan
+    z, u, w, b = inputs
+    if z.is_cuda:
+        raise Unavailable("not run: flowjax is timed on CPUs")
+    jax.config.update("jax_enable_x64", True)  # float32 stays float32
+    num_steps, dim = u.shape[-2:]
+    keys = jax.random.split(jax.random.key(0), num_steps)
+    flow = Scan(equinox.filter_vmap(lambda key: Planar(key, dim=dim))(keys))
+
+    def of_a_row(params, z):
+        return equinox.tree_at(lambda flow: flow.bijection.params, flow, params).transform_and_log_det(z)
+
+    rows = jax.vmap(of_a_row, (None if u.dim() == 2 else 0, 0))
+    forward = jax.jit(lambda params, z: jax.vjp(rows, params, z))
+    backward = jax.jit(lambda vjp, *grads: vjp(grads))
+    params = torch.cat([w, u, b[..., None]], -1).detach().requires_grad_()  # [*, K, 2 D + 1]
+
+    def gradients(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dz, dparams = grads
+        dw, du, db = dparams.split([dim, dim, 1], -1)
+        return dz, du, dw, db[..., 0]
+
+    return Prepared(lambda: _Jitted.apply(forward, backward, params, z), [z, params], gradients)
+
+
 def peers() -> list[Contestant]:
-    """normflows, Pyro and pythae; one that is not installed says so when it is built."""
+    """normflows, Pyro, pythae and flowjax; one that is not installed says so when it is built."""
     return [
         Contestant("normflows", "peer", _normflows),
         Contestant("Pyro", "peer", _pyro),
         # pythae has no constraint and takes log(|det| + 1e-4): off by at most 1e-4 / |det| nats a step, with one sign.
         # The inputs keep |det| above 0.5 without a constraint too, so 2e-4 a step, and 2e-4 in the gradient of the log.
         Contestant("pythae", "peer", _pythae, constraint="none", tolerance=1e-3, log_det_slack=2e-4),
+        Contestant("flowjax", "peer", _flowjax, constraint="log_softplus"),
     ]

@@ -10,7 +10,7 @@ from benchmarks.report.tables import OURS, duration, pick, ratio, table, title, 
 START, END = "<!-- bench -->\n", "<!-- /bench -->"
 PROMISE_START, PROMISE_END = "<!-- promise -->\n", "<!-- /promise -->"
 COMPILED = "torch.compile"
-PEERS = (PLAIN, COMPILED, "normflows", "Pyro", "pythae")
+PEERS = (PLAIN, COMPILED, "normflows", "Pyro", "pythae", "flowjax")
 HEADLINE = ("shared-B100-D2-K8", "shared-B128-D40-K80", "shared-B4096-D64-K32", "amortized-B1000-D40-K16")
 STEP = "VAE-step-fused-Adam"
 FLOWS = ("K=80", "amortized K=16", "amortized K=16 rank 32", "amortized K=80 rank 32")

@@ -21,10 +21,11 @@ COLORS = {  # in the legends' order
     "normflows": "#b9770e",
     "Pyro": "#7d3c98",
     "pythae": "#d16ba5",
+    "flowjax": "#117a8b",
     "floor": "#000000",
     "vvae_fast triton": "#e67e22",  # beside another backend of ours; alone it is vvae_fast
 }
-MARKERS = dict(zip(COLORS, ["o", "X", "s", "^", "<", "D", "v", "P", "", "h"], strict=True))
+MARKERS = dict(zip(COLORS, ["o", "X", "s", "^", "<", "D", "v", "P", "*", "", "h"], strict=True))
 Points = dict[str, list[tuple[float, float]]]  # (x, y) of each label
 
 

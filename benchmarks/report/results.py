@@ -207,7 +207,7 @@ def header(run: Run, kind: str, seconds: float, commit: str | None = None) -> di
         },
         **({"copy_bytes_per_second": _copy_bandwidth(run)} if cuda else {}),
         "peak_bytes_method": memory.GPU_METHOD if cuda else memory.CPU_METHOD,
-        "versions": _versions("normflows", "pyro-ppl", "pythae", *["triton"] * cuda),
+        "versions": _versions("normflows", "pyro-ppl", "pythae", "flowjax", "jax", *["triton"] * cuda),
     }
 
 

@@ -6,7 +6,7 @@ from benchmarks.report.captions import LEAST_FLOOR, NOISY, on_gpu
 from benchmarks.report.results import Results, Row
 
 OURS = "vvae_fast"  # the column of the fastest backend
-PEERS = (PLAIN, "torch.compile", REFERENCE, "normflows", "Pyro", "pythae")
+PEERS = (PLAIN, "torch.compile", REFERENCE, "normflows", "Pyro", "pythae", "flowjax")
 FLOOR_CASES = (
     *(f"shared-B{B}-D64-K32" for B in (4096, 16384, 65536, 262144)),
     "amortized-B1000-D40-K16",

@@ -286,7 +286,7 @@ def test_report_says_where_a_peer_is_faster():
     faster = results.Results(run.header, [row for row in run.rows if row.rows != 1])
     assert "is the fastest in all 1 comparisons" in tables.where_not_fastest(faster)
     assert tables.where_not_fastest(faster).endswith(
-        "at all in it: plain loop, torch.compile, reference, normflows, Pyro."
+        "at all in it: plain loop, torch.compile, reference, normflows, Pyro, flowjax."
     )
     assert tables.where_not_fastest(results.Results(run.header, [])) == ""
 

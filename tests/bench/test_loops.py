@@ -84,7 +84,7 @@ def test_the_plain_loop_launches_a_ninth_of_what_the_reference_does():
 
 def test_the_plain_loop_is_in_every_case_that_has_a_peer():
     """Or its ratios would have nothing to be to."""
-    names = {trial.name for trial in baselines() if trial.role == "peer"} | {"normflows", "Pyro", "pythae"}
+    names = {trial.name for trial in baselines() if trial.role == "peer"} | {"normflows", "Pyro", "pythae", "flowjax"}
     for case in [*PLANAR_CASES, *GPU_CASES, *MEMORY_CASES]:
         assert loops.PLAIN in case.contestants or not names & set(case.contestants), case
 
