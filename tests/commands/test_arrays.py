@@ -9,11 +9,11 @@ import torch
 from test_cli import data, one_line_and_exit_2, small  # noqa: F401  # data is a fixture
 from test_gaps_command import run  # noqa: F401  # a fixture
 
-from vvae_fast.train import cli
+from vvae_fast.train import cli, load_run
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
 from vvae_fast.train.data.sets import SPLITS, load_dataset
-from vvae_fast.train.trained import load_run, reconstruct, rows_of
+from vvae_fast.train.trained import reconstruct, rows_of
 
 COMMANDS = ("sample", "reconstruct", "encode")
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
