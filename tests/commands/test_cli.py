@@ -95,6 +95,23 @@ def test_evaluate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys, conten
     assert message in one_line_and_exit_2(capsys, ["evaluate", str(path)])
 
 
+def test_a_runs_folder_stands_for_its_best_checkpoint(data, tmp_path, capsys):
+    runs = [tmp_path / "study" / name for name in ("a", "b")]
+    for out in runs:
+        assert main(small("--data", data, "--out", str(out))) == 0
+    capsys.readouterr()
+    printed = []
+    for run in (runs[0], runs[0] / "best.ckpt"):
+        assert main(["evaluate", str(run), "--data", data, "--num-samples", "10"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    for command in (["evaluate"], ["gaps"], ["encode", "--out", "x.npz"]):
+        said = one_line_and_exit_2(capsys, [*command, str(tmp_path / "study")])
+        assert (
+            f"best.ckpt: no such checkpoint; check the path, or give the folder of one run, such as {runs[0]}" in said
+        )
+
+
 def test_evaluate_refuses_other_data(data, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(small("--data", data, "--out", str(out))) == 0

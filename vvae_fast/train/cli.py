@@ -186,14 +186,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _gaps(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run import processes
-    from vvae_fast.train.run.checkpoints import BEST
     from vvae_fast.train.run.gaps import GapSettings, gaps
     from vvae_fast.train.run.runs import load_trained
 
     check_backend()
     if processes.is_launched():
         raise RunError("gaps runs in one process; start it without torchrun")
-    trained = load_trained(arguments.run / BEST, arguments.data, arguments.root)
+    trained = load_trained(arguments.run, arguments.data, arguments.root)
     settings = GapSettings(arguments.num_points, arguments.steps, arguments.iterations, arguments.num_samples)
     scores = gaps(trained, settings, arguments.out or arguments.run)["scores"]
     return _diverged(int(not all(math.isfinite(score["mean"]) for score in scores.values())), 1)
@@ -292,10 +291,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "evaluate",
         _evaluate,
-        "evaluate a checkpoint on its test set",
-        "runs/one/best.ckpt --num-samples 5000",
+        "evaluate a trained run on its test set",
+        "runs/one --num-samples 5000",
     )
-    evaluate.add_argument("checkpoint", type=path, help="a best.ckpt or last.ckpt")
+    evaluate.add_argument("checkpoint", type=path, metavar="run", help="a run's folder, or its best.ckpt or last.ckpt")
     add_data_options(evaluate)
 
     lacks = "split a trained model's log p(x) - ELBO into what family and encoder lack"

@@ -14,7 +14,6 @@ from vvae_fast.train.base.files import make_folder, replacing
 from vvae_fast.train.base.paths import resolve
 from vvae_fast.train.data.loaders import BinarizedRows, Draw
 from vvae_fast.train.data.sets import SPLITS, Dataset
-from vvae_fast.train.run.checkpoints import BEST
 from vvae_fast.train.run.evaluation import EVALUATION_BATCH
 from vvae_fast.train.run.runconfig import RunConfig
 from vvae_fast.train.run.runs import load_trained
@@ -49,8 +48,7 @@ def load_run(folder: Path | str, data: str | None = None, root: Path | str | Non
         RunError: the folder has no checkpoint of this package, or the data are not those that the run was trained on.
         DataError: the data cannot be read.
     """
-    checkpoint = resolve(str(folder)) / BEST
-    _, config, dataset, vae = load_trained(checkpoint, data, None if root is None else Path(root))
+    _, config, dataset, vae = load_trained(resolve(str(folder)), data, None if root is None else Path(root))
     return LoadedRun(vae, config, dataset, {split: dataset.row_numbers(split) for split in SPLITS})
 
 

@@ -78,6 +78,20 @@ def checkpoint_callbacks(folder: Path) -> list:
     return [best, last]
 
 
+def best_of(run: Path) -> Path:
+    """The checkpoint of a run's folder; a file is one itself.
+
+    Raises RunError if the folder is one of several runs.
+    """
+    if run.is_file() or run.suffix == Path(BEST).suffix:
+        return run
+    best = run / BEST
+    runs = [] if best.is_file() else sorted(path.parent for path in run.glob(f"*/{BEST}"))
+    if runs:
+        raise RunError(f"{best}: no such checkpoint; check the path, or give the folder of one run, such as {runs[0]}")
+    return best
+
+
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this package, tensors on the CPU; one of an older version, without a checksum, is read as it is.
 

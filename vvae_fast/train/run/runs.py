@@ -26,6 +26,7 @@ from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.checkpoints import (
     BEST,
     AtomicCheckpointIO,
+    best_of,
     checkpoint_callbacks,
     load_checkpoint,
     load_last,
@@ -229,10 +230,11 @@ class Trained(NamedTuple):
 
 
 def load_trained(path: Path, data: str | None, root: Path | None) -> Trained:
-    """The VAE of a checkpoint with its data: `data` in place of the name or path that the checkpoint tells, if given.
+    """The VAE of a run's folder or checkpoint with its data: `data`, if given, in place of the name or path it tells.
 
-    Raises RunError if the file is no checkpoint of this package or was trained on other data.
+    Raises RunError if there is no checkpoint of this package or it was trained on other data.
     """
+    path = best_of(path)
     checkpoint = load_checkpoint(path)
     config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
     choices = {"array": config.array or None, "likelihood": config.likelihood or None}
