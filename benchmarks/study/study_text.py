@@ -97,12 +97,13 @@ def _matched(results: Results, model: Model) -> str:
     if flow not in results.runs:
         return f"{text}."
     rest = results.difference(flow, "nll", model)
+    own = results.difference(flow, "nll")
     if not rest.is_clear:
-        said = "no clear difference: the flow's parameters explain its gain"
+        explained = ": the flow's parameters explain its gain" if own.is_clear and own.mean < 0 else ""
+        said = f"no clear difference{explained}"
     else:
         said = "not explained by its parameters" if rest.mean < 0 else "so the parameters help more without a flow"
-    own = results.difference(flow, "nll").text(sign=True)
-    return f"{text}, that flow by {own}. Between the two are {rest.text(sign=True)} nats, {said}."
+    return f"{text}, that flow by {own.text(sign=True)}. Between the two are {rest.text(sign=True)} nats, {said}."
 
 
 def _cost(results: Results) -> str:

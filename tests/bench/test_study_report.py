@@ -120,6 +120,8 @@ def test_a_matched_vanilla_vae_is_compared_with_its_flow(tmp_path):
             study_text.findings(changed)
         )
         assert words in study_text.findings(changed)
+    same = dataclasses.replace(changed, runs={**changed.runs, flow: results.runs[vanilla], wide: results.runs[vanilla]})
+    assert "are +0.00 ± 0.00 nats, no clear difference." in study_text.findings(same), "no gain, nothing to explain"
     page = study_report.page([changed], {})
     assert "| vanilla VAE, matched to K = 16 | 0 |" in page
     assert "Only `mnist_mlp_cpu` has a vanilla VAE with as many" in page
