@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.study.study_results import CONFIGS
 from vvae_fast import VAE, AmortizedPlanarFlow
 from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
-from vvae_fast.train.run.networks import build_optimizer, build_vae
+from vvae_fast.train.run.networks import Rescale, build_optimizer, build_vae
 from vvae_fast.train.run.objective import free_energy, kl_weight, lr_factor
 from vvae_fast.train.run.runconfig import VANILLA, RunConfig
 from vvae_fast.train.study.compare import Model
@@ -33,7 +33,7 @@ def make(config: RunConfig, dataset: Dataset, size: int, normalise: bool | None)
     torch.manual_seed(config.seed)
     vanilla = build_vae(config, dataset)
     rescale, *layers = vanilla.encoder  # to pixels from 0 to 1
-    encoder = nn.Sequential(rescale, _Times(size), *layers)
+    encoder = nn.Sequential(rescale, Rescale(1 / size), *layers)
     dim, features = config.latent_dim, vanilla.feature_dim
     flow = None if normalise is None else AmortizedPlanarFlow(dim, STEPS, features, normalise=normalise)
     return VAE(encoder, vanilla.decoder, dim, flow, vanilla.likelihood, features)
@@ -54,17 +54,6 @@ def trained_nll(vae: VAE, config: RunConfig, dataset: Dataset) -> float:
     vae.eval()
     generator = torch.Generator().manual_seed(config.seed)
     return -vae.log_likelihood(dataset.test, config.num_samples, generator=generator).mean().item()
-
-
-class _Times(nn.Module):
-    """x -> size x."""
-
-    def __init__(self, size: float) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.size
 
 
 def main() -> None:

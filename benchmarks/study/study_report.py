@@ -112,9 +112,8 @@ def readme_section(studies: list[Results]) -> str:
     keys = ("neg_elbo", "nll", study_gaps.APPROXIMATION, study_gaps.AMORTIZATION)
     lines = []
     for model in results.in_order:
-        name = f"{model.title}, K = {model.num_steps}" if model.num_steps else model.title
         parameters = f"{results.runs[model][0]['num_parameters']:,}"
-        lines.append([name, *(results.score(model, key).text() for key in keys), parameters])
+        lines.append([model.label, *(results.score(model, key).text() for key in keys), parameters])
     title, study, seeds = TITLES[README_STUDY].split(",")[0], results.study, len(results.study.seeds)
     how = (
         f"{title}, {study.settings['epochs']} epochs, {seeds} seeds, nats per data point. Approximation gap: "

@@ -24,7 +24,9 @@ def test_a_line_for_each_size_and_model(monkeypatch, capsys):
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": NLL")[0] for line in lines] == [
-        f"digits fed as {title}, {name}" for title in ("0 to 1", "0 to 16") for name in feature_size.FLOWS
+        f"digits fed as {title}, {name}"
+        for title in ("0 to 1", "0 to 16")
+        for name in ("vanilla", "amortized", "amortized, normalise")
     ]
     assert [", gain" in line for line in lines] == 2 * [False, True, True]
 

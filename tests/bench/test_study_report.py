@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 
 from benchmarks.flow.loops import PLAIN, REFERENCE
-from benchmarks.report import svg
+from benchmarks.report import front, svg
 from benchmarks.study import study_figures, study_report, study_results, study_text
 from benchmarks.study.study_results import Unusable
 from vvae_fast.train.study.compare import Model
@@ -28,8 +28,8 @@ def copied(tmp_path):
 
 def test_the_pages_are_those_of_the_committed_results(copied, tmp_path):
     readme = tmp_path / "README.md"
-    start, end = study_report.README_START, study_report.README_END
-    readme.write_text(re.sub(f"{start}.*{end}", f"{start}old{end}", study_report.README.read_text(), flags=re.S))
+    markers = study_report.README_START, study_report.README_END
+    readme.write_text(front.between(*markers, "old", study_report.README.read_text()))
     assert study_report.main(copied, tmp_path / "results.md", readme) == 0
     assert (tmp_path / "results.md").read_bytes() == study_report.PAGE.read_bytes()
     assert readme.read_bytes() == study_report.README.read_bytes()

@@ -105,6 +105,9 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(data, tmp_path, capsys):
         assert main(["evaluate", str(run), "--data", data, "--num-samples", "10"]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
+    assert main(["gaps", str(runs[0] / "best.ckpt"), "--data", data, "--num-points", "2", "--iterations", "2"]) == 0
+    assert (runs[0] / "gaps.json").exists()
+    capsys.readouterr()
     for command in (["evaluate"], ["gaps"], ["encode", "--out", "x.npz"]):
         said = one_line_and_exit_2(capsys, [*command, str(tmp_path / "study")])
         assert (

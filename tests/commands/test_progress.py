@@ -3,7 +3,7 @@
 import pytest
 
 from vvae_fast.train.base import progress
-from vvae_fast.train.base.progress import Progress, in_words
+from vvae_fast.train.base.progress import Progress, duration
 
 
 @pytest.fixture
@@ -32,8 +32,12 @@ def test_the_time_left_is_that_of_the_runs_pace(clock, capsys):
         run(series, clock, 2, 90.0)
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(", about ")[2] for line in lines if "epoch" in line] == [
-        *("2 min left", "2 min left", "90 s left", "80 s left"),
-        *("10 min left", "9 min left"),
+        "2 min left",
+        "2 min left",
+        "90 s left",
+        "80 s left",
+        "10 min left",
+        "9 min left",
     ]
 
 
@@ -65,4 +69,4 @@ def test_nothing_is_promised_before_the_first_epoch_or_after_the_last(clock, cap
     [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"), (86400, "24.0 h")],
 )
 def test_durations_in_words(seconds, words):
-    assert in_words(seconds) == words
+    assert duration(seconds) == words

@@ -259,6 +259,7 @@ def test_the_report_takes_a_gpu_beside_the_cpu(tmp_path):
     assert front.readme_section(cpu, paths[1].parent.name) in page
     assert "| 128 x 40, K = 80 | 100 us | 13x | - |" in page
     machine = (tmp_path / "a-gpu" / "README.md").read_text()
+    assert "| 128 x 40, K = 80 | 100 us (13x) | 1.30 ms | missing | 12.0 ms (0.11x) | 8.00 us | 1.25x |" in machine
     assert "| 65,536 x 64, K = 32 | 1.25x (10.0 us) | 1.25x (10.0 us) |" in machine
     assert "784-400-40, B = 100, and 512 where the column says so, as a ratio" in machine
     assert "| 4,096 x 64, K = 32 | 3.0 kB |" in machine

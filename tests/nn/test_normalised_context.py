@@ -59,6 +59,15 @@ def test_a_size_matters_by_its_logarithm_and_is_never_lost(features):
 
 
 @RANKS
+@pytest.mark.parametrize("size", [1e-1, 16.0, 1e4, 1e15])
+def test_contexts_of_any_size(size, rank):
+    flow, (_, context) = make(rank), inputs()
+    plain, wide = make(rank, normalise=False).double(), context.double()
+    for got, wanted in zip(flow.params(size * context), plain.params(like_sizes(size * wide)), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@RANKS
 def test_small_contexts_stay_as_they_are(rank):
     flow, plain = (make(rank, normalise, torch.float64) for normalise in (True, False))
     _, context = inputs(torch.float64)

@@ -31,8 +31,8 @@ _IDENTITY_ALPHA = {
     "none": 0.0,
 }
 
-# The a of docs/math.md (56): of 0.02, 0.03 and 0.05 the one with the lowest NLL on digits. A few numbers have a larger
-# one, since Adam moves the flow by the sum of the features' sizes.
+# The a of docs/math.md (56): on digits 0.02 and 0.03 did alike, and 0.05 worse. A few numbers have a larger one, since
+# Adam moves the flow by the sum of the features' sizes.
 _KNEE, _KNEE_SUM = 0.03, 3.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
 

@@ -186,6 +186,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _gaps(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.run import processes
+    from vvae_fast.train.run.checkpoints import best_of
     from vvae_fast.train.run.gaps import GapSettings, gaps
     from vvae_fast.train.run.runs import load_trained
 
@@ -194,7 +195,7 @@ def _gaps(arguments: argparse.Namespace) -> int:
         raise RunError("gaps runs in one process; start it without torchrun")
     trained = load_trained(arguments.run, arguments.data, arguments.root)
     settings = GapSettings(arguments.num_points, arguments.steps, arguments.iterations, arguments.num_samples)
-    scores = gaps(trained, settings, arguments.out or arguments.run)["scores"]
+    scores = gaps(trained, settings, arguments.out or best_of(arguments.run).parent)["scores"]
     return _diverged(int(not all(math.isfinite(score["mean"]) for score in scores.values())), 1)
 
 

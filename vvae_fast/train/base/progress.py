@@ -27,7 +27,7 @@ class Progress:
         self.console = make_console(quiet=quiet)
         self.num_runs, self.epochs = num_runs, epochs
         self.run, self.title, self.printed_at = 0, "", 0.0
-        self.first = (0.0, 0)  # when this run was first shown, and how many epochs it had then
+        self.first: tuple[float, int] | None = None  # when this run was first shown, and how many epochs it had then
         self.bar = None
         if self.console.is_terminal:
             columns = require("rich.progress")
@@ -55,7 +55,7 @@ class Progress:
         """The next run begins."""
         self.run += 1
         self.title, self.printed_at = title, time.monotonic()
-        self.first = (self.printed_at, -1)
+        self.first = None
 
     def update(self, stage: str, history: list[dict]) -> None:
         """A run's stage and the records of its finished epochs (see VAEModule)."""
@@ -79,22 +79,20 @@ class Progress:
         if stage not in ROUTINE:
             self._print(text)
         text += detail
-        if self.first[1] < 0:
-            self.first = (time.monotonic(), completed)
+        self.first = self.first or (time.monotonic(), completed)
         if self.bar is not None:
             completed += (self.run - 1) * self.epochs
             self.bar.update(self.task, completed=completed, description=text)
         elif time.monotonic() - self.printed_at >= LINE_SECONDS:
-            self._print(text + self._left(completed))
+            self._print(text + self._left(completed, *self.first))
 
-    def _left(self, completed: int) -> str:
+    def _left(self, completed: int, began: float, epochs_before: int) -> str:
         """How long it all will take, at this run's pace; nothing before its first epoch here."""
-        began, epochs_before = self.first
         if completed <= epochs_before:
             return ""
         pace = (time.monotonic() - began) / (completed - epochs_before)
         seconds = pace * (self.epochs * (self.num_runs - self.run + 1) - completed)
-        return f", about {in_words(seconds)} left" if seconds > 0 else ""
+        return f", about {duration(seconds)} left" if seconds > 0 else ""
 
     def conclude(self, scores: str) -> None:
         """The run has ended with these scores."""
@@ -109,8 +107,8 @@ class Progress:
         self.printed_at = time.monotonic()
 
 
-def in_words(seconds: float) -> str:
-    """Two digits of seconds, minutes or hours."""
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours, whichever has a number of a few digits."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -83,7 +83,7 @@ def best_of(run: Path) -> Path:
 
     Raises RunError if the folder is one of several runs.
     """
-    if run.is_file() or run.suffix == Path(BEST).suffix:
+    if not run.is_dir() and (run.is_file() or run.suffix == Path(BEST).suffix):
         return run
     best = run / BEST
     runs = [] if best.is_file() else sorted(path.parent for path in run.glob(f"*/{BEST}"))

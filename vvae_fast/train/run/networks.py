@@ -54,7 +54,7 @@ def _likelihood(dataset: Dataset) -> tuple[Likelihood, nn.Module]:
     if dataset.likelihood == GAUSSIAN:
         mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in statistics(dataset.train.numpy(), dataset.name))
         return Standardised(mean, std), _Standardise(mean, std)
-    return make_likelihood(dataset.likelihood, total_count=dataset.total_count), _Rescale(dataset.total_count or 1)
+    return make_likelihood(dataset.likelihood, total_count=dataset.total_count), Rescale(dataset.total_count or 1)
 
 
 def _feature_dim(config: RunConfig) -> int:
@@ -146,7 +146,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     )
 
 
-class _Rescale(nn.Module):
+class Rescale(nn.Module):
     """x -> x / scale."""
 
     def __init__(self, scale: float):
