@@ -43,12 +43,12 @@ def write(tmp_path):
     return write_study
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("fashion_mlp_cpu", 2), ("mnist_rank_cpu", 3), ("mnist_gaps_cpu", 3)])
-def test_studies_by_the_protocol_of_mnist_mlp_cpu(name, seeds):
+@pytest.mark.parametrize("name", ["fashion_mlp_cpu", "mnist_rank_cpu", "mnist_gaps_cpu"])
+def test_studies_by_the_protocol_of_mnist_mlp_cpu(name):
     studies = (name, "mnist_mlp_cpu", "mnist_gaps_cpu")
     study, mnist, with_gaps = (load_study(CONFIGS / f"{stem}.yaml") for stem in studies)
     assert {**study.settings, "data": "mnist"} == mnist.settings
-    assert (study.seeds, study.gaps, study.splits) == (mnist.seeds[:seeds], with_gaps.gaps, mnist.splits)
+    assert (study.seeds, study.gaps, study.splits) == (mnist.seeds, with_gaps.gaps, mnist.splits)
 
 
 def test_the_page_has_every_key():
