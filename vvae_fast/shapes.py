@@ -98,7 +98,7 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: b
     """
     alike = _alike(z, u, w, b)
     if not alike:
-        _check_kinds(z, u, w, b)
+        check_tensors(z=z, u=u, w=w, b=b)
     _check_shapes(z, u, w, b)
     spec = spec.checked(inverse)
 
@@ -110,7 +110,7 @@ def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: b
         u.shape[-2],
         math.prod(params) if amortized else 1,
         amortized,
-        compute_dtype(z.dtype) if alike else _compute_dtype(z, u, w, b),
+        compute_dtype(z.dtype) if alike else common_dtype(z=z, u=u, w=w, b=b),
         z.device.type,
         inverse,
         spec,
@@ -156,7 +156,7 @@ def check_rows(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             f"got z {tuple(z.shape)}, u {tuple(u.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}"
         )
     if not z.device == u.device == w.device == b.device:
-        _check_device(z, u=u, w=w, b=b)
+        _check_device(z=z, u=u, w=w, b=b)
     if not z.dtype is u.dtype is w.dtype is b.dtype or z.dtype not in DTYPES:
         raise TypeError(
             f"z, u, w and b must share a dtype of {DTYPES}, got z {z.dtype}, u {u.dtype}, w {w.dtype}, b {b.dtype}"
@@ -224,9 +224,10 @@ def _alike(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> bool:
     )
 
 
-def _check_kinds(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
-    tensors = (("z", z), ("u", u), ("w", w), ("b", b))
-    for name, tensor in tensors:
+def check_tensors(**tensors: Any) -> None:
+    """Raises TypeError if an argument is not a dense tensor of a dtype of DTYPES, ValueError if it is not on the first
+    one's device."""
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
@@ -235,7 +236,7 @@ def _check_kinds(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             )
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: convert it with .to_dense()")
-    _check_device(z, u=u, w=w, b=b)
+    _check_device(**tensors)
 
 
 def _check_device(z: Tensor, **others: Tensor) -> None:
@@ -269,12 +270,16 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
         )
 
 
-def _compute_dtype(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> torch.dtype:
-    if u.dtype == w.dtype == b.dtype == z.dtype:
-        return compute_dtype(z.dtype)
-    if autocasts(z):
+def common_dtype(**tensors: Tensor) -> torch.dtype:
+    """The dtype of computation. Raises TypeError where dtypes differ outside torch.autocast."""
+    first, *_ = tensors.values()
+    if all(t.dtype == first.dtype for t in tensors.values()):
+        return compute_dtype(first.dtype)
+    if autocasts(first):
         return torch.float32
+    *names, last = tensors
+    got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
     raise TypeError(
-        f"z, u, w and b must share one dtype outside torch.autocast, got z {z.dtype}, u {u.dtype}, w {w.dtype}, "
-        f"b {b.dtype}: convert them with .to(z.dtype)"
+        f"{', '.join(names)} and {last} must share one dtype outside torch.autocast, got {got}: convert them with "
+        ".to(z.dtype)"
     )

@@ -22,6 +22,7 @@ ROOMS = [
     "backends",
     "autograd",
     "functional",
+    "sylvester",
     "distributions",
     "interop",
     "nn",

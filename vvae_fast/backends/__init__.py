@@ -1,6 +1,23 @@
 """Who computes a flow, and how one is chosen."""
 
 from vvae_fast.backends.reference import REFERENCE
-from vvae_fast.backends.selection import check_name, info, needs_plain_torch, select, select_ordinary, use_backend
+from vvae_fast.backends.selection import (
+    check_name,
+    info,
+    needs_plain_torch,
+    select,
+    select_ordinary,
+    select_sylvester,
+    use_backend,
+)
 
-__all__ = ["REFERENCE", "check_name", "info", "needs_plain_torch", "select", "select_ordinary", "use_backend"]
+__all__ = [
+    "REFERENCE",
+    "check_name",
+    "info",
+    "needs_plain_torch",
+    "select",
+    "select_ordinary",
+    "select_sylvester",
+    "use_backend",
+]

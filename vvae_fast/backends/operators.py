@@ -67,10 +67,11 @@ def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: An
     return z.new_empty(z.shape), *(t.new_empty((0,) if others[-1] is False else t.shape) for t in params)
 
 
-def _define(name: str, schema: str) -> Operator:
+def define(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]]) -> Operator:
+    """The operator of a schema, for kernels to register, and its fake."""
     torch.library.define(f"vvae_fast::{name}", schema)
     operator = getattr(torch.ops.vvae_fast, name).default
-    names, fake = _argument_names(operator), _fake_gradients if "backward" in name else _fake_outputs
+    names = _argument_names(operator)
 
     def check_and_fake(*args: Any) -> tuple[Tensor, ...]:
         """The kernels check shapes; tensors of two devices never reach them and would end in a fake."""
@@ -88,7 +89,12 @@ def _argument_names(operator: Operator) -> list[str]:
 
 PREFIXES = {"cpp": "", "triton": "triton_", "cuda": "cuda_"}  # of the operators' names, by backend
 OPERATORS = {
-    backend: Operators(*(_define(prefix + name, schema) for name, schema in _SCHEMAS.items()))
+    backend: Operators(
+        *(
+            define(prefix + name, schema, _fake_gradients if "backward" in name else _fake_outputs)
+            for name, schema in _SCHEMAS.items()
+        )
+    )
     for backend, prefix in PREFIXES.items()
 }
 planar_forward, planar_backward, planar_backward_packed, planar_inverse, planar_inverse_backward = OPERATORS["cpp"]

@@ -81,18 +81,42 @@ def select(problem: Problem, name: str | None) -> Backend:
 
     Raises ValueError for an unknown name and RuntimeError, with the reasons, where the one asked for cannot run it.
     """
+    name = _asked_for(name)
+    if name == AUTO:
+        chosen = _fastest(problem)
+    else:
+        chosen = _BACKENDS[name]
+        _require(chosen, _reasons(chosen, problem))
+    return REFERENCE if needs_plain_torch() else chosen
+
+
+def select_sylvester(z: Tensor, name: str | None) -> Backend:
+    """The backend of a Sylvester flow: the C++ kernels on the CPU, and matrix products in plain PyTorch elsewhere.
+
+    Raises as `select` does, also for the backends that have no kernel of it.
+    """
+    name, on_cpu = _asked_for(name), z.device.type == "cpu"
+    if name == AUTO:
+        chosen = CPP if on_cpu and not CPP.unavailable() else REFERENCE
+        if chosen is REFERENCE and on_cpu and not torch.compiler.is_compiling():
+            _warn_once()
+    else:
+        chosen = _BACKENDS[name]
+        missing = [] if chosen in (CPP, REFERENCE) else [f"{name} has no kernels of Sylvester flows"]
+        elsewhere = [f"the cpp backend runs on cpu tensors, got {z.device.type}"] if not on_cpu and chosen is CPP else []
+        _require(chosen, chosen.unavailable() + missing + elsewhere)
+    return REFERENCE if needs_plain_torch() else chosen
+
+
+def _asked_for(name: str | None) -> str:
+    """`name`, else `use_backend`'s, else the environment's. Raises ValueError for an unknown one."""
     source = "backend"
     if name is None:
         name, source = _override.name, "use_backend's name"
     if name is None:
         name, source = environment_name, "the environment variable VVAE_FAST_BACKEND"
-    if name == AUTO:
-        chosen = _fastest(problem)
-    else:
-        check_name(name, source)
-        chosen = _BACKENDS[name]
-        _require(chosen, _reasons(chosen, problem))
-    return REFERENCE if needs_plain_torch() else chosen
+    check_name(name, source)
+    return name
 
 
 def select_ordinary(

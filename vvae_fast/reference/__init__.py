@@ -1,5 +1,15 @@
-"""The oracle: planar flows in plain PyTorch, with which every kernel is compared."""
+"""The oracle: planar and Sylvester flows in plain PyTorch, with which every kernel is compared."""
 
 from vvae_fast.reference.flow import constrain, planar_backward, planar_forward, planar_inverse, softplus
+from vvae_fast.reference.sylvester import sylvester_backward, sylvester_forward, sylvester_inverse
 
-__all__ = ["constrain", "planar_backward", "planar_forward", "planar_inverse", "softplus"]
+__all__ = [
+    "constrain",
+    "planar_backward",
+    "planar_forward",
+    "planar_inverse",
+    "softplus",
+    "sylvester_backward",
+    "sylvester_forward",
+    "sylvester_inverse",
+]
