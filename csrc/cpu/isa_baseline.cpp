@@ -4,5 +4,6 @@
 #include "isa_table.h"
 
 namespace vvae {
-const Isa isa_baseline{"baseline", [] { return true; }, baseline::kernels<float>(), baseline::kernels<double>()};
+const Isa isa_baseline{"baseline", [] { return true; }, baseline::kernels<float>(), baseline::kernels<double>(),
+                      baseline::sylvester_kernels<float>(), baseline::sylvester_kernels<double>()};
 }

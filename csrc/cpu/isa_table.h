@@ -3,6 +3,7 @@
 
 #include "amortized.h"
 #include "shared.h"
+#include "sylvester/row.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {

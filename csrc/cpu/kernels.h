@@ -7,6 +7,7 @@
 
 #include "../planar/args.h"
 #include "../planar/chunks.h"
+#include "sylvester/args.h"
 
 namespace vvae {
 
@@ -92,6 +93,8 @@ struct Isa {
   bool (*runs_here)();
   Kernels<float> f32;
   Kernels<double> f64;
+  SylvesterKernels<float> sylvester_f32;
+  SylvesterKernels<double> sylvester_f64;
 };
 
 extern const Isa isa_avx512, isa_avx2, isa_baseline;

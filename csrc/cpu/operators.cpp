@@ -3,16 +3,18 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <stdexcept>
 
 #include "isa.h"
+#include "isa_choice.h"
 #include "schedule.h"
 
 namespace vvae {
 namespace {
 
 constexpr const Isa* kIsas[] = {&isa_avx512, &isa_avx2, &isa_baseline};
+
+}  // namespace
 
 std::atomic<const Isa*>& chosen_isa() {
   static std::atomic<const Isa*> isa = [] {
@@ -22,6 +24,8 @@ std::atomic<const Isa*>& chosen_isa() {
   }();
   return isa;
 }
+
+namespace {
 
 struct Cpu {
   static constexpr bool kDzAlone = true;

@@ -51,7 +51,7 @@ def sylvester_forward(
     """z_L [*batch, D], log_det [*batch] and p = Q^T z of all layers [L, *batch, M], docs/math.md (57) to (59)."""
     r, r_tilde = r.triu(), r_tilde.triu()
     c = c.detach() + (s - s.detach())  # 1 + c is s: what reaches c belongs to s
-    zero = torch.zeros_like(s[..., 0, :])
+    zero = s.new_zeros(())
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     projections = []
     for layer in range(r.shape[-3]):
@@ -130,7 +130,7 @@ def sylvester_inverse(
     """z_0 [*batch, D] from z_L, and the log_det [*batch] of this inverse map, docs/math.md (62)."""
     r, r_tilde = r.triu(), r_tilde.triu()
     c = c.detach() + (s - s.detach())
-    zero = torch.zeros_like(s[..., 0, :])
+    zero = s.new_zeros(())
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     for layer in reversed(range(r.shape[-3])):
         r_l, r_tilde_l = r[..., layer, :, :], r_tilde[..., layer, :, :]

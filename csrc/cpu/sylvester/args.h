@@ -1,0 +1,69 @@
+// A call of a Sylvester flow as its kernels take it, docs/math.md (57). Everything is in the dtype of computation, and
+// contiguous but for the sets. No torch.
+#pragma once
+
+#include <stdint.h>
+
+#include "../../planar/chunks.h"
+#include "../../planar/spec.h"
+
+namespace vvae {
+
+template <class T>
+struct Sets {  // of a parameter: that of set i at data + i * stride; data null where there is none
+  T* data;
+  int64_t stride;
+  T* of(int64_t set) const { return data ? data + set * stride : nullptr; }
+};
+
+// Row r of z uses parameter set r mod sets.
+template <class T>
+struct Sylvester {
+  FlowSpec spec;
+  int64_t rows, dim, layers, units, sets;
+  const T* z;             // [rows][dim]
+  Sets<const T> columns;  // [layers][units][dim]: the columns of Q; none for the triangular kind
+  Sets<const T> r, r_tilde;  // [layers][units][units], of which the upper triangles are read
+  Sets<const T> b, c, s;     // [layers][units]
+
+  bool is_empty() const { return rows == 0 || layers == 0; }
+  // Multiply-adds of one row that is taken once.
+  int64_t work() const { return layers * units * ((columns.data ? 2 * dim : 0) + units); }
+};
+
+template <class T>
+struct SylvesterForward : Sylvester<T> {
+  T* z_L;      // [rows][dim]
+  T* log_det;  // [rows]
+  T* p;        // [layers][rows][units], null where nothing is saved
+};
+
+// The gradients of one parameter set.
+template <class T>
+struct SylvesterGradients {
+  T *columns, *r, *r_tilde, *b, *s;
+};
+
+template <class T>
+struct SylvesterBackward : Sylvester<T> {
+  const T *grad_z, *grad_log_det, *p;
+  T* dz;
+  Sets<T> dcolumns, dr, dr_tilde, db, ds;
+  SylvesterGradients<T> of_set(int64_t i) const {
+    return {dcolumns.of(i), dr.of(i), dr_tilde.of(i), db.of(i), ds.of(i)};
+  }
+};
+
+// One instruction set's. Both take one row; scratch has the number of elements below. The backward writes the gradients
+// of the row's set, or adds to them.
+template <class T>
+struct SylvesterKernels {
+  int64_t (*forward_scratch)(const Sylvester<T>&);
+  int64_t (*backward_scratch)(const Sylvester<T>&);
+  void (*forward)(const SylvesterForward<T>&, int64_t row, T* scratch);
+  void (*backward)(const SylvesterBackward<T>&, int64_t row, const SylvesterGradients<T>& to, bool add, T* scratch);
+  void (*forward_any)(const SylvesterForward<T>&, int64_t row, T* scratch);
+  void (*backward_any)(const SylvesterBackward<T>&, int64_t row, const SylvesterGradients<T>& to, bool add, T* scratch);
+};
+
+}  // namespace vvae

@@ -1,0 +1,213 @@
+// The operators of Sylvester flows: checks, allocates, runs. Schemas: vvae_fast/backends/sylvester.py.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../operators/allocate.h"
+#include "../../operators/checks.h"
+#include "../isa_choice.h"
+#include "../schedule.h"
+
+namespace vvae {
+namespace {
+
+constexpr int64_t kRowsOfSlice = 16;  // the least rows of one set whose sums are kept apart from the others'
+
+Tensor new_like(std::initializer_list<int64_t> sizes, const Argument& z) {
+  return new_contiguous(sizes, z.dtype, aoti_torch_device_type_cpu(), 0);
+}
+
+template <class T>
+const T* data_of(const Argument& t) {
+  return static_cast<const T*>(t.tensor().const_data_ptr());
+}
+
+// Contiguous but for its first dimension.
+void make_readable(Argument& t) {
+  int64_t stride = 1;
+  for (int64_t i = t.rank - 1; i > 0; --i) {
+    if (t.strides[i] != stride && t.sizes[i] > 1) return t.make_contiguous();
+    stride *= t.sizes[i];
+  }
+}
+
+void check_cpu(const Argument& t, int32_t dtype) {
+  STD_TORCH_CHECK(t.tensor().is_cpu(), "vvae_fast: ", t.name, " must be on the CPU");
+  STD_TORCH_CHECK(t.dtype == dtype && (dtype == kFloat32 || dtype == kFloat64), "vvae_fast: ", t.name,
+                  " must have z's dtype, float32 or float64");
+}
+
+void check_shape(const Argument& t, const Argument& z, std::initializer_list<int64_t> sizes) {
+  check_cpu(t, z.dtype);
+  check_rank(t, int64_t(sizes.size()));
+  for (size_t i = 0; i < sizes.size(); ++i) check_size(t, int64_t(i), sizes.begin()[i]);
+}
+
+// A call's tensors, checked and readable.
+struct Call {
+  const Argument z;
+  std::optional<Argument> columns;
+  Argument r, r_tilde, b, c, s;
+  int64_t rows, dim, sets, layers, units;
+
+  Call(const Tensor& z_, const std::optional<Tensor>& columns_, const Tensor& r_, const Tensor& r_tilde_,
+       const Tensor& b_, const Tensor& c_, const Tensor& s_)
+      : z(z_, "z"), r(r_, "r"), r_tilde(r_tilde_, "r_tilde"), b(b_, "b"), c(c_, "c"), s(s_, "s") {
+    check_rank(z, 2), check_rank(r, 4), check_cpu(z, z.dtype);
+    STD_TORCH_CHECK(z.tensor().is_contiguous(), "vvae_fast: z must be contiguous");
+    rows = z.sizes[0], dim = z.sizes[1], sets = r.sizes[0], layers = r.sizes[1], units = r.sizes[2];
+    check_sets(z, sets);
+    check_count(layers * units, std::max(dim, units));
+    check_shape(r, z, {sets, layers, units, units});
+    check_shape(r_tilde, z, {sets, layers, units, units});
+    for (Argument* t : {&b, &c, &s}) check_shape(*t, z, {sets, layers, units});
+    if (columns_) {
+      columns.emplace(*columns_, "columns");
+      check_shape(*columns, z, {sets, layers, units, dim});
+      make_readable(*columns);
+    } else {
+      STD_TORCH_CHECK(units == dim, "vvae_fast: r must have ", dim, " units without columns, got ", units);
+    }
+    for (Argument* t : {&r, &r_tilde, &b, &c, &s}) make_readable(*t);
+  }
+
+  template <class T>
+  Sylvester<T> typed(int64_t activation, double slope) const {
+    const auto of = [](const Argument& t) { return Sets<const T>{data_of<T>(t), t.strides[0]}; };
+    return {spec_of(int64_t(Constraint::none), activation, slope, 0),
+            rows,
+            dim,
+            layers,
+            units,
+            sets,
+            data_of<T>(z),
+            columns ? of(*columns) : Sets<const T>{nullptr, 0},
+            of(r),
+            of(r_tilde),
+            of(b),
+            of(c),
+            of(s)};
+  }
+};
+
+template <class T>
+const SylvesterKernels<T>& kernels();
+template <>
+const SylvesterKernels<float>& kernels() {
+  return chosen_isa().load()->sylvester_f32;
+}
+template <>
+const SylvesterKernels<double>& kernels() {
+  return chosen_isa().load()->sylvester_f64;
+}
+
+template <class T>
+void run(const SylvesterForward<T>& f) {
+  const auto& of = kernels<T>();
+  const auto pass = f.spec.is_standard() ? of.forward : of.forward_any;
+  const int64_t size = of.forward_scratch(f);
+  for_each(f.rows, f.work(), [&](int64_t row) { pass(f, row, arena<T>(kTileScratch, size)); });
+}
+
+// The rows of a set one after the other where sets are many. Where they are few, slices of its rows side by side, whose
+// sums are added in order: the bits do not depend on the number of threads.
+template <class T>
+void run(const SylvesterBackward<T>& f) {
+  const auto& of = kernels<T>();
+  const auto pass = f.spec.is_standard() ? of.backward : of.backward_any;
+  const int64_t size = of.backward_scratch(f), rows = f.rows / f.sets;
+  const int64_t matrix = f.columns.data ? f.layers * f.units * f.dim : 0, square = f.layers * f.units * f.units;
+  const int64_t vector = f.layers * f.units, partial = matrix + 2 * square + 2 * vector;
+  const int64_t affordable = kPartialBytes / (partial * int64_t(sizeof(T)));
+  const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(rows, kRowsOfSlice), kMaxSlices / f.sets, affordable}));
+  T* partials = slices > 1 ? arena<T>(kPartials, (slices - 1) * partial) : nullptr;
+  for (int64_t first = 0; first < f.sets; first += slices > 1 ? 1 : f.sets) {
+    const int64_t items = slices > 1 ? slices : f.sets;
+    for_each(items, 3 * f.work() * rows / slices, [&](int64_t item) {
+      const int64_t set = slices > 1 ? first : item, slice = slices > 1 ? item : 0;
+      auto to = f.of_set(set);
+      if (slice > 0) {
+        T* sums = partials + (slice - 1) * partial;
+        T* r = sums + matrix;
+        to = {sums, r, r + square, r + 2 * square, r + 2 * square + vector};
+      }
+      const int64_t begin = slice * rows / slices, end = (slice + 1) * rows / slices;
+      for (int64_t i = begin; i < end; ++i) pass(f, i * f.sets + set, to, i > begin, arena<T>(kTileScratch, size));
+    });
+    const auto to = f.of_set(first);
+    for (int64_t slice = 1; slice < slices; ++slice) {
+      const T* sums = partials + (slice - 1) * partial;
+      const auto add = [&](T* out, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) out[i] += sums[i];
+        sums += count;
+      };
+      add(to.columns, matrix), add(to.r, square), add(to.r_tilde, square), add(to.b, vector), add(to.s, vector);
+    }
+  }
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Three sylvester_forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r, const Tensor& r_tilde,
+                        const Tensor& b, const Tensor& c, const Tensor& s, int64_t activation, double slope, bool save) {
+  const Call call(z, columns, r, r_tilde, b, c, s);
+  Tensor z_L = new_like({call.rows, call.dim}, call.z), log_det = new_like({call.rows}, call.z);
+  Tensor p = save ? new_like({call.layers, call.rows, call.units}, call.z) : new_like({0}, call.z);
+  if (call.rows == 0 || call.layers == 0) {
+    torch::stable::copy_(z_L, z);
+    torch::stable::zero_(log_det);
+    return {z_L, log_det, p};
+  }
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    run(SylvesterForward<T>{call.typed<T>(activation, slope), static_cast<T*>(z_L.mutable_data_ptr()),
+                            static_cast<T*>(log_det.mutable_data_ptr()),
+                            save ? static_cast<T*>(p.mutable_data_ptr()) : nullptr});
+  };
+  call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
+  return {z_L, log_det, p};
+}
+
+Six sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
+                       const std::optional<Tensor>& columns, const Tensor& r, const Tensor& r_tilde, const Tensor& b,
+                       const Tensor& c, const Tensor& s, const Tensor& p_, int64_t activation, double slope) {
+  const Call call(z, columns, r, r_tilde, b, c, s);
+  Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), p(p_, "p");
+  check_shape(grad_z, call.z, {call.rows, call.dim});
+  check_shape(grad_log_det, call.z, {call.rows});
+  check_shape(p, call.z, {call.layers, call.rows, call.units});
+  for (Argument* t : {&grad_z, &grad_log_det, &p})
+    if (!t->tensor().is_contiguous()) t->make_contiguous();
+  const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
+  Tensor dz = new_like({call.rows, dim}, call.z);
+  Tensor dcolumns = columns ? new_like({sets, layers, units, dim}, call.z) : new_like({0}, call.z);
+  Tensor dr = new_like({sets, layers, units, units}, call.z), dr_tilde = new_like({sets, layers, units, units}, call.z);
+  Tensor db = new_like({sets, layers, units}, call.z), ds = new_like({sets, layers, units}, call.z);
+  if (call.rows == 0 || layers == 0) {
+    torch::stable::copy_(dz, grad_z_);
+    for (Tensor* t : {&dcolumns, &dr, &dr_tilde, &db, &ds}) torch::stable::zero_(*t);
+    return {dz, dcolumns, dr, dr_tilde, db, ds};
+  }
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    const auto to = [](Tensor& t, int64_t size) { return Sets<T>{static_cast<T*>(t.mutable_data_ptr()), size}; };
+    run(SylvesterBackward<T>{call.typed<T>(activation, slope), data_of<T>(grad_z), data_of<T>(grad_log_det),
+                             data_of<T>(p), static_cast<T*>(dz.mutable_data_ptr()),
+                             columns ? to(dcolumns, layers * units * dim) : Sets<T>{nullptr, 0},
+                             to(dr, layers * units * units), to(dr_tilde, layers * units * units),
+                             to(db, layers * units), to(ds, layers * units)});
+  };
+  call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
+  return {dz, dcolumns, dr, dr_tilde, db, ds};
+}
+
+}  // namespace
+}  // namespace vvae
+
+STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
+  m.impl("sylvester_forward", TORCH_BOX(&vvae::sylvester_forward));
+  m.impl("sylvester_backward", TORCH_BOX(&vvae::sylvester_backward));
+}

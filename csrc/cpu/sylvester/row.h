@@ -1,0 +1,146 @@
+// One row through a Sylvester flow, docs/math.md (57), (58), and its adjoint, (60), (61). Vectors run along the latent
+// dimensions and along the units of a layer, which do not wait for each other: what is sequential is the layers.
+#pragma once
+
+#include "../../planar/log_det.h"
+#include "products.h"
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+// The parameters of one layer of a row's set.
+template <class T>
+struct Layer {
+  const T *columns, *r, *r_tilde, *b, *c, *s;
+  bool turned;  // the triangular kind's odd layers take z in reverse order
+
+  Layer(const Sylvester<T>& f, int64_t set, int64_t layer) {
+    const int64_t units = layer * f.units;
+    columns = f.columns.data ? f.columns.of(set) + units * f.dim : nullptr;
+    r = f.r.of(set) + units * f.units, r_tilde = f.r_tilde.of(set) + units * f.units;
+    b = f.b.of(set) + units, c = f.c.of(set) + units, s = f.s.of(set) + units;
+    turned = layer % 2;
+  }
+};
+
+// out [units] = Q^T z.
+template <class T>
+PLANAR_FN void into(T* out, const T* z, const Layer<T>& of, const Sylvester<T>& f) {
+  if (of.columns) return dots(out, of.columns, f.units, f.dim, z);
+  if (of.turned) return reverse(out, z, f.dim);
+  copy_in(out, z, f.dim);
+}
+
+// z [dim] += Q x.
+template <class T>
+PLANAR_FN void add_out_of(T* z, const T* x, const Layer<T>& of, const Sylvester<T>& f) {
+  if (of.columns) return combine(z, of.columns, f.units, f.dim, x);
+  for (int64_t d = 0; d < f.dim; ++d) z[d] += x[of.turned ? f.dim - 1 - d : d];
+}
+
+// h, and where `slopes` is given h', of a = R~ p + b for all units; the layer's determinants go to log_det.
+template <class T, class F>
+PLANAR_FN void activate_layer(T* h, T* slopes, const T* p, const Layer<T>& of, const Sylvester<T>& f, const F& kind,
+                              LogDet<Simd<T>>* log_det) {
+  using S = Simd<T>;
+  upper_dots(h, of.r_tilde, f.units, p);
+  for (int64_t i = 0; i < f.units; i += S::width) {
+    const int64_t rest = f.units - i;
+    const auto act = activate<S>(S::load(h + i) + S::load_first(of.b + i, rest), kind);
+    S::store(h + i, act.h);
+    if (slopes) S::store(slopes + i, act.h_prime);
+    if (log_det)
+      add_step<S, 1>(log_det, &act, S::load_first(of.c + i, rest), S::load_first(of.s + i, rest, T(1)), S::splat(0), kind);
+  }
+}
+
+template <class T>
+int64_t sylvester_forward_scratch(const Sylvester<T>& f) {
+  return padded<T>(f.dim) + 3 * padded<T>(f.units);
+}
+
+template <class T, class F>
+void sylvester_forward(const SylvesterForward<T>& f, int64_t row, T* scratch) {
+  using S = Simd<T>;
+  const F kind = F::of(f.spec);
+  const int64_t set = row % f.sets;
+  T *z = scratch, *p = z + padded<T>(f.dim), *h = p + padded<T>(f.units), *x = h + padded<T>(f.units);
+  copy_in(z, f.z + row * f.dim, f.dim);
+  auto log_det = no_steps<S>();
+  for (int64_t l = 0; l < f.layers; ++l) {
+    const Layer<T> of(f, set, l);
+    into(p, z, of, f);
+    if (f.p) copy_out(f.p + (l * f.rows + row) * f.units, p, f.units);
+    activate_layer<T, F>(h, nullptr, p, of, f, kind, &log_det);
+    upper_dots(x, of.r, f.units, h);
+    add_out_of(z, x, of, f);
+  }
+  copy_out(f.z_L + row * f.dim, z, f.dim);
+  const auto sums = value<S>(log_det);
+  T sum = 0;
+  for (int i = 0; i < S::width; ++i) sum += sums[i];
+  f.log_det[row] = sum;
+}
+
+template <class T>
+int64_t sylvester_backward_scratch(const Sylvester<T>& f) {
+  return (f.layers + 2) * padded<T>(f.dim) + (3 * f.layers + 4) * padded<T>(f.units);
+}
+
+// Forward once more from the saved p, keeping what every layer had, then the layers back.
+template <class T, class F>
+void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const SylvesterGradients<T>& to, bool add,
+                        T* scratch) {
+  using S = Simd<T>;
+  const F kind = F::of(f.spec);
+  const int64_t set = row % f.sets, dim = padded<T>(f.dim), units = padded<T>(f.units);
+  T *g = scratch, *z = g + dim;                                           // [dim], [layers + 1][dim]
+  T *h = z + (f.layers + 1) * dim, *slopes = h + f.layers * units;        // [layers][units]
+  T *x = slopes + f.layers * units;                                       // [layers][units]
+  T *p = x + f.layers * units, *dx = p + units, *da = dx + units, *dp = da + units;
+  copy_in(z, f.z + row * f.dim, f.dim);
+  for (int64_t l = 0; l < f.layers; ++l) {
+    const Layer<T> of(f, set, l);
+    copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
+    activate_layer<T, F>(h + l * units, slopes + l * units, p, of, f, kind, nullptr);
+    upper_dots(x + l * units, of.r, f.units, h + l * units);
+    for (int64_t d = 0; d < dim; d += S::width) S::store(z + (l + 1) * dim + d, S::load(z + l * dim + d));
+    if (l + 1 < f.layers) add_out_of(z + (l + 1) * dim, x + l * units, of, f);
+  }
+  copy_in(g, f.grad_z + row * f.dim, f.dim);
+  const auto lambda = S::splat(f.grad_log_det[row]), one = S::splat(1);
+  for (int64_t l = f.layers - 1; l >= 0; --l) {
+    const Layer<T> of(f, set, l);
+    const int64_t first = l * f.units;  // of the layer's units among those of the set
+    copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
+    into(dx, g, of, f);
+    upper_combine(da, of.r, f.units, dx);
+    for (int64_t i = 0; i < f.units; i += S::width) {
+      const int64_t rest = f.units - i;
+      const Activated<S> act{S::load(h + l * units + i), S::load(slopes + l * units + i)};
+      const auto c = S::load_first(of.c + i, rest), s = S::load_first(of.s + i, rest, T(1));
+      auto [delta, gamma] = step_adjoint<S>(S::load(da + i), lambda, act, c, s, one, kind);
+      S::store(da + i, delta);
+      T *db = to.b + first + i, *ds = to.s + first + i;
+      if (add) delta += S::load_first(db, rest), gamma += S::load_first(ds, rest);
+      S::store_first(db, delta, rest);
+      S::store_first(ds, gamma, rest);
+    }
+    upper_combine(dp, of.r_tilde, f.units, da);
+    upper_outer(to.r + first * f.units, dx, h + l * units, f.units, add);
+    upper_outer(to.r_tilde + first * f.units, da, p, f.units, add);
+    if (of.columns) outer_pair(to.columns + first * f.dim, x + l * units, g, dp, z + l * dim, f.units, f.dim, add);
+    add_out_of(g, dp, of, f);
+  }
+  copy_out(f.dz + row * f.dim, g, f.dim);
+}
+
+template <class T>
+constexpr SylvesterKernels<T> sylvester_kernels() {
+  return {sylvester_forward_scratch<T>,       sylvester_backward_scratch<T>,
+          sylvester_forward<T, StandardFlow>, sylvester_backward<T, StandardFlow>,
+          sylvester_forward<T, AnyFlow<T>>,   sylvester_backward<T, AnyFlow<T>>};
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae
