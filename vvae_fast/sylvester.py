@@ -1,6 +1,6 @@
 """The functional interface of Sylvester flows: `sylvester_flow` and `sylvester_flow_inverse`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def sylvester_flow(
         ValueError: shapes, devices, names or numbers do not fit; the message says which and what was expected.
         RuntimeError: the requested backend cannot run this problem; the message has the reasons.
     """
-    return _flow(z, q, r, r_tilde, b, s, FlowSpec("none", activation, slope).checked(), backend, inverse=False)
+    spec = FlowSpec("none", activation, slope).checked()
+    return _flow(z, _Params(q, r, r_tilde, None, None, b, s), spec, backend, inverse=False)
 
 
 def sylvester_flow_inverse(
@@ -68,8 +69,65 @@ def sylvester_flow_inverse(
     Arguments and errors are those of `sylvester_flow`. There is an inverse wherever R_ii R~_ii > -1 for every unit; a
     row with another unit gets NaN. leaky_relu with a slope above 1 raises ValueError.
     """
-    FlowSpec("softplus", activation, slope).checked(inverse=True)
-    return _flow(z, q, r, r_tilde, b, s, FlowSpec("none", activation, slope).checked(), backend, inverse=True)
+    spec = FlowSpec("softplus", activation, slope).checked(inverse=True)
+    return _flow(z, _Params(q, r, r_tilde, None, None, b, s), spec, backend, inverse=True)
+
+
+def packed_sylvester_flow(
+    z: Tensor,
+    q: Tensor | None,
+    mixed: Tensor,
+    d: Tensor,
+    d_tilde: Tensor,
+    b: Tensor,
+    *,
+    s: Tensor | None = None,
+    activation: str = "tanh",
+    slope: float = DEFAULT_SLOPE,
+    backend: str | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`sylvester_flow`, or its inverse, for parameters as a head computes them: mixed [*params, L, M, M] has R above
+    its diagonal and R~, transposed, below it; their diagonals d and d_tilde [*params, L, M] are apart, and mixed's own
+    is not read. Nothing is copied. Results and errors are those of `sylvester_flow`."""
+    spec = FlowSpec("softplus" if inverse else "none", activation, slope).checked(inverse)
+    return _flow(z, _Params(q, mixed, None, d, d_tilde, b, s), spec, backend, inverse)
+
+
+class _Params(NamedTuple):
+    """q or, in the kernels' layout, its columns in rows; r and r_tilde, with their diagonals where d and d_tilde are
+    None; without r_tilde, R~ transposed below the diagonal of r."""
+
+    q: Tensor | None
+    r: Tensor
+    r_tilde: Tensor | None
+    d: Tensor | None
+    d_tilde: Tensor | None
+    b: Tensor
+    s: Tensor | None
+
+    def whole(self) -> tuple[Tensor | None, ...]:
+        """The arguments of the reference: columns, r, r_tilde, b, c, s."""
+        q, r, r_tilde, d, d_tilde, b, s = self
+        if d is None or d_tilde is None:
+            d, d_tilde = _diagonal(r), _diagonal(r_tilde)
+        else:
+            below = r.mT if r_tilde is None else r_tilde
+            r, r_tilde = r.triu(1) + torch.diag_embed(d), below.triu(1) + torch.diag_embed(d_tilde)
+        c = d * d_tilde  # [*params, L, M]
+        return q, r, r_tilde, b, c.detach(), 1 + c if s is None else s
+
+    def apart(self) -> tuple[Tensor | None, ...]:
+        """The arguments of the operators, with the diagonals apart."""
+        q, r, r_tilde, d, d_tilde, b, s = self
+        if d is None or d_tilde is None:
+            d, d_tilde = _diagonal(r), _diagonal(r_tilde)
+        return q, r, r_tilde, d, d_tilde, b, 1 + d * d_tilde if s is None else s
+
+
+def _diagonal(matrix: Tensor | None) -> Tensor:
+    assert matrix is not None
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 class _Function(torch.autograd.Function):
@@ -77,7 +135,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: tuple[int, float], z: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor]:
-        z_out, log_det, p = sylvester_forward(z, *params, *spec, True)
+        z_out, log_det, p = sylvester_forward(z, *_Params(*params).apart(), *spec, True)
         ctx.save_for_backward(z, *params, p)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
@@ -86,87 +144,110 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
-            return (None,) * 8
-        z, *params, p = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        z, *tensors, p = ctx.saved_tensors
+        params = _Params(*tensors)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         grad_log_det = z.new_zeros(z.shape[0]) if grad_log_det is None else grad_log_det
         if torch.is_grad_enabled():  # create_graph=True
-            names = ACTIVATIONS[ctx.spec[0]], ctx.spec[1]
-            dz, dcolumns, *others, ds = reference.sylvester_backward(grad_z, grad_log_det, z, *params, *names)
-        else:
-            dz, dcolumns, *others, ds = sylvester_backward(grad_z, grad_log_det, z, *params, p, *ctx.spec)
-        return None, dz, None if params[0] is None else dcolumns, *others, None, ds
+            return None, *_plain_backward(grad_z, grad_log_det, z, params, ctx.spec)
+        apart = params.apart()
+        dz, dq, dr, dr_tilde, dd, dd_tilde, db, ds = sylvester_backward(grad_z, grad_log_det, z, *apart, p, *ctx.spec)
+        if params.s is None:  # 1 + d d_tilde
+            dd, dd_tilde = dd + ds * apart[4], dd_tilde + ds * apart[3]
+        if params.d is None:
+            _diagonal(dr).copy_(dd)
+            _diagonal(dr_tilde).copy_(dd_tilde)
+        gradients = dq, dr, dr_tilde, dd, dd_tilde, db, ds
+        return None, dz, *(None if t is None else x for t, x in zip(params, gradients, strict=True))
 
 
-def _flow(
-    z: Tensor,
-    q: Tensor | None,
-    r: Tensor,
-    r_tilde: Tensor,
-    b: Tensor,
-    s: Tensor | None,
-    spec: FlowSpec,
-    backend: str | None,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = _check(z, q, r, r_tilde, b, s)
-    chosen = backends.select_sylvester(z, backend)
-    z_dtype = z.dtype
-    z, r, r_tilde, b = (t.to(dtype) for t in (z, r, r_tilde, b))
-    columns = None if q is None else q.to(dtype).mT
-    c = r.diagonal(dim1=-2, dim2=-1) * r_tilde.diagonal(dim1=-2, dim2=-1)  # [*params, L, M]
-    params = columns, r, r_tilde, b, c.detach(), 1 + c if s is None else s.to(dtype)
+def _plain_backward(
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, params: _Params, spec: tuple[int, float]
+) -> list[Tensor | None]:
+    """The gradients of z and the parameters, differentiable."""
+    # Aliases: where one argument was computed from another, its gradient must not run on into that one.
+    inputs = [
+        t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, *params)
+    ]
+    out = reference.sylvester_forward(inputs[0], *_Params(*inputs[1:]).whole(), ACTIVATIONS[spec[0]], spec[1])
+    given = [t for t in inputs if t is not None]
+    found = iter(
+        torch.autograd.grad(
+            out[:2], given, (grad_z, grad_log_det), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
+    return [None if t is None else next(found) for t in inputs]
+
+
+def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    dtype = _check(z, params)
+    chosen, z_dtype = backends.select_sylvester(z, backend), z.dtype
+    z, *converted = (None if t is None else t.to(dtype) for t in (z, *params))
+    params = _Params(*converted)
+    if params.q is not None:
+        params = params._replace(q=params.q.mT)
     if chosen.is_plain or inverse:
         flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
-        z_out, log_det, *_ = flow(z, *params, spec.activation, spec.slope)
+        z_out, log_det, *_ = flow(z, *params.whole(), spec.activation, spec.slope)
+        given = tuple(t for t in (z, *params) if t is not None)
+        z_out, log_det = backends.as_functions_of(given, z_out, log_det)
     else:
         z_out, log_det = _run(z, params, (ACTIVATIONS.index(spec.activation), spec.slope))
     return z_out.to(z_dtype), log_det
 
 
-def _run(z: Tensor, params: tuple[Tensor | None, ...], spec: tuple[int, float]) -> tuple[Tensor, Tensor]:
+def _run(z: Tensor, params: _Params, spec: tuple[int, float]) -> tuple[Tensor, Tensor]:
     """By the operators, which take rows [R, D] and sets [P, L, ...]."""
     rows = z.reshape(-1, z.shape[-1])
-    amortized = params[1].dim() > 3
-    sets = [
-        t if t is None else t.flatten(0, t.dim() - trailing - 1) if amortized else t[None]
-        for t, trailing in zip(params, (3, 3, 3, 2, 2, 2), strict=True)
-    ]
+    amortized = params.r.dim() > 3
+    sets = _Params(
+        *(
+            t if t is None else t.flatten(0, t.dim() - own - 1) if amortized else t[None]
+            for t, own in zip(params, (3, 3, 3, 2, 2, 2, 2), strict=True)
+        )
+    )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *params)):
         z_out, log_det = _Function.apply(spec, rows, *sets)
     else:
-        z_out, log_det, _ = sylvester_forward(rows, *sets, *spec, False)
+        z_out, log_det, _ = sylvester_forward(rows, *sets.apart(), *spec, False)
     return z_out.view(z.shape), log_det.view(z.shape[:-1])
 
 
 @shapes.untraced
-def _check(z: Tensor, q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor, s: Tensor | None) -> torch.dtype:
+def _check(z: Tensor, params: _Params) -> torch.dtype:
     """The dtype of computation. Raises TypeError or ValueError where the tensors do not fit."""
-    given = {"z": z, "q": q, "r": r, "r_tilde": r_tilde, "b": b, "s": s}
-    tensors = {name: t for name, t in given.items() if t is not None or name not in ("q", "s")}
+    given = {"z": z, **params._asdict()}
+    if params.d is not None or params.d_tilde is not None:
+        given["mixed"] = given.pop("r")
+    matrix = "r" if "r" in given else "mixed"
+    optional = ("q", "s") if matrix == "r" else ("q", "s", "r_tilde")
+    unused = ("d", "d_tilde") if matrix == "r" else ()
+    tensors = {name: t for name, t in given.items() if name not in unused and (t is not None or name not in optional)}
     shapes.check_tensors(**tensors)
+    r = params.r
     if z.dim() < 1 or z.shape[-1] < 1:
         raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(z.shape)}")
     dim, batch = z.shape[-1], z.shape[:-1]
     if r.dim() < 3 or r.shape[-1] != r.shape[-2] or not 1 <= r.shape[-1] <= dim:
         raise ValueError(
-            f"r must have shape [L, M, M] or [*batch, L, M, M] with 1 <= M <= D = {dim}, got {tuple(r.shape)}"
+            f"{matrix} must have shape [L, M, M] or [*batch, L, M, M] with 1 <= M <= D = {dim}, got {tuple(r.shape)}"
         )
-    *params, layers, units, _ = r.shape
-    if q is None and units != dim:
-        raise ValueError(f"r must be [*params, L, D, D] with D = {dim} where q is None, got {tuple(r.shape)}")
+    *sets, layers, units, _ = r.shape
+    if params.q is None and units != dim:
+        raise ValueError(f"{matrix} must be [*params, L, D, D] with D = {dim} where q is None, got {tuple(r.shape)}")
+    vector = (*sets, layers, units)
     wanted = {
-        "q": (*params, layers, dim, units),
+        "q": (*sets, layers, dim, units),
         "r_tilde": tuple(r.shape),
-        "b": (*params, layers, units),
-        "s": (*params, layers, units),
+        **dict.fromkeys(("d", "d_tilde", "b", "s"), vector),
     }
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
-            raise ValueError(f"{name} must have shape {shape} to fit r and z, got {tuple(tensors[name].shape)}")
-    if not shapes.is_trailing(torch.Size(params), batch):
+            raise ValueError(f"{name} must have shape {shape} to fit {matrix} and z, got {tuple(tensors[name].shape)}")
+    if not shapes.is_trailing(torch.Size(sets), batch):
         raise ValueError(
-            f"r's batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got {tuple(params)}: "
-            "nothing else is broadcast (for parameters shared by all samples pass r [L, M, M])"
+            f"{matrix}'s batch dimensions must equal the trailing batch dimensions of z, {tuple(batch)}, got "
+            f"{tuple(sets)}: nothing else is broadcast (for parameters shared by all samples pass {matrix} [L, M, M])"
         )
     return shapes.common_dtype(**tensors)

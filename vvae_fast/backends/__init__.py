@@ -1,6 +1,6 @@
 """Who computes a flow, and how one is chosen."""
 
-from vvae_fast.backends.reference import REFERENCE
+from vvae_fast.backends.reference import REFERENCE, as_functions_of
 from vvae_fast.backends.selection import (
     check_name,
     info,
@@ -13,6 +13,7 @@ from vvae_fast.backends.selection import (
 
 __all__ = [
     "REFERENCE",
+    "as_functions_of",
     "check_name",
     "info",
     "needs_plain_torch",

@@ -17,20 +17,22 @@ from vvae_fast.backends.base import Backend
 from vvae_fast.spec import FlowSpec
 
 
-def _saving_nothing(flow: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
+def as_functions_of(inputs: tuple[Tensor, ...], z_out: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
     """Both outputs as functions of every input, as a kernel's are: a derivative that is zero everywhere, as those of no
     steps or of the log-determinant of linear ones, is a gradient of zeros and not None."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return (z_out.clone() if z_out is inputs[0] else z_out), log_det  # no steps give no new tensor by themselves
+    zero = sum(t[..., :0].sum() for t in inputs)
+    return z_out - zero, log_det - zero  # and not plus: -0.0 stays
 
+
+def _saving_nothing(flow: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
     def operation(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, save: bool) -> tuple[Any, ...]:
         if torch._C._get_tracing_state() is not None:
             with warnings.catch_warnings():  # the trace holds these K steps, and is warned of as if they were data
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)
                 return *flow(z, u, w, b, spec)[:2], None
-        z_out, log_det = flow(z, u, w, b, spec)[:2]
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (z, u, w, b)):
-            return (z.clone() if z_out is z else z_out), log_det, None  # no steps give no new tensor by themselves
-        zero = sum(t[..., :0].sum() for t in (z, u, w, b))
-        return z_out - zero, log_det - zero, None  # and not plus: -0.0 stays
+        return *as_functions_of((z, u, w, b), *flow(z, u, w, b, spec)[:2]), None
 
     return operation
 

@@ -23,8 +23,10 @@ struct Sylvester {
   int64_t rows, dim, layers, units, sets;
   const T* z;             // [rows][dim]
   Sets<const T> columns;  // [layers][units][dim]: the columns of Q; none for the triangular kind
-  Sets<const T> r, r_tilde;  // [layers][units][units], of which the upper triangles are read
-  Sets<const T> b, c, s;     // [layers][units]
+  // [layers][units][units], of which only the triangle above the diagonal is read. Without r_tilde, the triangle of r
+  // below its diagonal is that of R~, transposed.
+  Sets<const T> r, r_tilde;
+  Sets<const T> d, d_tilde, b, s;  // [layers][units]: the diagonals of R and R~, b, and 1 + d d_tilde
 
   bool is_empty() const { return rows == 0 || layers == 0; }
   // Multiply-adds of one row that is taken once.
@@ -41,16 +43,16 @@ struct SylvesterForward : Sylvester<T> {
 // The gradients of one parameter set.
 template <class T>
 struct SylvesterGradients {
-  T *columns, *r, *r_tilde, *b, *s;
+  T *columns, *r, *r_tilde, *d, *d_tilde, *b, *s;
 };
 
 template <class T>
 struct SylvesterBackward : Sylvester<T> {
   const T *grad_z, *grad_log_det, *p;
   T* dz;
-  Sets<T> dcolumns, dr, dr_tilde, db, ds;
+  Sets<T> dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds;
   SylvesterGradients<T> of_set(int64_t i) const {
-    return {dcolumns.of(i), dr.of(i), dr_tilde.of(i), db.of(i), ds.of(i)};
+    return {dcolumns.of(i), dr.of(i), dr_tilde.of(i), dd.of(i), dd_tilde.of(i), db.of(i), ds.of(i)};
   }
 };
 

@@ -1,9 +1,10 @@
 // The operators of Sylvester flows: checks, allocates, runs. Schemas: vvae_fast/backends/sylvester.py.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <numeric>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "../../operators/allocate.h"
 #include "../../operators/checks.h"
@@ -48,34 +49,38 @@ void check_shape(const Argument& t, const Argument& z, std::initializer_list<int
 // A call's tensors, checked and readable.
 struct Call {
   const Argument z;
-  std::optional<Argument> columns;
-  Argument r, r_tilde, b, c, s;
+  std::optional<Argument> columns, r_tilde;
+  Argument r, d, d_tilde, b, s;
   int64_t rows, dim, sets, layers, units;
 
-  Call(const Tensor& z_, const std::optional<Tensor>& columns_, const Tensor& r_, const Tensor& r_tilde_,
-       const Tensor& b_, const Tensor& c_, const Tensor& s_)
-      : z(z_, "z"), r(r_, "r"), r_tilde(r_tilde_, "r_tilde"), b(b_, "b"), c(c_, "c"), s(s_, "s") {
+  Call(const Tensor& z_, const std::optional<Tensor>& columns_, const Tensor& r_,
+       const std::optional<Tensor>& r_tilde_, const Tensor& d_, const Tensor& d_tilde_, const Tensor& b_,
+       const Tensor& s_)
+      : z(z_, "z"), r(r_, "r"), d(d_, "d"), d_tilde(d_tilde_, "d_tilde"), b(b_, "b"), s(s_, "s") {
     check_rank(z, 2), check_rank(r, 4), check_cpu(z, z.dtype);
     STD_TORCH_CHECK(z.tensor().is_contiguous(), "vvae_fast: z must be contiguous");
     rows = z.sizes[0], dim = z.sizes[1], sets = r.sizes[0], layers = r.sizes[1], units = r.sizes[2];
     check_sets(z, sets);
     check_count(layers * units, std::max(dim, units));
-    check_shape(r, z, {sets, layers, units, units});
-    check_shape(r_tilde, z, {sets, layers, units, units});
-    for (Argument* t : {&b, &c, &s}) check_shape(*t, z, {sets, layers, units});
-    if (columns_) {
-      columns.emplace(*columns_, "columns");
-      check_shape(*columns, z, {sets, layers, units, dim});
-      make_readable(*columns);
-    } else {
-      STD_TORCH_CHECK(units == dim, "vvae_fast: r must have ", dim, " units without columns, got ", units);
+    check_matrix(r, units);
+    if (r_tilde_) check_matrix(r_tilde.emplace(*r_tilde_, "r_tilde"), units);
+    for (Argument* t : {&d, &d_tilde, &b, &s}) {
+      check_shape(*t, z, {sets, layers, units});
+      make_readable(*t);
     }
-    for (Argument* t : {&r, &r_tilde, &b, &c, &s}) make_readable(*t);
+    if (columns_) check_matrix(columns.emplace(*columns_, "columns"), dim);
+    STD_TORCH_CHECK(columns_ || units == dim, "vvae_fast: r must have ", dim, " units without columns, got ", units);
+  }
+
+  void check_matrix(Argument& t, int64_t length) {
+    check_shape(t, z, {sets, layers, units, length});
+    make_readable(t);
   }
 
   template <class T>
   Sylvester<T> typed(int64_t activation, double slope) const {
     const auto of = [](const Argument& t) { return Sets<const T>{data_of<T>(t), t.strides[0]}; };
+    const auto maybe = [&](const std::optional<Argument>& t) { return t ? of(*t) : Sets<const T>{nullptr, 0}; };
     return {spec_of(int64_t(Constraint::none), activation, slope, 0),
             rows,
             dim,
@@ -83,11 +88,12 @@ struct Call {
             units,
             sets,
             data_of<T>(z),
-            columns ? of(*columns) : Sets<const T>{nullptr, 0},
+            maybe(columns),
             of(r),
-            of(r_tilde),
+            maybe(r_tilde),
+            of(d),
+            of(d_tilde),
             of(b),
-            of(c),
             of(s)};
   }
 };
@@ -101,6 +107,11 @@ const SylvesterKernels<float>& kernels() {
 template <>
 const SylvesterKernels<double>& kernels() {
   return chosen_isa().load()->sylvester_f64;
+}
+
+template <class T>
+std::array<T**, 7> members(SylvesterGradients<T>& of) {
+  return {&of.columns, &of.r, &of.r_tilde, &of.d, &of.d_tilde, &of.b, &of.s};
 }
 
 template <class T>
@@ -118,8 +129,11 @@ void run(const SylvesterBackward<T>& f) {
   const auto& of = kernels<T>();
   const auto pass = f.spec.is_standard() ? of.backward : of.backward_any;
   const int64_t size = of.backward_scratch(f), rows = f.rows / f.sets;
-  const int64_t matrix = f.columns.data ? f.layers * f.units * f.dim : 0, square = f.layers * f.units * f.units;
-  const int64_t vector = f.layers * f.units, partial = matrix + 2 * square + 2 * vector;
+  // Elements of each gradient of a set, in the order of SylvesterGradients.
+  const int64_t vector = f.layers * f.units, square = vector * f.units;
+  const int64_t sizes[] = {f.columns.data ? vector * f.dim : 0, square, f.r_tilde.data ? square : 0, vector, vector,
+                           vector, vector};
+  const int64_t partial = std::accumulate(std::begin(sizes), std::end(sizes), int64_t(0));
   const int64_t affordable = kPartialBytes / (partial * int64_t(sizeof(T)));
   const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(rows, kRowsOfSlice), kMaxSlices / f.sets, affordable}));
   T* partials = slices > 1 ? arena<T>(kPartials, (slices - 1) * partial) : nullptr;
@@ -130,30 +144,31 @@ void run(const SylvesterBackward<T>& f) {
       auto to = f.of_set(set);
       if (slice > 0) {
         T* sums = partials + (slice - 1) * partial;
-        T* r = sums + matrix;
-        to = {sums, r, r + square, r + 2 * square, r + 2 * square + vector};
+        const int64_t* size = sizes;
+        for (T** t : members(to)) *t = sums, sums += *size++;
       }
       const int64_t begin = slice * rows / slices, end = (slice + 1) * rows / slices;
       for (int64_t i = begin; i < end; ++i) pass(f, i * f.sets + set, to, i > begin, arena<T>(kTileScratch, size));
     });
-    const auto to = f.of_set(first);
+    auto to = f.of_set(first);
+    const T* sums = partials;
     for (int64_t slice = 1; slice < slices; ++slice) {
-      const T* sums = partials + (slice - 1) * partial;
-      const auto add = [&](T* out, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) out[i] += sums[i];
-        sums += count;
-      };
-      add(to.columns, matrix), add(to.r, square), add(to.r_tilde, square), add(to.b, vector), add(to.s, vector);
+      const int64_t* size = sizes;
+      for (T** t : members(to)) {
+        for (int64_t i = 0; i < *size; ++i) (*t)[i] += sums[i];
+        sums += *size++;
+      }
     }
   }
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Three sylvester_forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r, const Tensor& r_tilde,
-                        const Tensor& b, const Tensor& c, const Tensor& s, int64_t activation, double slope, bool save) {
-  const Call call(z, columns, r, r_tilde, b, c, s);
+Three sylvester_forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r,
+                        const std::optional<Tensor>& r_tilde, const Tensor& d, const Tensor& d_tilde, const Tensor& b,
+                        const Tensor& s, int64_t activation, double slope, bool save) {
+  const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
   Tensor z_L = new_like({call.rows, call.dim}, call.z), log_det = new_like({call.rows}, call.z);
   Tensor p = save ? new_like({call.layers, call.rows, call.units}, call.z) : new_like({0}, call.z);
   if (call.rows == 0 || call.layers == 0) {
@@ -171,37 +186,41 @@ Three sylvester_forward(const Tensor& z, const std::optional<Tensor>& columns, c
   return {z_L, log_det, p};
 }
 
-Six sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
-                       const std::optional<Tensor>& columns, const Tensor& r, const Tensor& r_tilde, const Tensor& b,
-                       const Tensor& c, const Tensor& s, const Tensor& p_, int64_t activation, double slope) {
-  const Call call(z, columns, r, r_tilde, b, c, s);
+Eight sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
+                         const std::optional<Tensor>& columns, const Tensor& r, const std::optional<Tensor>& r_tilde,
+                         const Tensor& d, const Tensor& d_tilde, const Tensor& b, const Tensor& s, const Tensor& p_,
+                         int64_t activation, double slope) {
+  const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
   Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), p(p_, "p");
-  check_shape(grad_z, call.z, {call.rows, call.dim});
+  const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
+  check_shape(grad_z, call.z, {call.rows, dim});
   check_shape(grad_log_det, call.z, {call.rows});
-  check_shape(p, call.z, {call.layers, call.rows, call.units});
+  check_shape(p, call.z, {layers, call.rows, units});
   for (Argument* t : {&grad_z, &grad_log_det, &p})
     if (!t->tensor().is_contiguous()) t->make_contiguous();
-  const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
   Tensor dz = new_like({call.rows, dim}, call.z);
-  Tensor dcolumns = columns ? new_like({sets, layers, units, dim}, call.z) : new_like({0}, call.z);
-  Tensor dr = new_like({sets, layers, units, units}, call.z), dr_tilde = new_like({sets, layers, units, units}, call.z);
-  Tensor db = new_like({sets, layers, units}, call.z), ds = new_like({sets, layers, units}, call.z);
+  const auto matrices = [&](bool there, int64_t length) {
+    return there ? new_like({sets, layers, units, length}, call.z) : new_like({0}, call.z);
+  };
+  const auto vectors = [&] { return new_like({sets, layers, units}, call.z); };
+  Tensor dcolumns = matrices(bool(columns), dim), dr = matrices(true, units), dr_tilde = matrices(bool(r_tilde), units);
+  Tensor dd = vectors(), dd_tilde = vectors(), db = vectors(), ds = vectors();
   if (call.rows == 0 || layers == 0) {
     torch::stable::copy_(dz, grad_z_);
-    for (Tensor* t : {&dcolumns, &dr, &dr_tilde, &db, &ds}) torch::stable::zero_(*t);
-    return {dz, dcolumns, dr, dr_tilde, db, ds};
+    for (Tensor* t : {&dcolumns, &dr, &dr_tilde, &dd, &dd_tilde, &db, &ds}) torch::stable::zero_(*t);
+    return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
   }
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    const auto to = [](Tensor& t, int64_t size) { return Sets<T>{static_cast<T*>(t.mutable_data_ptr()), size}; };
+    const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+    const auto to = [&](Tensor& t) { return Sets<T>{data(t), t.numel() / sets}; };
+    const Sets<T> nothing{nullptr, 0};
     run(SylvesterBackward<T>{call.typed<T>(activation, slope), data_of<T>(grad_z), data_of<T>(grad_log_det),
-                             data_of<T>(p), static_cast<T*>(dz.mutable_data_ptr()),
-                             columns ? to(dcolumns, layers * units * dim) : Sets<T>{nullptr, 0},
-                             to(dr, layers * units * units), to(dr_tilde, layers * units * units),
-                             to(db, layers * units), to(ds, layers * units)});
+                             data_of<T>(p), data(dz), columns ? to(dcolumns) : nothing, to(dr),
+                             r_tilde ? to(dr_tilde) : nothing, to(dd), to(dd_tilde), to(db), to(ds)});
   };
   call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
-  return {dz, dcolumns, dr, dr_tilde, db, ds};
+  return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
 }
 
 }  // namespace

@@ -34,12 +34,19 @@ PLANAR_FN void reverse(T* to, const T* x, int64_t length) {
   for (int64_t d = length; d < padded<T>(length); ++d) to[d] = 0;
 }
 
-// The lanes from i on.
+// x with zeros in the lanes up to i, or from i on.
 template <class T>
-PLANAR_FN typename Simd<T>::I from_lane(int i) {
+PLANAR_FN typename Simd<T>::V after_lane(typename Simd<T>::V x, int i) {
   typename Simd<T>::I lanes;
-  for (int j = 0; j < Simd<T>::width; ++j) lanes[j] = j >= i ? -1 : 0;
-  return lanes;
+  for (int j = 0; j < Simd<T>::width; ++j) lanes[j] = j > i ? -1 : 0;
+  return Simd<T>::select(lanes, x, Simd<T>::splat(0));
+}
+
+template <class T>
+PLANAR_FN typename Simd<T>::V before_lane(typename Simd<T>::V x, int i) {
+  typename Simd<T>::I lanes;
+  for (int j = 0; j < Simd<T>::width; ++j) lanes[j] = j < i ? -1 : 0;
+  return Simd<T>::select(lanes, x, Simd<T>::splat(0));
 }
 
 // Lane i of the result is the dot product of x with row i of A [rows][length], for up to a vector of rows.
@@ -97,61 +104,96 @@ PLANAR_FN void combine(T* out, const T* A, int64_t rows, int64_t length, const T
   S::store(out + d, acc);
 }
 
-// out [n] = A x for an upper triangle A [n][n].
+// out [n] = (U + diagonal) x, where U is what lies above the diagonal of A [n][n].
 template <class T>
-PLANAR_FN void upper_dots(T* out, const T* A, int64_t n, const T* x) {
+PLANAR_FN void upper_dots(T* out, const T* A, const T* diagonal, int64_t n, const T* x) {
   using S = Simd<T>;
   for (int64_t m = 0; m < n; m += S::width) {
     typename S::V acc[S::width] = {};
     const int count = n - m < S::width ? int(n - m) : S::width;
-    const auto on_diagonal = S::load(x + m);
+    const auto here = S::load(x + m);
 #pragma GCC unroll 16
     for (int i = 0; i < S::width; ++i)
-      if (i < count) {
-        const auto part = S::load_first(A + (m + i) * n + m, n - m);
-        acc[i] = S::select(from_lane<T>(i), part, S::splat(0)) * on_diagonal;
-      }
+      if (i < count) acc[i] = after_lane<T>(S::load_first(A + (m + i) * n + m, n - m), i) * here;
     for (int64_t d = m + S::width; d < n; d += S::width) {
       const auto part = S::load(x + d);
 #pragma GCC unroll 16
       for (int i = 0; i < S::width; ++i) acc[i] += S::load_first(A + (m + i) * n + d, n - d) * part;
     }
-    S::store(out + m, sum_lanes<T>(acc));
+    S::store(out + m, sum_lanes<T>(acc) + S::load_first(diagonal + m, n - m) * here);
   }
 }
 
-// out [n] = A^T x for an upper triangle A [n][n].
+// out [n] = (L + diagonal) x, where L is what lies below the diagonal of A [n][n].
 template <class T>
-PLANAR_FN void upper_combine(T* out, const T* A, int64_t n, const T* x) {
+PLANAR_FN void lower_dots(T* out, const T* A, const T* diagonal, int64_t n, const T* x) {
+  using S = Simd<T>;
+  for (int64_t m = 0; m < n; m += S::width) {
+    typename S::V acc[S::width] = {};
+    const int count = n - m < S::width ? int(n - m) : S::width;
+    const auto here = S::load(x + m);
+    const auto rows = [&](int of_block) __attribute__((always_inline)) {
+      for (int64_t d = 0; d < m; d += S::width) {
+        const auto part = S::load(x + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < of_block; ++i) acc[i] += S::load(A + (m + i) * n + d) * part;
+      }
+    };
+    count == S::width ? rows(S::width) : rows(count);
+#pragma GCC unroll 16
+    for (int i = 0; i < S::width; ++i)
+      if (i < count) acc[i] += before_lane<T>(S::load_first(A + (m + i) * n + m, n - m), i) * here;
+    S::store(out + m, sum_lanes<T>(acc) + S::load_first(diagonal + m, n - m) * here);
+  }
+}
+
+// out [n] = (U + diagonal)^T x, where U is what lies above the diagonal of A [n][n].
+template <class T>
+PLANAR_FN void upper_combine(T* out, const T* A, const T* diagonal, int64_t n, const T* x) {
   using S = Simd<T>;
   for (int64_t d = 0; d < n; d += S::width) {
-    auto acc = S::splat(0);
+    auto acc = S::load_first(diagonal + d, n - d) * S::load(x + d);
     for (int64_t m = 0; m < d; ++m) acc += S::splat(x[m]) * S::load_first(A + m * n + d, n - d);
     const int count = n - d < S::width ? int(n - d) : S::width;
 #pragma GCC unroll 16
     for (int i = 0; i < S::width; ++i)
-      if (i < count) {
-        const auto part = S::load_first(A + (d + i) * n + d, n - d);
-        acc += S::splat(x[d + i]) * S::select(from_lane<T>(i), part, S::splat(0));
-      }
+      if (i < count) acc += S::splat(x[d + i]) * after_lane<T>(S::load_first(A + (d + i) * n + d, n - d), i);
     S::store(out + d, acc);
   }
 }
 
-// to [n][n] = the upper triangle of x y^T, zeros below, or that added.
+// out [n] = (L + diagonal)^T x, where L is what lies below the diagonal of A [n][n].
 template <class T>
-PLANAR_FN void upper_outer(T* to, const T* x, const T* y, int64_t n, bool add) {
+PLANAR_FN void lower_combine(T* out, const T* A, const T* diagonal, int64_t n, const T* x) {
+  using S = Simd<T>;
+  for (int64_t d = 0; d < n; d += S::width) {
+    auto acc = S::load_first(diagonal + d, n - d) * S::load(x + d);
+    const int count = n - d < S::width ? int(n - d) : S::width;
+#pragma GCC unroll 16
+    for (int i = 0; i < S::width; ++i)
+      if (i < count) acc += S::splat(x[d + i]) * before_lane<T>(S::load_first(A + (d + i) * n + d, n - d), i);
+    for (int64_t m = d + S::width; m < n; ++m) acc += S::splat(x[m]) * S::load(A + m * n + d);
+    S::store(out + d, acc);
+  }
+}
+
+// to [n][n] = x y^T above the diagonal, and u v^T below it, or zeros where there is no u; or that added.
+template <class T>
+PLANAR_FN void triangles(T* to, const T* x, const T* y, const T* u, const T* v, int64_t n, bool add) {
   using S = Simd<T>;
   for (int64_t m = 0; m < n; ++m) {
     T* row = to + m * n;
-    const auto of_row = S::splat(x[m]);
-    const int64_t diagonal = m / S::width * S::width;
-    for (int64_t d = add ? diagonal : 0; d < n; d += S::width) {
-      auto part = d < diagonal ? S::splat(0) : of_row * S::load(y + d);
-      if (d == diagonal) part = S::select(from_lane<T>(int(m - diagonal)), part, S::splat(0));
+    const auto above = S::splat(x[m]), below = S::splat(u ? u[m] : 0);
+    const int64_t block = m / S::width * S::width;
+    const auto store = [&](int64_t d, typename S::V part) __attribute__((always_inline)) {
       if (add) part += S::load_first(row + d, n - d);
       S::store_first(row + d, part, n - d);
-    }
+    };
+    for (int64_t d = 0; d < block && (u || !add); d += S::width) store(d, u ? below * S::load(v + d) : S::splat(0));
+    auto part = after_lane<T>(above * S::load(y + block), int(m - block));
+    if (u) part += before_lane<T>(below * S::load(v + block), int(m - block));
+    store(block, part);
+    for (int64_t d = block + S::width; d < n; d += S::width) store(d, above * S::load(y + d));
   }
 }
 

@@ -11,14 +11,16 @@ namespace PLANAR_NAMESPACE {
 // The parameters of one layer of a row's set.
 template <class T>
 struct Layer {
-  const T *columns, *r, *r_tilde, *b, *c, *s;
+  const T *columns, *r, *r_tilde, *d, *d_tilde, *b, *s;
   bool turned;  // the triangular kind's odd layers take z in reverse order
 
   Layer(const Sylvester<T>& f, int64_t set, int64_t layer) {
     const int64_t units = layer * f.units;
     columns = f.columns.data ? f.columns.of(set) + units * f.dim : nullptr;
-    r = f.r.of(set) + units * f.units, r_tilde = f.r_tilde.of(set) + units * f.units;
-    b = f.b.of(set) + units, c = f.c.of(set) + units, s = f.s.of(set) + units;
+    r = f.r.of(set) + units * f.units;
+    r_tilde = f.r_tilde.data ? f.r_tilde.of(set) + units * f.units : nullptr;
+    d = f.d.of(set) + units, d_tilde = f.d_tilde.of(set) + units;
+    b = f.b.of(set) + units, s = f.s.of(set) + units;
     turned = layer % 2;
   }
 };
@@ -38,19 +40,39 @@ PLANAR_FN void add_out_of(T* z, const T* x, const Layer<T>& of, const Sylvester<
   for (int64_t d = 0; d < f.dim; ++d) z[d] += x[of.turned ? f.dim - 1 - d : d];
 }
 
+// out [units] = R~ p.
+template <class T>
+PLANAR_FN void times_r_tilde(T* out, const T* p, const Layer<T>& of, int64_t units) {
+  if (of.r_tilde) return upper_dots(out, of.r_tilde, of.d_tilde, units, p);
+  lower_combine(out, of.r, of.d_tilde, units, p);
+}
+
+// out [units] = R~^T da.
+template <class T>
+PLANAR_FN void times_r_tilde_transposed(T* out, const T* da, const Layer<T>& of, int64_t units) {
+  if (of.r_tilde) return upper_combine(out, of.r_tilde, of.d_tilde, units, da);
+  lower_dots(out, of.r, of.d_tilde, units, da);
+}
+
+// c = d d_tilde of a vector of units from the i-th on; 0 behind the last one.
+template <class T>
+PLANAR_FN typename Simd<T>::V c_of(const Layer<T>& of, int64_t i, int64_t units) {
+  using S = Simd<T>;
+  return S::load_first(of.d + i, units - i) * S::load_first(of.d_tilde + i, units - i);
+}
+
 // h, and where `slopes` is given h', of a = R~ p + b for all units; the layer's determinants go to log_det.
 template <class T, class F>
 PLANAR_FN void activate_layer(T* h, T* slopes, const T* p, const Layer<T>& of, const Sylvester<T>& f, const F& kind,
                               LogDet<Simd<T>>* log_det) {
   using S = Simd<T>;
-  upper_dots(h, of.r_tilde, f.units, p);
+  times_r_tilde(h, p, of, f.units);
   for (int64_t i = 0; i < f.units; i += S::width) {
     const int64_t rest = f.units - i;
     const auto act = activate<S>(S::load(h + i) + S::load_first(of.b + i, rest), kind);
     S::store(h + i, act.h);
     if (slopes) S::store(slopes + i, act.h_prime);
-    if (log_det)
-      add_step<S, 1>(log_det, &act, S::load_first(of.c + i, rest), S::load_first(of.s + i, rest, T(1)), S::splat(0), kind);
+    if (log_det) add_step<S, 1>(log_det, &act, c_of(of, i, f.units), S::load_first(of.s + i, rest, T(1)), S::splat(0), kind);
   }
 }
 
@@ -72,7 +94,7 @@ void sylvester_forward(const SylvesterForward<T>& f, int64_t row, T* scratch) {
     into(p, z, of, f);
     if (f.p) copy_out(f.p + (l * f.rows + row) * f.units, p, f.units);
     activate_layer<T, F>(h, nullptr, p, of, f, kind, &log_det);
-    upper_dots(x, of.r, f.units, h);
+    upper_dots(x, of.r, of.d, f.units, h);
     add_out_of(z, x, of, f);
   }
   copy_out(f.z_L + row * f.dim, z, f.dim);
@@ -103,7 +125,7 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
     const Layer<T> of(f, set, l);
     copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
     activate_layer<T, F>(h + l * units, slopes + l * units, p, of, f, kind, nullptr);
-    upper_dots(x + l * units, of.r, f.units, h + l * units);
+    upper_dots(x + l * units, of.r, of.d, f.units, h + l * units);
     for (int64_t d = 0; d < dim; d += S::width) S::store(z + (l + 1) * dim + d, S::load(z + l * dim + d));
     if (l + 1 < f.layers) add_out_of(z + (l + 1) * dim, x + l * units, of, f);
   }
@@ -114,21 +136,30 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
     const int64_t first = l * f.units;  // of the layer's units among those of the set
     copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
     into(dx, g, of, f);
-    upper_combine(da, of.r, f.units, dx);
+    upper_combine(da, of.r, of.d, f.units, dx);
     for (int64_t i = 0; i < f.units; i += S::width) {
       const int64_t rest = f.units - i;
       const Activated<S> act{S::load(h + l * units + i), S::load(slopes + l * units + i)};
-      const auto c = S::load_first(of.c + i, rest), s = S::load_first(of.s + i, rest, T(1));
-      auto [delta, gamma] = step_adjoint<S>(S::load(da + i), lambda, act, c, s, one, kind);
+      const auto s = S::load_first(of.s + i, rest, T(1));
+      const auto [delta, gamma] = step_adjoint<S>(S::load(da + i), lambda, act, c_of(of, i, f.units), s, one, kind);
       S::store(da + i, delta);
-      T *db = to.b + first + i, *ds = to.s + first + i;
-      if (add) delta += S::load_first(db, rest), gamma += S::load_first(ds, rest);
-      S::store_first(db, delta, rest);
-      S::store_first(ds, gamma, rest);
+      const auto store = [&](T* all, typename S::V x) __attribute__((always_inline)) {
+        T* at = all + first + i;
+        S::store_first(at, add ? x + S::load_first(at, rest) : x, rest);
+      };
+      store(to.d, S::load(dx + i) * act.h);
+      store(to.d_tilde, delta * S::load(p + i));
+      store(to.b, delta);
+      store(to.s, gamma);
     }
-    upper_combine(dp, of.r_tilde, f.units, da);
-    upper_outer(to.r + first * f.units, dx, h + l * units, f.units, add);
-    upper_outer(to.r_tilde + first * f.units, da, p, f.units, add);
+    times_r_tilde_transposed(dp, da, of, f.units);
+    T* dr = to.r + first * f.units;
+    if (of.r_tilde) {
+      triangles<T>(dr, dx, h + l * units, nullptr, nullptr, f.units, add);
+      triangles<T>(to.r_tilde + first * f.units, da, p, nullptr, nullptr, f.units, add);
+    } else {
+      triangles(dr, dx, h + l * units, p, da, f.units, add);
+    }
     if (of.columns) outer_pair(to.columns + first * f.dim, x + l * units, g, dp, z + l * dim, f.units, f.dim, add);
     add_out_of(g, dp, of, f);
   }
