@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vvae_fast.train.cli import main
-from vvae_fast.train.study.compare import RECORD
+from vvae_fast.train.study.compare import COLUMNS, RECORD, Model, print_table
 from vvae_fast.train.study.spread import in_words
 
 PDFS = ("elbo.pdf", "posterior.pdf")
@@ -76,6 +76,52 @@ def test_table_results_and_plots(data, tmp_path, capsys):
         pixels = image.imread(out / name)
         assert min(pixels.shape[:2]) > 200
         assert pixels[..., :3].std() > 0.05
+
+
+def test_matched_adds_vanilla_vaes_of_as_many_parameters(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(data, out)) == 0
+    alone = capsys.readouterr().out
+    counts = {(run["model"], run["num_steps"], run["matched"]): run["num_parameters"] for run in records(out)}
+    ratio = counts["amortized", 2, 0] / counts["vanilla", 0, 0]
+    advice = "; --matched, or vanilla-matched in a study's file, adds a vanilla VAE of as many"
+    assert f"\namortized planar K=2 has {ratio:.1f} times the vanilla VAE's parameters{advice}\n" in alone
+    assert main(arguments(data, out, "--matched", "2")) == 0
+    one = capsys.readouterr().out
+    assert "K=2 has" not in one
+    assert (
+        "than the vanilla VAE, matched to K = 2 in NLL" in one or "from the vanilla VAE, matched to K = 2, NLL" in one
+    )
+    assert main(arguments(data, out, "--matched")) == 0
+    assert "times the vanilla VAE's parameters" not in capsys.readouterr().out
+    counts = {(run["model"], run["num_steps"], run["matched"]): run["num_parameters"] for run in records(out)}
+    assert len(counts) == 5
+    for num_steps in (1, 2):
+        wide, flow = counts["vanilla", 0, num_steps], counts["amortized", num_steps, 0]
+        assert flow <= wide < 1.2 * flow
+
+
+def test_no_advice_where_no_width_can_match(capsys):
+    run = {"nll": 1.0, "status": "finished", "best_epoch": 0, "epochs_done": 2, "seed": 0}
+    run |= dict.fromkeys(COLUMNS, 1.0)
+    counts = {Model("vanilla", 0): 10, Model("amortized", 4): 50, Model("shared", 4): 11}
+    print_table({model: [{**run, "num_parameters": count}] for model, count in counts.items()}, can_match=False)
+    printed = capsys.readouterr().out
+    assert "\namortized planar K=4 has 5.0 times the vanilla VAE's parameters\n" in printed
+    assert "shared planar K=4 has" not in printed
+
+
+def test_a_best_epoch_that_is_the_last_is_told(capsys):
+    run = {"nll": 1.0, "status": "finished", "seed": 0, "num_parameters": 10, "epochs_done": 2}
+    runs = [{**run, **dict.fromkeys(COLUMNS, 1.0), "best_epoch": epoch} for epoch in (1, 0, 1)]
+    print_table({Model("vanilla", 0): runs, Model("shared", 4): runs[1:2] * 3})
+    printed = capsys.readouterr().out
+    assert (
+        "\nvanilla VAE was still improving at the last epoch (2 of 3 seeds): more --epochs go on with it\n" in printed
+    )
+    assert "shared planar K=4 was" not in printed
+    print_table({Model("vanilla", 0): runs[:1]})
+    assert "\nvanilla VAE was still improving at the last epoch: more --epochs" in capsys.readouterr().out
 
 
 def test_a_second_call_repeats_nothing_and_fresh_repeats_all(data, tmp_path, capsys):

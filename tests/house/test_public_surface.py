@@ -234,7 +234,7 @@ def options() -> Iterator[str]:
 def parser_lines(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         if action.dest not in ("help", "version") and action.nargs != argparse.PARSER:
-            several = {None: "", 0: " (takes no value)", "+": " ..."}[action.nargs]
+            several = {None: "", 0: " (takes no value)", "+": " ...", "*": " [...]"}[action.nargs]
             choices = f" of {', '.join(map(str, action.choices))}" if action.choices else ""
             required = " required" if action.required else f" = {action.default}"
             yield f"{command}{' '.join(action.option_strings) or action.dest}{several}{choices}{required}"

@@ -118,14 +118,17 @@ def _info(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.base import outcome
     from vvae_fast.train.run import processes
-    from vvae_fast.train.study.compare import compare, models_to_compare
+    from vvae_fast.train.study.compare import MATCHED, compare, models_to_compare
 
     check_backend()
     if arguments.study is not None and (arguments.steps or arguments.shared):
         raise RunError(f"{arguments.config} says which models to compare; leave --steps and --shared out")
+    if arguments.study is not None and arguments.matched is not None:
+        raise RunError(f"{arguments.config} says which models to compare; write {MATCHED}: [K] there for --matched")
     base, dataset = _configuration(arguments, arguments.seeds[0])
     steps = _unique(arguments.steps or STEPS)
-    models = models_to_compare(steps, arguments.shared) if arguments.study is None else arguments.study.models
+    wider = [] if arguments.matched is None else _unique(arguments.matched or steps)
+    models = models_to_compare(steps, arguments.shared, wider) if arguments.study is None else arguments.study.models
     with processes.connected():
         seeds, out = _unique(arguments.seeds), _out(arguments)
         gaps = None if arguments.study is None else arguments.study.gaps
@@ -266,11 +269,14 @@ def _parser() -> argparse.ArgumentParser:
         "train the vanilla VAE and flow VAEs, print one table",
         "",
         "--data counts.npy --epochs 50 --seeds 0 1",
+        "--data counts.npy --steps 16 --matched",
         "--config configs/digits.yaml --out runs/digits",
     )
     compare.add_argument("--steps", type=positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
     compare.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED", help="a run each")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
+    matched = "also vanilla VAEs with as many parameters as the amortized flow VAEs of these lengths (default: --steps)"
+    compare.add_argument("--matched", type=positive, nargs="*", metavar="K", help=matched)
     add_run_options(compare)
 
     train = command(

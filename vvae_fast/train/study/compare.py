@@ -17,13 +17,23 @@ from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
 from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, measure
 from vvae_fast.train.run.networks import check_rank, matched
-from vvae_fast.train.run.runconfig import AMORTIZED, FULL, RECORD, SHARED, UNMATCHED, VANILLA, RunConfig
+from vvae_fast.train.run.runconfig import (
+    AMORTIZED,
+    FULL,
+    GATED_CONV,
+    RECORD,
+    SHARED,
+    UNMATCHED,
+    VANILLA,
+    RunConfig,
+)
 from vvae_fast.train.run.runs import Trained, load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_reconstructions, plot_samples
 from vvae_fast.train.study.posterior import plot_posterior
 from vvae_fast.train.study.spread import CLEAR, Spread, in_words
 
 RESULTS = "results.json"
+MATCHED = f"{VANILLA}-matched"  # in a study's file: vanilla VAEs with as many parameters as amortized flows of K
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
 CONTENT_KEYS = {"data", "config", "environment", "runs"}  # the keys of results.json in every version
 OWN_SETTINGS = ("model", "num_steps", "rank", "matched", "seed")  # the settings that differ between runs
@@ -37,6 +47,7 @@ COLUMNS = {  # a result's key: heading, decimals
     "seconds_per_epoch": ("s / epoch", 3),
 }
 FIXED_BELOW = 1e8  # larger numbers have an exponent, since their digits would not fit on a screen
+MANY = 1.2  # a flow VAE with so many times the vanilla VAE's parameters or more has clearly more of them
 TABLE_WIDTH = 160  # a narrower terminal breaks lines, so that cells are never cut
 
 
@@ -72,10 +83,12 @@ class Model:
 VANILLA_MODEL = Model(VANILLA, 0)
 
 
-def models_to_compare(steps: Sequence[int], shared: bool) -> list[Model]:
-    """The vanilla VAE, and an amortized flow of each length; with `shared` also a shared flow of each length."""
+def models_to_compare(steps: Sequence[int], shared: bool, matched_to: Sequence[int] = ()) -> list[Model]:
+    """The vanilla VAE, and an amortized flow of each length; with `shared` also a shared flow of each length. For each
+    length in `matched_to` also a vanilla VAE with as many parameters as the amortized flow VAE of that length."""
     kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
-    return [VANILLA_MODEL] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
+    wider = [Model(VANILLA, 0, matched=num_steps) for num_steps in matched_to]
+    return [VANILLA_MODEL, *wider] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
 
 
 def compare(
@@ -141,7 +154,7 @@ def compare(
     }
     if processes.is_first():
         write_json(out / RESULTS, content)
-        print_table(results)
+        print_table(results, base.network != GATED_CONV)
         _plot(configs, dataset, results, out)
         print(f"\n{out / RESULTS} and the plots beside it are written.")
     return content
@@ -188,9 +201,10 @@ def _shared_settings(base: RunConfig) -> dict:
     return {key: value for key, value in base.to_json().items() if key not in OWN_SETTINGS}
 
 
-def print_table(results: dict[Model, list[dict]]) -> None:
+def print_table(results: dict[Model, list[dict]], can_match: bool = True) -> None:
     """One row for each model: means over the seeds that have a score, and their sample standard deviations. Below the
-    table it lists the runs that ended early."""
+    table it says what the differences are worth, and lists the runs that ended early. `can_match`: whether a vanilla
+    VAE of the network can have as many parameters as a flow VAE."""
     box, table_module = (require(f"rich.{name}") for name in ("box", "table"))
     table = table_module.Table(box=box.MARKDOWN)
     table.add_column("model", no_wrap=True)
@@ -212,7 +226,7 @@ def print_table(results: dict[Model, list[dict]]) -> None:
         f"latent dimensions whose posterior mean varies{spread}."
     )
     screen.print(legend, soft_wrap=True)
-    for line in _gains(results):
+    for line in [*_gains(results), *_more_parameters(results, can_match), *_still_improving(results)]:
         screen.print(line, soft_wrap=True, markup=False)
     for model, runs in results.items():
         for result in runs:
@@ -228,8 +242,47 @@ def _gains(results: dict[Model, list[dict]]) -> list[str]:
     if not vanilla or not nlls:
         return []
     lines = [in_words(model.label, values, vanilla) for model, values in nlls.items()]
+    for model, values in nlls.items():
+        equal = _matched_to(model)
+        if equal is not None and equal in nlls:
+            lines.append(in_words(model.label, values, nlls[equal], f"the {equal.label}"))
     clear = [f"Clear: more than {CLEAR:g} standard deviations of the seeds' differences."]
     return lines + clear * (len(vanilla) > 1)
+
+
+def _matched_to(model: Model) -> Model | None:
+    """The vanilla VAE with as many parameters as an amortized flow VAE with a full head."""
+    is_full = model.kind == AMORTIZED and model.rank == FULL
+    return Model(VANILLA, 0, matched=model.num_steps) if is_full else None
+
+
+def _more_parameters(results: dict[Model, list[dict]], can_match: bool) -> list[str]:
+    """A line for each flow VAE that has clearly more parameters than the vanilla VAE, unless a vanilla VAE of as many
+    is in the table too."""
+    counts = {model: runs[0]["num_parameters"] for model, runs in results.items()}  # every seed's are the same
+    of_vanilla = counts.get(VANILLA_MODEL, 0)
+    more = {
+        model: count / of_vanilla
+        for model, count in counts.items()
+        if model.kind != VANILLA and _matched_to(model) not in results and count >= MANY * of_vanilla > 0
+    }
+    lines = [f"{model.label} has {ratio:.1f} times the vanilla VAE's parameters" for model, ratio in more.items()]
+    advice = f"; --matched, or {MATCHED} in a study's file, adds a vanilla VAE of as many"
+    return [
+        line + advice * (can_match and _matched_to(model) is not None) for model, line in zip(more, lines, strict=True)
+    ]
+
+
+def _still_improving(results: dict[Model, list[dict]]) -> list[str]:
+    """A line for each model whose best epoch is the last one, by validation -ELBO, in some of its runs."""
+    lines = []
+    for model, runs in results.items():
+        finished = [run for run in runs if run["status"] == outcome.FINISHED]
+        late = sum(run["best_epoch"] == run["epochs_done"] - 1 for run in finished)
+        if late:
+            of = f" ({late} of {len(runs)} seeds)" if len(runs) > 1 else ""
+            lines.append(f"{model.label} was still improving at the last epoch{of}: more --epochs go on with it")
+    return lines
 
 
 def _mean_and_spread(values: list[float | None], digits: int) -> str:

@@ -27,19 +27,21 @@ class Spread(NamedTuple):
         return abs(self.mean) > CLEAR * self.deviation
 
 
-def in_words(name: str, nlls: Sequence[float | None], vanilla: Sequence[float | None]) -> str:
-    """What a model gains over the vanilla VAE, from both models' NLL in nats for the same seeds; None: no score.
+def in_words(
+    name: str, nlls: Sequence[float | None], vanilla: Sequence[float | None], other: str = "the vanilla VAE"
+) -> str:
+    """What a model gains over `other`, from both models' NLL in nats for the same seeds; None: no score.
 
     A seed without one of the two is left out. One seed says how large the difference is, and not whether it is clear.
     """
     pairs = [(x, y) for x, y in zip(nlls, vanilla, strict=True) if x is not None and y is not None]
     if not pairs:
-        return f"{name}: not compared with the vanilla VAE, no seed has a score of both"
+        return f"{name}: not compared with {other}, no seed has a score of both"
     change = Spread.of([x - y for x, y in pairs])
     size = change._replace(mean=abs(change.mean)).text()
     of = f"{len(pairs)} seeds"
     if len(pairs) == 1:
         size, of = f"{abs(change.mean):.2f}", "one seed"
     elif not change.is_clear:
-        return f"{name}: no clear difference from the vanilla VAE, NLL {change.text(sign=True)} nats ({of})"
-    return f"{name}: {size} nats {'better' if change.mean < 0 else 'worse'} than the vanilla VAE in NLL ({of})"
+        return f"{name}: no clear difference from {other}, NLL {change.text(sign=True)} nats ({of})"
+    return f"{name}: {size} nats {'better' if change.mean < 0 else 'worse'} than {other} in NLL ({of})"

@@ -15,13 +15,12 @@ from vvae_fast.train.base.paths import resolve_data
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS, Dataset
 from vvae_fast.train.run.gaps import GapSettings
 from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
-from vvae_fast.train.study.compare import Model
+from vvae_fast.train.study.compare import MATCHED, Model
 
 Read = TypeVar("Read")
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16], amortized-rank32: [16]}"
 RANK = "-rank"  # joins "amortized" and the rank of its heads
-MATCHED = f"{VANILLA}-matched"  # a list of K: vanilla VAEs with as many parameters as amortized flows of K
 
 
 def _text(value: object, least: int = 1) -> str:
