@@ -78,6 +78,28 @@ def test_inverse_is_theirs_where_they_have_one(shape):
     assert_alike(fused.inverse_and_log_det, model.inverse_and_log_det, x, columns(fused), columns(model))
 
 
+def test_their_leaky_relu_has_a_float32_slope_in_float64():
+    """docs/interop.md has this difference: their inverse is off by float32's rounding of 0.2, unless float64 is torch's
+    default dtype; ours by float64's."""
+
+    def off_by(model):
+        return (model.inverse(model.forward(x)) - x).abs().max().item()
+
+    model = model_of((2,), "leaky_relu", steps=8).double()
+    fused = from_normflows(copy.deepcopy(model))
+    x = torch.randn(500, 2, dtype=torch.float64)
+    log_prob = fused.log_prob(x)
+    assert off_by(fused) < 1e-12
+    assert 1e-8 < off_by(model) < 1e-4
+    assert (model.log_prob(x) - log_prob).abs().max() > 1e-7
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert off_by(model) < 1e-12
+        torch.testing.assert_close(model.log_prob(x), log_prob, rtol=1e-9, atol=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @seeds
 @events
 @pytest.mark.parametrize("act", ["tanh", "leaky_relu", "elu", "sigmoid", "linear"])
@@ -161,6 +183,21 @@ def test_runs_end_where_layers_differ():
     unstacked = {name for name in state if not name.startswith("flows.13")}
     assert unstacked <= set(again)
     load_normflows_state_dict(model, again)
+
+
+def test_where_nothing_is_fused_a_warning_says_what_was_found():
+    hooked = nf.flows.Planar((2,))
+    hooked.register_forward_hook(lambda *_: None)
+    for layers, found in (
+        ([nf.flows.Radial((2,)), nf.flows.Radial((2,)), hooked], "2 Radial, 1 Planar"),
+        ([], "no layers"),
+    ):
+        model = nf.NormalizingFlow(nf.distributions.DiagGaussian(2), layers)
+        with pytest.warns(UserWarning, match=f"nothing is fused: model.flows .*, got {found}; planar") as warned:
+            assert from_normflows(model) is model
+        assert warned[0].filename == __file__
+        assert list(model.flows) == layers
+    from_normflows(from_normflows(model_of((2,))))  # the second time there is nothing to do, and nothing to warn of
 
 
 def test_mode_and_dtype_are_kept():

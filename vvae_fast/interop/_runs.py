@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -52,7 +53,8 @@ class LayerList(NamedTuple):
     def fuse(self, model: nn.Module, facts_of: Callable[[Layer], Facts | None], build: Callable[..., Stack]) -> None:
         """Replaces each run of layers with the same facts by a stack, in the list itself. A layer without facts stays.
 
-        `build(layer, *facts)` makes a stack of one step. The list keeps the other package's state_dict.
+        `build(layer, *facts)` makes a stack of one step. The list keeps the other package's state_dict. Warns, in the
+        name of the caller's caller, if no layer is or becomes a stack.
         """
         layers = self.of(model)
         # A parameter that occurs twice is tied, and a stack would untie it.
@@ -68,6 +70,15 @@ class LayerList(NamedTuple):
         layers.extend(fused)
         if any(isinstance(layer, Stack) for layer in fused):
             _keep_their_names(layers)
+        else:
+            found = Counter(type(layer).__name__ for layer in fused)
+            came = ", ".join(f"{count} {name}" for name, count in found.items()) or "no layers"
+            warnings.warn(
+                f"nothing is fused: model.{self.attribute} should hold planar layers, got {came}; planar layers of a "
+                "subclass, with hooks, shared parameters or changed settings stay as they are, and lists inside other "
+                "layers are not searched",
+                stacklevel=3,
+            )
 
     def unfused_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """A copy of the state_dict that the model would have with one layer for each step."""

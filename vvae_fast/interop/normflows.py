@@ -120,7 +120,8 @@ def from_normflows(model: nn.Module) -> nn.Module:
 
     A run is consecutive layers, normflows' own `Planar` or this module's, with the same act, shape, dtype, device and
     requires_grad. Layers of a subclass, with hooks or with shared parameters stay. The parameters are new, with the
-    values of the old ones: make the optimizer afterwards. Lists inside other flows are not searched.
+    values of the old ones: make the optimizer afterwards. Lists inside other flows are not searched. A warning says
+    where there was nothing to fuse, and what was found.
 
     Raises TypeError if model has no ModuleList `flows`, such as nf.NormalizingFlow has.
     """

@@ -159,7 +159,8 @@ def from_pythae(model: nn.Module, *, log_det_eps: float = _LOG_DET_EPS) -> nn.Mo
 
     For VAE_LinNF. A run is consecutive layers, pythae's own `PlanarFlow` or this module's, with the same activation,
     size, dtype, device and requires_grad. Layers of a subclass, with hooks or with shared parameters stay. The
-    parameters are new, with the values of the old ones: make the optimizer afterwards.
+    parameters are new, with the values of the old ones: make the optimizer afterwards. A warning says where there was
+    nothing to fuse, and what was found.
 
     log_det_eps=0.0 in place of pythae's 1e-4 gives the exact log|det|, which differs by at most 1e-4 / |det| nats a
     step, and is infinite where a determinant is 0.
