@@ -95,6 +95,23 @@ def test_evaluate_refuses_what_is_no_checkpoint_of_ours(tmp_path, capsys, conten
     assert message in one_line_and_exit_2(capsys, ["evaluate", str(path)])
 
 
+def test_the_advice_on_a_damaged_checkpoint_fits_who_reads_it(data, tmp_path, capsys):
+    """--fresh alone is no option of the commands that read; last.ckpt is one they take."""
+    out = tmp_path / "run"
+    assert main(small("--data", data, "--out", str(out))) == 0
+    best, last = out / "best.ckpt", out / "last.ckpt"
+    best.write_bytes(best.read_bytes()[:-100])
+    arrays = ["--out", str(tmp_path / "of.npz")]
+    for command in (["evaluate"], ["gaps"], ["encode", *arrays], ["reconstruct", *arrays], ["sample", *arrays]):
+        said = one_line_and_exit_2(capsys, [*command, str(out), "--data", data])
+        assert f"; give {last}, the run as it was after its last epoch, or train it again: vvae-fast train or" in said
+    assert main(["encode", str(last), "--data", data, *arrays]) == 0
+    last.unlink()
+    capsys.readouterr()
+    said = one_line_and_exit_2(capsys, ["evaluate", str(best), "--data", data])
+    assert said.endswith("; give another run, or train it again: vvae-fast train or compare with --fresh\n")
+
+
 def test_a_runs_folder_stands_for_its_best_checkpoint(data, tmp_path, capsys):
     runs = [tmp_path / "study" / name for name in ("a", "b")]
     for out in runs:
@@ -119,9 +136,9 @@ def test_evaluate_refuses_other_data(data, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(small("--data", data, "--out", str(out))) == 0
     capsys.readouterr()
-    assert "trained on other data" in one_line_and_exit_2(
-        capsys, ["evaluate", str(out / "best.ckpt"), "--data", "digits"]
-    )
+    said = one_line_and_exit_2(capsys, ["evaluate", str(out / "best.ckpt"), "--data", "digits"])
+    assert "trained on other data (bits.npy) than those in digits; pass the run's own with --data" in said
+    assert "for new rows call the VAE that load_run gives: docs/arrays.md" in said
 
 
 @pytest.mark.parametrize("command", [["compare"], small()])

@@ -112,6 +112,11 @@ def test_a_beta_that_is_no_weight_is_refused(beta):
         make_vae().elbo(bits(), beta)
 
 
+def test_a_beta_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="beta must be a number, got str: 'a'"):
+        make_vae().elbo(bits(), "a")
+
+
 def test_iwae_refuses_what_elbo_terms_refuses():
     vae, x = make_vae(), bits()
     with pytest.raises(ValueError, match="num_samples must be at least 1"):

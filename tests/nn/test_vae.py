@@ -261,6 +261,45 @@ def test_bad_data_is_refused(x, error, message):
         make_vae()(x)
 
 
+@pytest.mark.parametrize("call", ["__call__", "encode", "posterior_sample", "reconstruct", "log_likelihood", "iwae"])
+def test_rows_of_another_width_are_refused(call):
+    """By name, whatever is called, and with PyTorch's own error as the cause."""
+    vae = VAE(mlp_encoder(DATA, HIDDEN), mlp_decoder(LATENT, DATA), LATENT)
+    more = {"num_samples": 2} if call == "iwae" else {}
+    words = rf"x must have {DATA} numbers a row, as encoder's first layer takes, got 5, shape \(2, 5\); pass such rows"
+    with pytest.raises(ValueError, match=words) as refused:
+        getattr(vae, call)(torch.zeros(2, 5), **more)
+    assert isinstance(refused.value.__cause__, RuntimeError)
+
+
+def test_modules_whose_layers_do_not_fit_are_named():
+    x = bits().float()
+    for decoder, words in (
+        (mlp_decoder(LATENT + 1, DATA), "z must have 5 numbers a row, as decoder's first layer takes, got 4"),
+        (
+            nn.Sequential(nn.Linear(LATENT, 3), nn.Linear(2, DATA)),
+            r"decoder must take z of shape \(6, 4\).*refused: mat1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            VAE(mlp_encoder(DATA, HIDDEN), decoder, LATENT)(x)
+    for layer in (nn.Conv2d(1, 2, 3), nn.Linear(DATA - 1, HIDDEN), nn.LayerNorm(DATA - 1)):
+        encoder = nn.Sequential(nn.Identity(), layer, nn.Flatten())
+        with pytest.raises(
+            ValueError, match=r"x must have 11 numbers|encoder must take x of shape \(6, 12\), and a layer"
+        ):
+            VAE(encoder, mlp_decoder(LATENT, DATA), LATENT, feature_dim=HIDDEN)(x)
+
+
+def test_other_errors_of_a_module_stay_as_they_are():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        VAE(Broken(), mlp_decoder(LATENT, DATA), LATENT, feature_dim=HIDDEN)(bits().float())
+
+
 def test_encoders_and_decoders_of_wrong_shape_are_refused():
     x = bits().float()
     with pytest.raises(ValueError, match=r"encoder must give features of shape \(6, 5\).*got \(6, 12\)"):

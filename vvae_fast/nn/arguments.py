@@ -1,8 +1,10 @@
-"""The checks of what a VAE is given: its modules, their widths, beta and noise; and when data can be checked."""
+"""The checks of what a VAE and its modules are given: widths, beta and noise; and when data can be checked."""
 
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,13 @@ from torch import Tensor, nn
 from vvae_fast.nn.outputs import describe
 from vvae_fast.shapes import check_size, untraced
 
+OF_SHAPES = re.compile("shape|size|channels|should contain|input to conv")  # in PyTorch's errors for shapes that misfit
+
 
 @untraced
 def check_beta(beta: float) -> None:
+    if not hasattr(beta, "__float__"):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}: {beta!r}")
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number from 0 on, got {beta}")
 
@@ -24,6 +30,30 @@ def check_noise(noise: Tensor, mean: Tensor, num_samples: int) -> None:
         raise ValueError(f"noise must be {tuple(wanted)}, got {describe(noise)}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must be {mean.dtype} like the posterior's mean, got {noise.dtype}")
+
+
+def run_module(module: nn.Module, name: str, argument: str, t: Tensor) -> Any:
+    """module(t), t [B, *]. Raises ValueError, which names module and argument, where its layers refuse t's shape."""
+    if torch.compiler.is_compiling():
+        return module(t)
+    try:
+        return module(t)
+    except RuntimeError as error:  # only now is there time to look for the reason
+        if isinstance(error, torch.OutOfMemoryError) or OF_SHAPES.search(str(error)) is None:
+            raise
+        raise ValueError(_refused(module, name, argument, t, str(error).split("\n")[0])) from error
+
+
+def _refused(module: nn.Module, name: str, argument: str, t: Tensor, reason: str) -> str:
+    """The words for a tensor whose shape a module's layers refused for a reason."""
+    first = next((layer for layer in module.modules() if layer._parameters), None)  # that has parameters of its own
+    wanted, came = first.in_features if isinstance(first, nn.Linear) else None, math.prod(t.shape[1:])
+    if wanted is not None and wanted not in (came, t.shape[-1]):
+        return (
+            f"{argument} must have {wanted} numbers a row, as {name}'s first layer takes, got {came}, shape "
+            f"{tuple(t.shape)}; pass such rows, or make the {name} for {came}"
+        )
+    return f"{name} must take {argument} of shape {tuple(t.shape)}, and a layer of it refused: {reason}; correct one"
 
 
 def find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:

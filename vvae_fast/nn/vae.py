@@ -14,6 +14,7 @@ from vvae_fast.nn.arguments import (
     check_modules,
     check_noise,
     find_feature_dim,
+    run_module,
     trains_eagerly,
 )
 from vvae_fast.nn.importance import Importance, Proposal, draw_from, from_weights, standard_normal
@@ -190,7 +191,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """q_0(z_0 | x): mean and log-variance [B, D] and the encoder's features [B, F], for x [B, *data]."""
         self._check_x(x)
-        encoded = self.encoder(self._as_taken_by(self.encoder, x))
+        encoded = run_module(self.encoder, "encoder", "x", self._as_taken_by(self.encoder, x))
         check_encoded(encoded, x, self.latent_dim, self.feature_dim)
         dtype = compute_dtype(self._like.dtype)
         if isinstance(encoded, Tensor) and self.posterior_head is not None:
@@ -215,7 +216,7 @@ class VAE(nn.Module):
         """The likelihood's parameters [*batch, *], the decoder's output, for z [*batch, D], any leading dims."""
         self._check_z(z)
         rows = self._as_taken_by(self.decoder, z.reshape(-1, self.latent_dim))  # [N, D]
-        params = self.decoder(rows)
+        params = run_module(self.decoder, "decoder", "z", rows)
         check_decoded(params, rows)
         return full_precision(params).reshape(*z.shape[:-1], *params.shape[1:])
 

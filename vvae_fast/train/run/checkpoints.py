@@ -92,11 +92,20 @@ def best_of(run: Path) -> Path:
     return best
 
 
-def load_checkpoint(path: Path) -> dict:
+def advice_to_a_reader(path: Path) -> str:
+    """What to do about an unusable checkpoint that was to be read, and not to be continued from."""
+    last = path.with_name(LAST)
+    other = f"{last}, the run as it was after its last epoch" if path.name == BEST and last.is_file() else "another run"
+    return f"give {other}, or train it again: vvae-fast train or compare with --fresh"
+
+
+def load_checkpoint(path: Path, advice: str | None = None) -> dict:
     """A checkpoint of this package, tensors on the CPU; one of an older version, without a checksum, is read as it is.
 
-    Raises RunError if it is missing, has a wrong checksum, or is not one of this package.
+    Raises RunError if it is missing, has a wrong checksum, or is not one of this package: with `advice`, by default
+    that for a run which would be continued.
     """
+    repair = advice or "remove it or use --fresh"
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint; check the path")
     try:
@@ -106,11 +115,11 @@ def load_checkpoint(path: Path) -> dict:
             warnings.simplefilter("ignore")  # torch's guesses about damaged files; the error is enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        raise RunError(f"{path} cannot be read as a checkpoint ({_reason(error)}); remove it or use --fresh") from error
+        raise RunError(f"{path} cannot be read as a checkpoint ({_reason(error)}); {repair}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
-        raise RunError(f"{path} is a checkpoint of another program; choose another --out")
+        raise RunError(f"{path} is a checkpoint of another program; {advice or 'choose another --out'}")
     if not _is_ours(checkpoint):
-        raise RunError(f"{path} is a damaged checkpoint or one of another version; remove it or use --fresh")
+        raise RunError(f"{path} is a damaged checkpoint or one of another version; {repair}")
     return checkpoint
 
 

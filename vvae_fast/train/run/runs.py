@@ -26,6 +26,7 @@ from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.checkpoints import (
     BEST,
     AtomicCheckpointIO,
+    advice_to_a_reader,
     best_of,
     checkpoint_callbacks,
     load_checkpoint,
@@ -213,10 +214,12 @@ def load_best(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[VAE, i
     return vae_of_checkpoint(checkpoint, path, config, dataset), checkpoint["epoch"]
 
 
-def vae_of_checkpoint(checkpoint: dict, path: Path, config: RunConfig, dataset: Dataset) -> VAE:
+def vae_of_checkpoint(
+    checkpoint: dict, path: Path, config: RunConfig, dataset: Dataset, advice: str | None = None
+) -> VAE:
     """The VAE that the checkpoint read from `path` holds, in evaluation mode on the CPU."""
     vae = build_vae(config, dataset)
-    _load_weights(vae, checkpoint, path)
+    _load_weights(vae, checkpoint, path, advice)
     return vae.eval()
 
 
@@ -235,23 +238,28 @@ def load_trained(path: Path, data: str | None, root: Path | None) -> Trained:
     Raises RunError if there is no checkpoint of this package or it was trained on other data.
     """
     path = best_of(path)
-    checkpoint = load_checkpoint(path)
+    advice = advice_to_a_reader(path)
+    checkpoint = load_checkpoint(path, advice)
     config = RunConfig.from_json(checkpoint[CHECKPOINT_KEY]["config"])
     choices = {"array": config.array or None, "likelihood": config.likelihood or None}
-    other = f"{path} was trained on other data ({config.data}); pass them with --data, --root"
+    came = "now there" if data is None else f"in {data}"
+    other = (
+        f"{path} was trained on other data ({config.data}) than those {came}; pass the run's own with --data, --root; "
+        "for new rows call the VAE that load_run gives: docs/arrays.md"
+    )
     try:
         dataset = load_dataset(resolve_data(data or config.data, root), root, **choices)
     except LikelihoodError as error:
         raise RunError(other) from error
     if data_digest(dataset) != config.data_digest:
         raise RunError(other)
-    return Trained(checkpoint["epoch"], config, dataset, vae_of_checkpoint(checkpoint, path, config, dataset))
+    return Trained(checkpoint["epoch"], config, dataset, vae_of_checkpoint(checkpoint, path, config, dataset, advice))
 
 
-def _load_weights(vae: VAE, checkpoint: dict, path: Path) -> None:
+def _load_weights(vae: VAE, checkpoint: dict, path: Path, advice: str | None = None) -> None:
     weights = {key.removeprefix("vae."): value for key, value in checkpoint["state_dict"].items()}
     if differs(dict(vae.state_dict()), weights, "") is not None:
-        raise RunError(f"{path} is a checkpoint of another model; remove it or use --fresh")
+        raise RunError(f"{path} is a checkpoint of another model; {advice or 'remove it or use --fresh'}")
     vae.load_state_dict(weights)
 
 
