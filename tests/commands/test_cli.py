@@ -8,9 +8,10 @@ import torch
 
 import vvae_fast
 from vvae_fast.backends import selection
-from vvae_fast.train import cli
+from vvae_fast.train import cli, load_run
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
+from vvae_fast.train.run.runconfig import is_config
 
 
 def small(*more: str) -> list[str]:
@@ -64,9 +65,28 @@ def test_a_rank_is_trained_continued_and_evaluated(data, tmp_path, capsys):
         assert f"rank is 2 there, {other[1] if other else 0} here" in message
 
 
+def test_normalise_is_trained_continued_and_evaluated(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = small("--data", data, "--out", str(out), "--normalise")
+    assert main(command) == 0
+    assert json.loads((out / "config.json").read_text())["normalise"] is True
+    run = load_run(out, data=data)
+    assert run.vae.flow.normalise
+    assert run.config.name == "amortized-K1-normalised-seed0"
+    assert main([*command, "--epochs", "2"]) == 0
+    said = one_line_and_exit_2(capsys, small("--data", data, "--out", str(out), "--epochs", "2"))
+    assert "normalise is True there, False here" in said
+    recorded = json.loads((out / "config.json").read_text())
+    del recorded["normalise"]  # as a version wrote it that had none
+    assert is_config(recorded)
+    assert not is_config({**recorded, "normalise": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--normalise", "--model", "shared"], "--model is shared; leave --normalise out"),
+        (["--normalise", "--model", "vanilla"], "--model is vanilla; leave --normalise out"),
         (["--rank", "2", "--model", "shared"], "--model is shared; leave --rank out"),
         (["--rank", "2", "--model", "vanilla"], "--model is vanilla; leave --rank out"),
         (["--rank", "6"], "the rank must be at most min(features, K (2 D + 1)) = 5, got 6; leave it out"),

@@ -262,6 +262,24 @@ def test_numbers_are_read_as_people_write_them(write):
     }
 
 
+def test_normalise_is_a_setting_of_the_amortized_flows(write, tmp_path):
+    path = write(normalise=True, models={"vanilla": [0], "shared": [1], "amortized": [1]}, epochs=1, seeds=[4])
+    study = load_study(path)
+    dataset = load_dataset(study.settings["data"])
+    configs = [model.config(study.base(dataset), 4, dataset) for model in study.models]
+    assert [config.normalise for config in configs] == [False, False, True]
+    assert [config.name for config in configs] == ["vanilla-seed4", "shared-K1-seed4", "amortized-K1-normalised-seed4"]
+    assert build_vae(configs[2], dataset).flow.normalise
+    out = tmp_path / "out"
+    assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
+    assert json.loads((out / "results.json").read_text())["config"]["normalise"] is True
+    assert (
+        main(["train", "--config", str(path), "--model", "vanilla", "--seed", "4", "--out", str(tmp_path / "one")]) == 0
+    )
+    with pytest.raises(RunError, match="normalise must be true or false, got 1"):
+        load_study(write(normalise=1))
+
+
 def test_array_and_likelihood_are_settings_too(write, tmp_path, capsys):
     x = np.random.default_rng(0).integers(0, 2, (100, 16))
     np.savez(tmp_path / "two.npz", bits=x, labels=np.arange(100)[:, None])

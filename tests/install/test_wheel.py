@@ -29,7 +29,9 @@ needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not inst
 
 def test_the_page_on_installing_has_every_extra_and_how_a_wheel_gets_them():
     page, project = (ROOT / "docs/install.md").read_text(), (ROOT / "pyproject.toml").read_text()
-    extras = re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    extras = re.findall(
+        r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+    )
     assert set(extras) == set(re.findall(r"^\| `(\w+)` \|", page.partition("## Extras")[2].partition("\n## ")[0], re.M))
     assert re.search(r"pip install '[\w./-]+\.whl\[train\]'", page)
 

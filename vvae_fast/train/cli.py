@@ -147,6 +147,10 @@ def _train(arguments: argparse.Namespace) -> int:
     check_backend()
     if arguments.rank is not None and arguments.model != AMORTIZED:
         raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
+    of_study = arguments.study is not None and arguments.study.settings.get("normalise", False)
+    if arguments.normalise and not of_study and arguments.model != AMORTIZED:
+        flow = f"an {AMORTIZED} flow's features"
+        raise RunError(f"--normalise is of {flow}, and --model is {arguments.model}; leave --normalise out")
     model = Model(arguments.model, 0 if arguments.model == VANILLA else arguments.steps, arguments.rank or FULL)
     base, dataset = _configuration(arguments, arguments.seed)
     config = model.config(base, arguments.seed, dataset)
@@ -225,7 +229,7 @@ def _configuration(arguments: argparse.Namespace, seed: int) -> tuple[RunConfig,
     if arguments.network == GATED_CONV and arguments.hidden:
         raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
     names: tuple[str, ...] = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
-    names += ("network", "optimizer", "schedule")
+    names += ("network", "optimizer", "schedule", "normalise")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
         model=VANILLA,

@@ -81,6 +81,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--network", choices=CHOICES["network"], default=CHOICES["network"][0], help="of encoder and decoder")
     hidden = "widths of an MLP's encoder, which the decoder mirrors (default: 100)"
     add("--hidden", type=positive, nargs="+", metavar="WIDTH", help=hidden)
+    add("--normalise", action="store_true", help="the features an amortized flow gets, if their size is unknown")
     add("--optimizer", choices=CHOICES["optimizer"], default=CHOICES["optimizer"][0], help="of the training")
     add("--lr", type=positive_float, default=3e-3, help="the learning rate of the first epoch")
     add("--schedule", choices=CHOICES["schedule"], default=CHOICES["schedule"][0], help="of the learning rate")

@@ -95,7 +95,7 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     if config.model == SHARED:
         return PlanarFlow(config.latent_dim, config.num_steps)
     rank = None if config.rank == FULL else config.rank
-    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim, rank=rank)
+    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim, rank=rank, normalise=config.normalise)
 
 
 def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:

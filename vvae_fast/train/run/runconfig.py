@@ -73,6 +73,7 @@ class RunConfig:
     array: str = ""  # the requested array of an archive
     rank: int = FULL  # of an amortized flow's head; FULL for the one without a rank
     matched: int = UNMATCHED  # K of the amortized flow whose parameters the widths of this vanilla VAE are to match
+    normalise: bool = False  # an amortized flow's features, whatever their size
 
     @property
     def name(self) -> str:
@@ -80,7 +81,8 @@ class RunConfig:
         model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
         rank = "" if self.rank == FULL else f"-rank{self.rank}"
         matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
-        return f"{model}{rank}{matched}-seed{self.seed}"
+        normalise = "-normalised" if self.normalise else ""
+        return f"{model}{rank}{normalise}{matched}-seed{self.seed}"
 
     def to_json(self) -> dict:
         return {**asdict(self), "hidden": list(self.hidden)}
@@ -142,7 +144,8 @@ def is_number(value: object) -> bool:
 def _has_type(value: object, kind: str) -> bool:
     if kind == "tuple[int, ...]":
         return isinstance(value, list) and all(type(item) is int for item in value)
-    return {"str": isinstance(value, str), "int": type(value) is int, "float": is_number(value)}[kind]
+    kinds = {"str": str, "bool": bool, "int": int}
+    return is_number(value) if kind == "float" else type(value) is kinds[kind]
 
 
 def data_digest(dataset: Dataset) -> str:

@@ -75,8 +75,12 @@ class Model:
 
     def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
         """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
-        of a matched model. Raises RunError as `networks.matched` does."""
-        config = replace(base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed)
+        of a matched model, and for `normalise`, which is of amortized flows. Raises RunError as `networks.matched`
+        does."""
+        normalise = base.normalise and self.kind == AMORTIZED
+        config = replace(
+            base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed, normalise=normalise
+        )
         return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 

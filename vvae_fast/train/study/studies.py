@@ -29,6 +29,12 @@ def _text(value: object, least: int = 1) -> str:
     return value
 
 
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
 def _one_of(value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError
@@ -45,6 +51,7 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     "data": (_text, "a name or a path"),
     "array": (_text, "the name of an archive's array"),
     "lr": (as_positive_float, "a positive number"),
+    "normalise": (_flag, "true or false"),
     "hidden": (lambda value: as_ints(value, 1), "a list of positive ints"),
     **{
         name: (partial(_one_of, choices=choices), f"one of {', '.join(choices)}")
@@ -52,7 +59,7 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
         if name != "model"
     },
 }
-OPTIONAL = {"array", "likelihood"}  # if they are left out, the data decide
+OPTIONAL = {"array", "likelihood", "normalise"}  # if they are left out, the data decide; normalise is false
 ALWAYS = {  # what else every file has
     "models": f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}",
     "seeds": "a list of ints from 0 to 2^32 - 1",
