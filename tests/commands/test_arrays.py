@@ -89,6 +89,31 @@ def test_reconstruct_writes_rows_beside_their_reconstructions(run, data, tmp_pat
     assert ((arrays["reconstruction"] > 0) & (arrays["reconstruction"] < 1)).all()
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_all_splits_stand_in_the_order_of_the_file(run, data, tmp_path, command):  # noqa: F811
+    arrays = written(tmp_path, command, str(run), "--split", "all")
+    loaded = load_run(run)
+    assert arrays["rows"].tolist() == list(range(100))
+    for number, split in enumerate(SPLITS):
+        assert np.array_equal(np.flatnonzero(arrays["split"] == number), np.sort(loaded.rows[split]))
+    x = torch.from_numpy(np.load(data)).float()
+    if command == "reconstruct":
+        assert np.array_equal(arrays["x"], x)
+    else:
+        with torch.no_grad():
+            np.testing.assert_allclose(arrays["mean"], loaded.vae.encode(x).mean, rtol=1e-5, atol=1e-6)
+
+
+def test_splits_that_are_arrays_of_their_own_stand_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("of.npz", train=np.eye(8), val=np.eye(8)[:3], test=np.eye(8)[:2])
+    assert main(small("--data", "of.npz", "--out", "run")) == 0
+    arrays = written(tmp_path, "reconstruct", "run", "--split", "all")
+    assert arrays["rows"].tolist() == [*range(8), *range(3), *range(2)]
+    assert arrays["split"].tolist() == [0] * 8 + [1] * 3 + [2] * 2
+    assert np.array_equal(arrays["x"], np.eye(8)[arrays["rows"]])
+
+
 def test_sample_writes_draws_and_their_means(run, tmp_path):  # noqa: F811
     arrays = written(tmp_path, "sample", str(run), "--num-samples", "500")
     assert arrays["x"].shape == arrays["mean"].shape == (500, 16)

@@ -58,7 +58,8 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_split_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", choices=SPLITS, default=SPLITS[-1], help="the rows to take")
+    rows = "the rows to take; all: of the three splits, in the file's order"
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default=SPLITS[-1], help=rows)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from vvae_fast.train.run.runconfig import RunConfig
 from vvae_fast.train.run.runs import load_trained
 
 Arrays = dict[str, Tensor]
+ALL = "all"  # the splits together, see `rows_of`
 
 
 class LoadedRun(NamedTuple):
@@ -64,16 +65,17 @@ def sample(run: LoadedRun, num_samples: int, seed: int) -> Arrays:
 
 @torch.no_grad()
 def reconstruct(run: LoadedRun, split: str, seed: int) -> Arrays:
-    """rows [N], x and reconstruction E[x | z] for one posterior sample z of each row, [N, *shape]."""
+    """rows [N], x and reconstruction E[x | z] for one posterior sample z of each row, [N, *shape]; of ALL also split
+    [N], 0 for train, 1 for val, 2 for test."""
     x, generator = rows_of(run, split), torch.Generator().manual_seed(seed)
     means = [run.vae.reconstruct(batch.flatten(1), generator) for batch in x.split(EVALUATION_BATCH)]
-    return {"rows": run.rows[split], "x": x, "reconstruction": torch.cat(means).reshape(x.shape)}
+    return {**_numbers_of(run, split), "x": x, "reconstruction": torch.cat(means).reshape(x.shape)}
 
 
 @torch.no_grad()
 def encode(run: LoadedRun, split: str, num_samples: int, seed: int) -> Arrays:
     """rows [N]; mean and log_var [N, D] of q_0(z_0 | x); z_K [S, N, D], num_samples draws of the posterior, and their
-    log_q = log q_K(z_K | x) in nats, [S, N]."""
+    log_q = log q_K(z_K | x) in nats, [S, N]; of ALL also split as `reconstruct`'s."""
     generator = torch.Generator().manual_seed(seed)
     dims = {"mean": 0, "log_var": 0, "z_K": 1, "log_q": 1}  # which counts the rows
     parts: dict[str, list[Tensor]] = {name: [] for name in dims}
@@ -82,16 +84,36 @@ def encode(run: LoadedRun, split: str, num_samples: int, seed: int) -> Arrays:
         _, z_K, log_q = run.vae.posterior_sample(batch, num_samples, generator)
         for name, part in zip(parts, (mean, log_var, z_K, log_q), strict=True):
             parts[name].append(part)
-    return {"rows": run.rows[split], **{name: torch.cat(parts[name], dim) for name, dim in dims.items()}}
+    return {**_numbers_of(run, split), **{name: torch.cat(parts[name], dim) for name, dim in dims.items()}}
 
 
 def rows_of(run: LoadedRun, split: str) -> Tensor:
-    """The rows of a split as the encoder takes them, [N, *shape]: for probabilities their bits, by the run's seed."""
+    """The rows of a split as the encoder takes them, [N, *shape]: for probabilities their bits, by the run's seed.
+
+    Those of ALL stand in the order of the array that was split; where there was none, train comes first, then val.
+    """
+    if split == ALL:
+        return torch.cat([rows_of(run, name) for name in SPLITS])[_file_order(run)]
     x = getattr(run.dataset, split)
     if split != "train" or not run.dataset.dynamic:
         return x
     bits, parts = BinarizedRows(x, run.config.seed), torch.arange(len(x)).split(EVALUATION_BATCH)
     return torch.cat([bits(Draw(0, number, rows)) for number, rows in enumerate(parts)]).reshape(x.shape)
+
+
+def _file_order(run: LoadedRun) -> Tensor:
+    """Where the rows of the array that was split stand in train, val and test one after the other, int64 [N]."""
+    numbers = torch.cat([run.rows[split] for split in SPLITS])
+    is_one_array = len(numbers.unique()) == len(numbers)
+    return numbers.argsort() if is_one_array else torch.arange(len(numbers))
+
+
+def _numbers_of(run: LoadedRun, split: str) -> Arrays:
+    if split != ALL:
+        return {"rows": run.rows[split]}
+    order = _file_order(run)
+    splits = torch.cat([torch.full_like(run.rows[name], number) for number, name in enumerate(SPLITS)])
+    return {"rows": torch.cat([run.rows[name] for name in SPLITS])[order], "split": splits[order]}
 
 
 def write_arrays(path: Path, arrays: Arrays) -> str:
