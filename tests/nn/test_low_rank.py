@@ -141,6 +141,13 @@ def test_state_dicts_pickles_and_copies():
         full.load_state_dict(flow.state_dict())
 
 
+def test_pickles_that_name_the_heads_old_home():
+    assert planar._Head is type(make(rank=None).head)
+    pickled = pickle.dumps(make(rank=None), protocol=2)
+    old = pickle.loads(pickled.replace(b"cvvae_fast.nn.base\nHead\n", b"cvvae_fast.nn.planar\n_Head\n"))
+    assert torch.equal(old(*inputs())[0], make(rank=None)(*inputs())[0])
+
+
 def test_modules_from_before_there_was_a_rank():
     """Those that were pickled as a whole have no such attribute."""
     flow = make(rank=None)

@@ -1,0 +1,199 @@
+"""What the flow modules share: the checks of z, and for the amortized ones the head that computes their parameters."""
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vvae_fast.backends import check_name
+from vvae_fast.nn.linear import Linear
+from vvae_fast.shapes import HALVES, autocasts, check_size, full_precision, is_trailing, untraced
+from vvae_fast.spec import DEFAULT
+
+# The a of docs/math.md (56): on digits 0.02 and 0.03 did alike, and 0.05 worse. A few numbers have a larger one, since
+# Adam moves the flow by the sum of the features' sizes.
+_KNEE, _KNEE_SUM = 0.03, 3.0
+_LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
+
+
+class Flow(nn.Module):
+    """The base of this package's flows: D, the backend, and the check of z. A flow in half precision also takes z in
+    float32, and keeps its digits."""
+
+    def __init__(self, dim: int, backend: str | None) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim, 1)
+        if backend is not None:
+            check_name(backend)
+        self.backend = backend
+
+    def _options(self) -> dict[str, Any]:
+        """The keyword arguments of the flow's function."""
+        return {"backend": self.backend}
+
+    @untraced
+    def _check_z(self, z: Tensor, like: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        if z.shape[-1:] != (self.dim,):
+            raise ValueError(f"z must be [*batch, D] with the flow's D = {self.dim}, got {tuple(z.shape)}")
+        if z.dtype is not like.dtype or z.device != like.device:
+            _check_like("z", z, like, (torch.float32,) if like.dtype in HALVES else ())
+
+    def _repr(self, **sizes: Any) -> str:
+        """The sizes that are not None, and the options that differ from their defaults."""
+        defaults = {**dict.fromkeys(sizes), **DEFAULT.options(), "backend": None}
+        shown = {name: x for name, x in (sizes | self._options()).items() if x != defaults[name]}
+        return ", ".join([f"{name}={x!r}" for name, x in shown.items()])
+
+
+def _check_like(name: str, tensor: Tensor, like: Tensor, others: tuple[torch.dtype, ...] = ()) -> None:
+    """Raises if a tensor has another device than the parameters, or neither their dtype nor one of `others`."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the flow, got {tensor.device}: move one of them")
+    allowed = tensor.dtype in (like.dtype, *others) or autocasts(tensor)
+    if not allowed:
+        raise TypeError(f"{name} must be {like.dtype} like the flow, got {tensor.dtype}: convert one of them")
+
+
+def largest_rank_of(context_dim: int, outputs: int) -> int:
+    """Of a head; a larger one would restrict nothing."""
+    return min(context_dim, outputs)
+
+
+def draw_like_linear(weight: Tensor) -> None:
+    """Draws a weight [M, F] as nn.Linear does."""
+    bound = weight.shape[1] ** -0.5
+    weight.uniform_(-bound, bound)
+
+
+class Head(Linear):
+    """A linear layer that its flow initialises. With `normalise` it takes rows of like sizes, docs/math.md (56).
+
+    Both kinds have the same state_dict but for its version: nn.Linear's 1 without, 2 with `normalise`.
+    """
+
+    normalise = False  # for modules that were pickled before there was one
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, normalise: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.normalise, self._version = normalise, 2 if normalise else 1
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        version = local_metadata.get("version", self._version)  # a plain dict has none
+        if version != self._version:
+            errors.append(f"{prefix[:-1]} is of a flow with normalise={version == 2}: make the flow with that")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_of_like_sizes(x, self.in_features) if self.normalise else x)
+
+
+def _of_like_sizes(x: Tensor, num_features: int) -> Tensor:
+    """x [*batch, F] with the root mean square r of each row brought to a log(1 + r / a), docs/math.md (56)."""
+    wide = full_precision(x)
+    knee = max(_KNEE, _KNEE_SUM / num_features)
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / (knee * math.sqrt(num_features)) + _LEAST_SIZE
+    return (wide * (torch.log1p(size) / size)).to(x.dtype)
+
+
+class AmortizedFlow(Flow):
+    """The base of flows whose parameters a linear head computes from a context [*params, F].
+
+    The head is F -> outputs, or with rank = r a product F -> r -> outputs of `head.down`, without a bias, and
+    `head.up`.
+    """
+
+    rank: int | None = None  # for modules that were pickled before there was one
+    normalise = False  # the same
+    context_dim: int
+    head: Any  # a module, which may be the user's own
+    _OUTPUTS = ""  # their number as a formula, for messages
+
+    def _num_outputs(self) -> int:
+        raise NotImplementedError
+
+    def _make_head(self, context_dim: int, rank: int | None, normalise: bool) -> None:
+        """Sets context_dim, rank, normalise and a head without values. Raises TypeError or ValueError for those that
+        do not fit."""
+        self.context_dim = check_size("context_dim", context_dim, 1)
+        outputs = self._num_outputs()
+        self.rank = None if rank is None else self._check_rank(rank, outputs)
+        if not isinstance(normalise, bool):
+            raise TypeError(f"normalise must be a bool, got {type(normalise).__name__}")
+        self.normalise = normalise
+        if self.rank is None:
+            self.head = Head(self.context_dim, outputs, normalise=normalise)
+        else:
+            down = Head(self.context_dim, self.rank, bias=False, normalise=normalise)
+            up = Head(self.rank, outputs)
+            up.narrow = True
+            self.head = nn.Sequential(OrderedDict(down=down, up=up))
+
+    def _check_rank(self, rank: int, outputs: int) -> int:
+        rank, most = check_size("rank", rank, 1), largest_rank_of(self.context_dim, outputs)
+        if rank > most:
+            raise ValueError(
+                f"rank must be at most min(F, {self._OUTPUTS}) = {most}, got {rank}: use rank=None, which costs less"
+            )
+        return rank
+
+    def _last(self) -> Any:
+        """The layer whose bias the outputs start as."""
+        return self.head if self.rank is None else self.head.up
+
+    def _start(self, bias: Tensor, drawn: slice) -> None:
+        """Sets the bias of the last layer, draws its weight's rows `drawn` like nn.Linear's, and sets the other rows
+        to zero; `head.down` starts like nn.Linear."""
+        last = self._last()
+        with torch.no_grad():
+            last.bias.copy_(bias)
+            last.weight.zero_()
+            draw_like_linear(last.weight[drawn])
+            if self.rank is not None:
+                draw_like_linear(self.head.down.weight)
+
+    def _packed(self, context: Tensor) -> Tensor:
+        """The head's output [*params, outputs] for context [*params, F]."""
+        self._check_context(context)
+        packed = self.head(context)
+        self._check_packed(packed, context)
+        return packed
+
+    @untraced
+    def _check_context(self, context: Tensor) -> None:
+        if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
+        _check_like("context", context, next(self.head.parameters(), context))
+
+    @untraced
+    def _check_packed(self, packed: Tensor, context: Tensor) -> None:
+        wanted = (*context.shape[:-1], self._num_outputs())
+        if not isinstance(packed, Tensor) or packed.shape != wanted:
+            got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed).__name__
+            raise ValueError(f"head must give [*params, {self._OUTPUTS}] = {wanted}, got {got}")
+
+    @untraced
+    def _check_inputs(self, z: Tensor, context: Tensor) -> None:
+        self._check_z(z, next(self.head.parameters(), z))
+        params, batch = context.shape[:-1], z.shape[:-1]
+        if not is_trailing(params, batch):
+            raise ValueError(
+                f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
+                f"got {tuple(params)}: nothing else is broadcast"
+            )
