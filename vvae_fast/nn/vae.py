@@ -17,10 +17,10 @@ from vvae_fast.nn.arguments import (
     run_module,
     trains_eagerly,
 )
+from vvae_fast.nn.base import Flow
 from vvae_fast.nn.importance import Importance, Proposal, draw_from, from_weights, standard_normal
 from vvae_fast.nn.likelihoods import Likelihood, make_likelihood
 from vvae_fast.nn.outputs import check_channels, check_decoded, check_encoded, check_flowed, check_params
-from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.shapes import HALVES, autocasts, check_size, compute_dtype, full_precision, untraced
 
 
@@ -320,8 +320,8 @@ class VAE(nn.Module):
         if self.flow is None:
             return z_0, z_0, 0.0
         inputs = [self._as_taken_by(self.flow, z_0)]
-        if inputs[0].dtype in HALVES and isinstance(self.flow, (PlanarFlow, AmortizedPlanarFlow)):
-            inputs = [z_0]  # these flows take float32 in half precision too, so z keeps its digits
+        if inputs[0].dtype in HALVES and isinstance(self.flow, Flow):
+            inputs = [z_0]  # this package's flows take float32 in half precision too, so z keeps its digits
         if self._flow_takes_features:
             if posterior.features is None:
                 raise ValueError(

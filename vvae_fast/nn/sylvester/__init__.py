@@ -1,0 +1,1 @@
+"""Flows with orthogonal matrices: Sylvester flows, Householder flows, and what they are made of."""
