@@ -106,8 +106,8 @@ class _Params(NamedTuple):
     b: Tensor
     s: Tensor | None
 
-    def whole(self) -> tuple[Tensor | None, ...]:
-        """The arguments of the reference: columns, r, r_tilde, b, c, s."""
+    def whole(self, activation: str, slope: float) -> tuple[Any, ...]:
+        """The arguments of the reference behind z: columns, r, r_tilde, b, c, s and these two."""
         q, r, r_tilde, d, d_tilde, b, s = self
         if d is None or d_tilde is None:
             d, d_tilde = _diagonal(r), _diagonal(r_tilde)
@@ -115,9 +115,9 @@ class _Params(NamedTuple):
             below = r.mT if r_tilde is None else r_tilde
             r, r_tilde = r.triu(1) + torch.diag_embed(d), below.triu(1) + torch.diag_embed(d_tilde)
         c = d * d_tilde  # [*params, L, M]
-        return q, r, r_tilde, b, c.detach(), 1 + c if s is None else s
+        return q, r, r_tilde, b, c.detach(), 1 + c if s is None else s, activation, slope
 
-    def apart(self) -> tuple[Tensor | None, ...]:
+    def apart(self) -> tuple[Any, ...]:
         """The arguments of the operators, with the diagonals apart."""
         q, r, r_tilde, d, d_tilde, b, s = self
         if d is None or d_tilde is None:
@@ -134,7 +134,7 @@ class _Function(torch.autograd.Function):
     """The operators of the C++ backend, saving the tensors and p [L, rows, M] only."""
 
     @staticmethod
-    def forward(ctx: Any, spec: tuple[int, float], z: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, spec: tuple[int, float], z: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
         z_out, log_det, p = sylvester_forward(z, *_Params(*params).apart(), *spec, True)
         ctx.save_for_backward(z, *params, p)
         ctx.spec = spec
@@ -167,10 +167,10 @@ def _plain_backward(
 ) -> list[Tensor | None]:
     """The gradients of z and the parameters, differentiable."""
     # Aliases: where one argument was computed from another, its gradient must not run on into that one.
-    inputs = [
+    inputs: list[Any] = [
         t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, *params)
     ]
-    out = reference.sylvester_forward(inputs[0], *_Params(*inputs[1:]).whole(), ACTIVATIONS[spec[0]], spec[1])
+    out = reference.sylvester_forward(inputs[0], *_Params(*inputs[1:]).whole(ACTIVATIONS[spec[0]], spec[1]))
     given = [t for t in inputs if t is not None]
     found = iter(
         torch.autograd.grad(
@@ -183,13 +183,13 @@ def _plain_backward(
 def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inverse: bool) -> tuple[Tensor, Tensor]:
     dtype = _check(z, params)
     chosen, z_dtype = backends.select_sylvester(z, backend), z.dtype
-    z, *converted = (None if t is None else t.to(dtype) for t in (z, *params))
-    params = _Params(*converted)
+    converted: list[Any] = [None if t is None else t.to(dtype) for t in params]
+    z, params = z.to(dtype), _Params(*converted)
     if params.q is not None:
         params = params._replace(q=params.q.mT)
     if chosen.is_plain or inverse:
         flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
-        z_out, log_det, *_ = flow(z, *params.whole(), spec.activation, spec.slope)
+        z_out, log_det, *_ = flow(z, *params.whole(spec.activation, spec.slope))
         given = tuple(t for t in (z, *params) if t is not None)
         z_out, log_det = backends.as_functions_of(given, z_out, log_det)
     else:
@@ -199,14 +199,13 @@ def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inver
 
 def _run(z: Tensor, params: _Params, spec: tuple[int, float]) -> tuple[Tensor, Tensor]:
     """By the operators, which take rows [R, D] and sets [P, L, ...]."""
-    rows = z.reshape(-1, z.shape[-1])
+    rows = z.reshape(-1, z.shape[-1]).contiguous()
     amortized = params.r.dim() > 3
-    sets = _Params(
-        *(
-            t if t is None else t.flatten(0, t.dim() - own - 1) if amortized else t[None]
-            for t, own in zip(params, (3, 3, 3, 2, 2, 2, 2), strict=True)
-        )
-    )
+    of_sets: list[Any] = [
+        t if t is None else t.flatten(0, t.dim() - own - 1) if amortized else t[None]
+        for t, own in zip(params, (3, 3, 3, 2, 2, 2, 2), strict=True)
+    ]
+    sets = _Params(*of_sets)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *params)):
         z_out, log_det = _Function.apply(spec, rows, *sets)
     else:

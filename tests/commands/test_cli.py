@@ -45,6 +45,29 @@ def test_train_then_evaluate(data, tmp_path, capsys):
     assert f"{float(value):.2f}" in trained
 
 
+def test_families_of_flows_are_trained_and_compared(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(small("--data", data, "--out", str(out), "--flow", "sylvester-orthogonal", "--units", "1")) == 0
+    assert "amortized orthogonal Sylvester M=1" in capsys.readouterr().out
+    recorded, result = (json.loads((out / name).read_text()) for name in ("config.json", "result.json"))
+    assert (recorded["flow"], recorded["units"]) == (result["flow"], result["units"]) == ("sylvester-orthogonal", 1)
+    assert main(["evaluate", str(out), "--data", data, "--num-samples", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--units", "1"], "--units is of Sylvester flows, and --flow is planar; leave --units out"),
+        (["--flow", "householder", "--model", "vanilla"], "a vanilla VAE has no flow; leave --flow out"),
+        (["--flow", "sylvester-orthogonal", "--units", "99"], "num_units must be at most D = 2, got 99"),
+        (["--flow", "sylvester-triangular", "--units", "1"], "num_units must be D = 2"),
+    ],
+)
+def test_flows_that_do_not_fit(data, tmp_path, options, message, capsys):
+    assert main(small("--data", data, "--out", str(tmp_path / "run"), *options)) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_rank_is_trained_continued_and_evaluated(data, tmp_path, capsys):
     out = tmp_path / "run"
     command = small("--data", data, "--out", str(out), "--rank", "2")

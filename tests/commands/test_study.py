@@ -125,6 +125,42 @@ def config_data(write) -> str:
     return yaml.safe_load(write().read_text())["data"]
 
 
+def test_families_of_a_study(write, tmp_path, capsys):
+    models = {
+        "vanilla": [0],
+        "shared": [2],
+        "amortized-householder": [2],
+        "shared-sylvester-triangular": [1],
+        "amortized-sylvester-orthogonal-units1-rank2": [2],
+        "amortized-sylvester-householder": [1],
+    }
+    out, path = tmp_path / "out", write(models=models, seeds=[4])
+    assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("shared triangular Sylvester L=1", "amortized rank-2 orthogonal Sylvester M=1 L=2"):
+        assert name in printed
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [(run["model"], run["flow"], run["num_steps"], run["units"], run["rank"]) for run in runs] == [
+        ("vanilla", "planar", 0, 0, 0),
+        ("shared", "planar", 2, 0, 0),
+        ("amortized", "householder", 2, 0, 0),
+        ("shared", "sylvester-triangular", 1, 0, 0),
+        ("amortized", "sylvester-orthogonal", 2, 1, 2),
+        ("amortized", "sylvester-householder", 1, 0, 0),
+    ]
+    folder = out / "amortized-sylvester-orthogonal-L2-M1-rank2-seed4"
+    assert main(["evaluate", str(folder), "--config", str(path), "--num-samples", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vanilla-householder", "amortized-sylvester", "amortized-householder-units2", "shared-rank2", "amortized-planar"],
+)
+def test_families_that_do_not_exist(write, name, capsys):
+    assert main(["compare", "--config", str(write(models={name: [2]}))]) == 2
+    assert "models must be a list of flow lengths for each kind" in capsys.readouterr().err
+
+
 def test_ranks_of_a_study(write, tmp_path, capsys):
     models = {"vanilla": [0], "amortized": [2], "amortized-rank2": [2, 1], "amortized-rank3": [2]}
     out, path = tmp_path / "out", write(models=models, seeds=[4])

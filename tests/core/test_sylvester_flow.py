@@ -329,3 +329,10 @@ def test_operators_refuse_what_does_not_fit():
         sylvester_forward(z, None, *params[1:], 0, 0.2, False)
     with pytest.raises(RuntimeError, match="b must have z's dtype"):
         sylvester_forward(z, *params[:5], params[5].double(), params[6], 0, 0.2, False)
+
+
+def test_any_strides():
+    z, *params = arguments(6, 6, 3, 2, amortized=True)
+    wanted = sylvester_flow(z, *params)
+    strided = [t.mT.contiguous().mT for t in params[:3]]
+    torch.testing.assert_close(sylvester_flow(z.t().contiguous().t(), *strided, params[3]), wanted)

@@ -110,7 +110,8 @@ def sylvester_backward(
             of_columns.append(_outer(x, g, of_q) + _outer(dp, z_before[layer], of_q))
         g = g + _out_of(dp, columns, layer)
     if not of_r:
-        return g, None if columns is None else torch.zeros_like(columns), *map(torch.zeros_like, (r, r_tilde, b, s))
+        of_none = None if columns is None else torch.zeros_like(columns)
+        return g, of_none, torch.zeros_like(r), torch.zeros_like(r_tilde), torch.zeros_like(b), torch.zeros_like(s)
     dr, dr_tilde = (torch.stack(x[::-1], -3) for x in (of_r, of_r_tilde))
     db, ds = (torch.stack(x[::-1], -2) for x in (of_b, of_s))
     return g, torch.stack(of_columns[::-1], -3) if of_columns else None, dr, dr_tilde, db, ds

@@ -23,13 +23,25 @@ from vvae_fast.train.options import (
     EXIT_CODES,
     add_data_options,
     add_run_options,
+    add_units_option,
+    check_units,
     command,
     out_path,
     path,
     positive,
     seed,
 )
-from vvae_fast.train.run.runconfig import AMORTIZED, FULL, GATED_CONV, MODELS, VANILLA, RunConfig
+from vvae_fast.train.run.runconfig import (
+    ALL_UNITS,
+    AMORTIZED,
+    FLOWS,
+    FULL,
+    GATED_CONV,
+    MODELS,
+    PLANAR,
+    VANILLA,
+    RunConfig,
+)
 
 BAD_INPUT, DIVERGED, INTERRUPTED, OUTPUT_CLOSED = 2, 3, 130, 141  # exit codes
 DESCRIPTION = "Planar flows and variational autoencoders."
@@ -123,12 +135,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     check_backend()
     if arguments.study is not None and (arguments.steps or arguments.shared):
         raise RunError(f"{arguments.config} says which models to compare; leave --steps and --shared out")
+    if arguments.study is not None and (arguments.flow or arguments.units):
+        raise RunError(f"{arguments.config} says which models to compare; leave --flow and --units out")
+    flows = list(dict.fromkeys(arguments.flow or [PLANAR]))
+    check_units(arguments.units, flows)
     if arguments.study is not None and arguments.matched is not None:
         raise RunError(f"{arguments.config} says which models to compare; write {MATCHED}: [K] there for --matched")
     base, dataset = _configuration(arguments, arguments.seeds[0])
     steps = _unique(arguments.steps or STEPS)
     wider = [] if arguments.matched is None else _unique(arguments.matched or steps)
-    models = models_to_compare(steps, arguments.shared, wider) if arguments.study is None else arguments.study.models
+    families = flows, arguments.units or ALL_UNITS
+    models = arguments.study.models if arguments.study else models_to_compare(steps, arguments.shared, wider, *families)
     with processes.connected():
         seeds, out = _unique(arguments.seeds), _out(arguments)
         gaps = None if arguments.study is None else arguments.study.gaps
@@ -151,7 +168,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.normalise and not of_study and arguments.model != AMORTIZED:
         flow = f"an {AMORTIZED} flow's features"
         raise RunError(f"--normalise is of {flow}, and --model is {arguments.model}; leave --normalise out")
-    model = Model(arguments.model, 0 if arguments.model == VANILLA else arguments.steps, arguments.rank or FULL)
+    check_units(arguments.units, [arguments.flow])
+    if arguments.model == VANILLA and arguments.flow != PLANAR:
+        raise RunError(f"--flow is {arguments.flow}, and a {VANILLA} VAE has no flow; leave --flow out")
+    steps, units = 0 if arguments.model == VANILLA else arguments.steps, arguments.units or ALL_UNITS
+    model = Model(arguments.model, steps, arguments.rank or FULL, flow=arguments.flow, units=units)
     base, dataset = _configuration(arguments, arguments.seed)
     config = model.config(base, arguments.seed, dataset)
     out = _out(arguments)
@@ -277,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
         "--config configs/digits.yaml --out runs/digits",
     )
     compare.add_argument("--steps", type=positive, nargs="+", metavar="K", help="flow lengths (default: 4 16)")
+    families = "families of flows (default: planar)"
+    compare.add_argument("--flow", choices=FLOWS, nargs="+", metavar="FLOW", help=f"{families}, of {', '.join(FLOWS)}")
+    add_units_option(compare)
     compare.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="SEED", help="a run each")
     compare.add_argument("--shared", action="store_true", help="also flows whose parameters all data points share")
     matched = "also vanilla VAEs with as many parameters as the amortized flow VAEs of these lengths (default: --steps)"
@@ -295,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=positive, default=16, metavar="K", help="the flow's length")
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
     train.add_argument("--rank", type=positive, metavar="R", help=rank)
+    train.add_argument("--flow", choices=FLOWS, default=PLANAR, help="the family of the flow")
+    add_units_option(train)
     train.add_argument("--seed", type=seed, default=0, help="of weights, order and noise")
     add_run_options(train)
 

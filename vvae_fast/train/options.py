@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.base.paths import resolve, resolve_out
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS
-from vvae_fast.train.run.runconfig import CHOICES
+from vvae_fast.train.run.runconfig import CHOICES, SYLVESTER
 
 EXIT_CODES = """exit codes:
   0    all is done
@@ -60,6 +60,16 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
 def add_split_option(parser: argparse.ArgumentParser) -> None:
     rows = "the rows to take; all: of the three splits, in the file's order"
     parser.add_argument("--split", choices=(*SPLITS, "all"), default=SPLITS[-1], help=rows)
+
+
+def add_units_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--units", type=positive, metavar="M", help="of a Sylvester layer (default: the latent's D)")
+
+
+def check_units(units: int | None, flows: Sequence[str]) -> None:
+    """Raises RunError if --units is given and no flow has units."""
+    if units is not None and not any(flow.startswith(SYLVESTER) for flow in flows):
+        raise RunError(f"--units is of Sylvester flows, and --flow is {', '.join(flows)}; leave --units out")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -15,11 +15,11 @@ from vvae_fast.train.run.checkpoints import BEST, LAST, PREVIOUS, load_last
 from vvae_fast.train.run.module import CHECKPOINT_KEY
 from vvae_fast.train.run.runconfig import (
     ADDED,
-    FULL,
+    LATER,
+    OWN_SETTINGS,
     RECORD,
     RESULT_KEYS,
     SCORES,
-    UNMATCHED,
     RunConfig,
     are_plans,
     differing_only_in_length,
@@ -64,10 +64,10 @@ def load_result(config: RunConfig, folder: Path) -> dict | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    result = {"rank": FULL, "matched": UNMATCHED, **read_json(path)}  # older versions had neither
+    result = {**LATER, **read_json(path)}
     if not _is_result({**ADDED, **result}):
         raise RunError(f"{path} is not a result of vvae-fast; remove it or use --fresh")
-    for key in ("model", "num_steps", "rank", "matched", "seed"):
+    for key in OWN_SETTINGS:
         wanted = getattr(config, key)
         if result[key] != wanted:
             raise RunError(
@@ -90,7 +90,7 @@ def _is_result(result: dict) -> bool:
         return False
     diverged = result["status"] == outcome.DIVERGED
     may_lack = {*SCORES, "best_epoch"} if diverged else set()  # a diverged run may have nothing to evaluate
-    keys = {*RECORD, "best_epoch", "num_samples"} - {"model", "status", "reason"}
+    keys = {*RECORD, "best_epoch", "num_samples"} - {"model", "flow", "status", "reason"}
     numbers = [result[key] for key in keys if not (key in may_lack and result[key] is None)]
     finite = all(is_number(value) and math.isfinite(value) for value in numbers)
     has_reason = isinstance(result["reason"], str) if result["status"] != outcome.FINISHED else result["reason"] is None

@@ -22,6 +22,7 @@ from vvae_fast.train.data.loaders import EvalLoader
 from vvae_fast.train.data.sets import describe
 from vvae_fast.train.run import processes
 from vvae_fast.train.run.folder import GAPS, locked
+from vvae_fast.train.run.runconfig import OWN_SETTINGS
 from vvae_fast.train.run.runs import Trained
 
 PERCENT = 100  # units of the progress bar
@@ -85,7 +86,7 @@ def measure(trained: Trained, settings: GapSettings, out: Path, progress: Progre
         with telling_memory("fitting", "free some, data points are fitted in chunks of a fixed size"):
             points, by_samples = _measure(trained, settings, progress)
         content = {
-            **{name: getattr(trained.config, name) for name in ("model", "num_steps", "rank", "matched", "seed")},
+            **{name: getattr(trained.config, name) for name in OWN_SETTINGS},
             **_identity(trained, settings),
             "scores": {name: _statistics(values) for name, values in points.items()},
             **{share: (points[name] < FEW).double().mean().item() for name, share in SHARES.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from vvae_fast.nn.gated import (
 from vvae_fast.nn.likelihoods import Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow, largest_rank
+from vvae_fast.nn.sylvester.flows import AmortizedSylvesterFlow, SylvesterFlow
+from vvae_fast.nn.sylvester.householder import AmortizedHouseholderFlow, HouseholderFlow
 from vvae_fast.nn.vae import VAE
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.data.sets import GAUSSIAN, Dataset
@@ -29,11 +32,20 @@ from vvae_fast.train.run.runconfig import (
     FULL,
     GATED_CONV,
     GATED_MLP,
+    HOUSEHOLDER,
+    PLANAR,
     SHARED,
+    SYLVESTER,
     VANILLA,
     RunConfig,
 )
 
+# The shared and the amortized module of each family.
+_FLOWS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    PLANAR: (PlanarFlow, AmortizedPlanarFlow),
+    SYLVESTER.rstrip("-"): (SylvesterFlow, AmortizedSylvesterFlow),
+    HOUSEHOLDER: (HouseholderFlow, AmortizedHouseholderFlow),
+}
 FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
 
 
@@ -79,8 +91,16 @@ def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.
     return encoder, decoder
 
 
-def check_rank(config: RunConfig) -> None:
-    """Raises RunError if the flow's head cannot have the configuration's rank, before anything is built or written."""
+def check_flow(config: RunConfig) -> None:
+    """Raises RunError if there is no such flow, or its head cannot have the configuration's rank, before anything is
+    built or written."""
+    if config.flow != PLANAR:
+        try:
+            with torch.device("meta"):
+                _build_flow(config, _feature_dim(config))
+        except ValueError as error:
+            raise RunError(f"{config.name}: {error}") from error
+        return
     most = largest_rank(config.latent_dim, config.num_steps, _feature_dim(config))
     if config.rank > most:
         raise RunError(
@@ -92,10 +112,16 @@ def check_rank(config: RunConfig) -> None:
 def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     if config.model == VANILLA:
         return None
+    sizes = [config.latent_dim, config.num_steps]
+    options: dict[str, Any] = {}
+    shared, amortized = _FLOWS[config.flow.partition("-")[0]]
+    if config.flow.startswith(SYLVESTER):
+        sizes.append(config.units or config.latent_dim)
+        options["kind"] = config.flow.removeprefix(SYLVESTER)
     if config.model == SHARED:
-        return PlanarFlow(config.latent_dim, config.num_steps)
+        return shared(*sizes, **options)
     rank = None if config.rank == FULL else config.rank
-    return AmortizedPlanarFlow(config.latent_dim, config.num_steps, feature_dim, rank=rank, normalise=config.normalise)
+    return amortized(*sizes, feature_dim, rank=rank, normalise=config.normalise, **options)
 
 
 def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:
@@ -106,7 +132,7 @@ def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:
     """
     if config.network == GATED_CONV:
         raise RunError(f"network {GATED_CONV} has its own widths, no vanilla VAE of it can match; leave it out")
-    wanted = _num_parameters(replace(config, model=AMORTIZED, num_steps=num_steps), dataset)
+    wanted = _num_parameters(replace(config, model=AMORTIZED, flow=PLANAR, num_steps=num_steps), dataset)
 
     def wider(more: int) -> RunConfig:
         return replace(config, hidden=tuple(width + more for width in config.hidden), matched=num_steps)

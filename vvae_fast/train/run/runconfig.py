@@ -7,6 +7,7 @@ import zlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from vvae_fast.nn.sylvester.flows import KINDS
 from vvae_fast.train.base import outcome
 from vvae_fast.train.data.sets import SPLITS, Dataset
 
@@ -14,6 +15,10 @@ VANILLA, AMORTIZED, SHARED = "vanilla", "amortized", "shared"
 MODELS = (VANILLA, AMORTIZED, SHARED)
 FULL = 0  # the rank that stands for a full head in files
 UNMATCHED = 0  # a vanilla VAE with the requested widths
+PLANAR, HOUSEHOLDER = "planar", "householder"
+SYLVESTER = "sylvester-"  # and the kind
+FLOWS = (PLANAR, *(SYLVESTER + kind for kind in KINDS), HOUSEHOLDER)
+ALL_UNITS = 0  # M = D, and for flows that have no units
 MLP, GATED_MLP, GATED_CONV = "mlp", "gated-mlp", "gated-conv"
 ADAM, ADAMAX = "adam", "adamax"
 COSINE, CONSTANT = "cosine", "constant"
@@ -25,12 +30,9 @@ CHOICES = {
 }
 # Keys of a result and of an epoch's record in its history.
 SCORES = ("neg_elbo", "nll", "gap", "kl", "reconstruction", "active_units")
+OWN_SETTINGS = ("model", "flow", "num_steps", "units", "rank", "matched", "seed")  # that differ between a table's runs
 RECORD = (
-    "model",
-    "num_steps",
-    "rank",
-    "matched",
-    "seed",
+    *OWN_SETTINGS,
     *SCORES,
     "num_parameters",
     "seconds_per_epoch",
@@ -38,6 +40,7 @@ RECORD = (
 )
 RESULT_KEYS = {*RECORD, "best_epoch", "history", "dataset", "num_samples", "earlier_plans"}
 # The first versions' results lack these keys. Their values are defaults; a finished run is evaluated again for them.
+LATER = {"flow": PLANAR, "units": ALL_UNITS, "rank": FULL, "matched": UNMATCHED}  # of results without these keys
 ADDED: dict[str, Any] = {
     **dict.fromkeys(("gap", "active_units", "num_parameters", "epochs_done", "epochs_planned", "num_samples"), 0),
     **{"dataset": {}, "status": outcome.FINISHED, "reason": None, "earlier_plans": []},
@@ -74,11 +77,16 @@ class RunConfig:
     rank: int = FULL  # of an amortized flow's head; FULL for the one without a rank
     matched: int = UNMATCHED  # K of the amortized flow whose parameters the widths of this vanilla VAE are to match
     normalise: bool = False  # an amortized flow's features, whatever their size
+    flow: str = PLANAR  # of FLOWS; num_steps is K, or L layers of a Sylvester flow
+    units: int = ALL_UNITS  # M of a Sylvester flow
 
     @property
     def name(self) -> str:
         """The run's folder."""
-        model = self.model if self.model == VANILLA else f"{self.model}-K{self.num_steps}"
+        flow = "" if self.flow == PLANAR else f"-{self.flow}"
+        units = "" if self.units == ALL_UNITS else f"-M{self.units}"
+        letter = "L" if self.flow.startswith(SYLVESTER) else "K"
+        model = self.model if self.model == VANILLA else f"{self.model}{flow}-{letter}{self.num_steps}{units}"
         rank = "" if self.rank == FULL else f"-rank{self.rank}"
         matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
         normalise = "-normalised" if self.normalise else ""
@@ -107,7 +115,7 @@ def is_config(content: object) -> bool:
         return False
     has_widths = len(content["hidden"]) > 0
     return has_widths != (content["network"] == GATED_CONV) and all(
-        content[name] in choices for name, choices in CHOICES.items()
+        content[name] in choices for name, choices in {**CHOICES, "flow": FLOWS}.items()
     )
 
 

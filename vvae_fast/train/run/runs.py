@@ -46,9 +46,9 @@ from vvae_fast.train.run.folder import (
     locked,
 )
 from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.run.networks import build_vae, check_rank
+from vvae_fast.train.run.networks import build_vae, check_flow
 from vvae_fast.train.run.resuming import differs, for_lightning
-from vvae_fast.train.run.runconfig import COSINE, SCORES, RunConfig, data_digest
+from vvae_fast.train.run.runconfig import COSINE, OWN_SETTINGS, SCORES, RunConfig, data_digest
 
 lightning = require("lightning.pytorch")
 loggers = require("lightning.pytorch.loggers")
@@ -66,7 +66,7 @@ def run(
     rounding, and a run may continue with or without it.
 
     Returns:
-        the result: model, num_steps, rank, matched, seed; the scores of `evaluate`; num_parameters;
+        the result: OWN_SETTINGS; the scores of `evaluate`; num_parameters;
         seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
         earlier_plans and history (see VAEModule); and dataset (see data.describe). The scores of a run that diverged
         are those of its best epoch; if it has none, they and best_epoch are None.
@@ -76,7 +76,7 @@ def run(
             or torch.compile fails.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
-    check_rank(config)
+    check_flow(config)
     check_folder(config, folder)
     result = load_result(config, folder)
     if result is not None:
@@ -113,11 +113,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
             scores = evaluate(vae, dataset, config.num_samples, config.seed)
         ended = outcome.with_scores(ended, scores)
     return {
-        "model": config.model,
-        "num_steps": config.num_steps,
-        "rank": config.rank,
-        "matched": config.matched,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in OWN_SETTINGS},
         **{name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()},
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in history),

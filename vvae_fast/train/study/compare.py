@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vvae_fast.train.base import outcome
 from vvae_fast.train.base.environment import describe_environment
@@ -16,13 +17,18 @@ from vvae_fast.train.data.sets import Dataset, describe, summary
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
 from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, measure
-from vvae_fast.train.run.networks import check_rank, matched
+from vvae_fast.train.run.networks import check_flow, matched
 from vvae_fast.train.run.runconfig import (
+    ALL_UNITS,
     AMORTIZED,
     FULL,
     GATED_CONV,
+    HOUSEHOLDER,
+    OWN_SETTINGS,
+    PLANAR,
     RECORD,
     SHARED,
+    SYLVESTER,
     UNMATCHED,
     VANILLA,
     RunConfig,
@@ -36,7 +42,6 @@ RESULTS = "results.json"
 MATCHED = f"{VANILLA}-matched"  # in a study's file: vanilla VAEs with as many parameters as amortized flows of K
 CURVES, RECONSTRUCTIONS, SAMPLES, POSTERIOR = "elbo.png", "reconstructions.png", "samples.png", "posterior.png"
 CONTENT_KEYS = {"data", "config", "environment", "runs"}  # the keys of results.json in every version
-OWN_SETTINGS = ("model", "num_steps", "rank", "matched", "seed")  # the settings that differ between runs
 COLUMNS = {  # a result's key: heading, decimals
     "neg_elbo": ("-ELBO", 2),
     "nll": ("NLL", 2),
@@ -59,40 +64,63 @@ class Model:
     num_steps: int
     rank: int = FULL  # of an amortized flow's head
     matched: int = UNMATCHED  # for a wider vanilla VAE, K of the amortized flow whose number of parameters it has
+    flow: str = PLANAR
+    units: int = ALL_UNITS  # M of a Sylvester flow, whose L is num_steps
 
     @property
     def family(self) -> str:
         return self.kind if self.rank == FULL else f"{self.kind} rank-{self.rank}"
 
     @property
+    def flow_words(self) -> str:
+        """As in "orthogonal Sylvester M=16"."""
+        if not self.flow.startswith(SYLVESTER):
+            return "Householder" if self.flow == HOUSEHOLDER else self.flow
+        units = "" if self.units == ALL_UNITS else f" M={self.units}"
+        return f"{self.flow.removeprefix(SYLVESTER)} Sylvester{units}"
+
+    @property
     def title(self) -> str:
         matched = "" if self.matched == UNMATCHED else f", matched to K = {self.matched}"
-        return f"vanilla VAE{matched}" if self.kind == VANILLA else f"{self.family} planar"
+        return f"vanilla VAE{matched}" if self.kind == VANILLA else f"{self.family} {self.flow_words}"
 
     @property
     def label(self) -> str:
-        return self.title if self.kind == VANILLA else f"{self.title} K={self.num_steps}"
+        letter = "L" if self.flow.startswith(SYLVESTER) else "K"
+        return self.title if self.kind == VANILLA else f"{self.title} {letter}={self.num_steps}"
 
     def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
         """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
         of a matched model, and for `normalise`, which is of amortized flows. Raises RunError as `networks.matched`
         does."""
         normalise = base.normalise and self.kind == AMORTIZED
-        config = replace(
-            base, model=self.kind, num_steps=self.num_steps, rank=self.rank, seed=seed, normalise=normalise
-        )
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("flow", "num_steps", "units", "rank")}
+        config = replace(base, model=self.kind, seed=seed, normalise=normalise, **own)
         return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 
 VANILLA_MODEL = Model(VANILLA, 0)
 
 
-def models_to_compare(steps: Sequence[int], shared: bool, matched_to: Sequence[int] = ()) -> list[Model]:
-    """The vanilla VAE, and an amortized flow of each length; with `shared` also a shared flow of each length. For each
-    length in `matched_to` also a vanilla VAE with as many parameters as the amortized flow VAE of that length."""
+def models_to_compare(
+    steps: Sequence[int],
+    shared: bool,
+    matched_to: Sequence[int] = (),
+    flows: Sequence[str] = (PLANAR,),
+    units: int = ALL_UNITS,
+) -> list[Model]:
+    """The vanilla VAE, and an amortized flow of each of `flows` and length; with `shared` also shared ones. For each
+    length in `matched_to` also a vanilla VAE with as many parameters as the amortized planar flow VAE of that length.
+    """
     kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
     wider = [Model(VANILLA, 0, matched=num_steps) for num_steps in matched_to]
-    return [VANILLA_MODEL, *wider] + [Model(kind, num_steps) for kind in kinds for num_steps in steps]
+    families = [(flow, units if flow.startswith(SYLVESTER) else ALL_UNITS) for flow in flows]
+    return [VANILLA_MODEL, *wider] + [
+        Model(kind, num_steps, flow=flow, units=of_flow)
+        for flow, of_flow in families
+        for kind in kinds
+        for num_steps in steps
+    ]
 
 
 def compare(
@@ -132,7 +160,7 @@ def compare(
     configs = {model: model.config(base, base.seed, dataset) for model in models}
     runs = [(model, replace(configs[model], seed=seed)) for seed in seeds for model in models]
     for _, config in runs:
-        check_rank(config)
+        check_flow(config)
         if fresh and processes.is_first():
             remove_run(out / config.name)
         processes.wait_for_all()
@@ -256,7 +284,7 @@ def _gains(results: dict[Model, list[dict]]) -> list[str]:
 
 def _matched_to(model: Model) -> Model | None:
     """The vanilla VAE with as many parameters as an amortized flow VAE with a full head."""
-    is_full = model.kind == AMORTIZED and model.rank == FULL
+    is_full = (model.kind, model.flow, model.rank) == (AMORTIZED, PLANAR, FULL)
     return Model(VANILLA, 0, matched=model.num_steps) if is_full else None
 
 

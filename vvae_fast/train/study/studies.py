@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +15,29 @@ from vvae_fast.train.base.numbers import MOST_SEED, TooLarge, as_int, as_ints, a
 from vvae_fast.train.base.paths import resolve_data
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS, Dataset
 from vvae_fast.train.run.gaps import GapSettings
-from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, FULL, GATED_CONV, MODELS, VANILLA, RunConfig, data_digest
+from vvae_fast.train.run.runconfig import (
+    ALL_UNITS,
+    AMORTIZED,
+    CHOICES,
+    FLOWS,
+    FULL,
+    GATED_CONV,
+    HOUSEHOLDER,
+    MODELS,
+    OWN_SETTINGS,
+    PLANAR,
+    VANILLA,
+    RunConfig,
+    data_digest,
+)
 from vvae_fast.train.study.compare import MATCHED, Model
 
 Read = TypeVar("Read")
 
 MODELS_EXAMPLE = "models: {vanilla: [0], amortized: [4, 16], amortized-rank32: [16]}"
-RANK = "-rank"  # joins "amortized" and the rank of its heads
+# A key of models: amortized, amortized-rank32, amortized-sylvester-triangular, shared-sylvester-orthogonal-units16.
+_FLOWS = "|".join(FLOWS[1:])
+_MODEL = re.compile(rf"({'|'.join(MODELS)})(?:-({_FLOWS})(?:-units(\d+))?)?(?:-rank(\d+))?")
 
 
 def _text(value: object, least: int = 1) -> str:
@@ -56,7 +73,7 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     **{
         name: (partial(_one_of, choices=choices), f"one of {', '.join(choices)}")
         for name, choices in {**CHOICES, "likelihood": LIKELIHOODS}.items()
-        if name != "model"
+        if name not in OWN_SETTINGS
     },
 }
 OPTIONAL = {"array", "likelihood", "normalise"}  # if they are left out, the data decide; normalise is false
@@ -167,11 +184,15 @@ def _models(content: object) -> list[Model]:
 def _models_of(name: object, lengths: object) -> list[Model]:
     if name == MATCHED:
         return [Model(VANILLA, 0, matched=num_steps) for num_steps in as_ints(lengths, 1)]
-    kind, separator, rank = _text(name).partition(RANK)
-    if kind not in MODELS or (separator and kind != AMORTIZED):
+    found = _MODEL.fullmatch(_text(name))
+    if found is None:
+        raise ValueError
+    kind, flow, units, rank = found.groups()
+    if (rank and kind != AMORTIZED) or (flow and kind == VANILLA) or (units and flow == HOUSEHOLDER):
         raise ValueError
     read = as_ints(lengths, 0, 0) if kind == VANILLA else as_ints(lengths, 1)
-    return [Model(kind, num_steps, as_int(rank, 1) if separator else FULL) for num_steps in read]
+    of_head, of_layer = as_int(rank, 1) if rank else FULL, as_int(units, 1) if units else ALL_UNITS
+    return [Model(kind, num_steps, of_head, flow=flow or PLANAR, units=of_layer) for num_steps in read]
 
 
 def _gaps(content: object) -> GapSettings:
