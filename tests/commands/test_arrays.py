@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,17 @@ def test_rows_of_splits_that_are_arrays_of_their_own(tmp_path):
     np.savez(tmp_path / "of.npz", train=np.eye(5), val=np.eye(5)[:3], test=np.eye(5)[:2])
     dataset = load_dataset(str(tmp_path / "of.npz"))
     assert [dataset.row_numbers(split).tolist() for split in SPLITS] == [[0, 1, 2, 3, 4], [0, 1, 2], [0, 1]]
+
+
+def test_load_run_refuses_what_is_no_path(run, data):  # noqa: F811
+    assert load_run(run, data=Path(data)).config == load_run(run).config
+    for arguments, words in (
+        ({"folder": 3}, "folder must be a path, a str or a Path, got int"),
+        ({"folder": run, "data": np.load(data)}, "data must be a path, .* got ndarray; for new rows call the VAE"),
+        ({"folder": run, "root": 1.0}, "root must be a path, a str or a Path, got float"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            load_run(**arguments)
 
 
 @pytest.mark.parametrize("split", SPLITS)

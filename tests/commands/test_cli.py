@@ -109,13 +109,13 @@ def test_normalise_is_trained_continued_and_evaluated(data, tmp_path, capsys):
     ("options", "message"),
     [
         (["--normalise", "--model", "shared"], "--model is shared; leave --normalise out"),
-        (["--normalise", "--model", "vanilla"], "--model is vanilla; leave --normalise out"),
         (["--rank", "2", "--model", "shared"], "--model is shared; leave --rank out"),
         (["--rank", "2", "--model", "vanilla"], "--model is vanilla; leave --rank out"),
+        (["--model", "vanilla"], "--steps is a flow's length, and --model is vanilla; leave --steps out"),
         (["--rank", "6"], "the rank must be at most min(features, K (2 D + 1)) = 5, got 6; leave it out"),
     ],
 )
-def test_refused_ranks(data, tmp_path, capsys, options, message):
+def test_what_does_not_fit_the_model_is_refused_before_a_folder_is_made(data, tmp_path, capsys, options, message):
     out = tmp_path / "run"
     assert message in one_line_and_exit_2(capsys, small("--data", data, "--out", str(out), *options))
     assert not out.exists()
@@ -198,9 +198,9 @@ def test_a_checkpoint_of_another_model(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert main(small("--data", data, "--out", out)) == 0
     capsys.readouterr()
-    message = one_line_and_exit_2(capsys, small("--data", data, "--out", out, "--model", "vanilla"))
-    assert "model is amortized there, vanilla here" in message
-    assert main(small("--data", data, "--out", out, "--model", "vanilla", "--fresh")) == 0
+    message = one_line_and_exit_2(capsys, small("--data", data, "--out", out, "--model", "shared"))
+    assert "model is amortized there, shared here" in message
+    assert main(small("--data", data, "--out", out, "--model", "shared", "--fresh")) == 0
 
 
 def test_an_out_that_cannot_be_a_folder(data, capsys):

@@ -333,13 +333,18 @@ def test_files_that_are_no_studies(tmp_path, content):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(RunError, match=r"a.yaml (cannot be read|holds no settings)"):
         load_study(tmp_path / "a.yaml")
-    with pytest.raises(RunError, match=r"b.yaml cannot be read .*No such file"):
+    with pytest.raises(RunError, match=r"b.yaml cannot be read \(No such file or directory\); check the path"):
         load_study(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xb0")
+    with pytest.raises(RunError, match=r"c.yaml cannot be read \(no text in UTF-8\); give a YAML file"):
+        load_study(tmp_path / "c.yaml")
 
 
 def test_a_study_names_its_models_itself(write, capsys):
     assert main(["compare", "--config", str(write()), "--steps", "3"]) == 2
     assert "leave --steps and --shared out" in capsys.readouterr().err
+    assert main(["compare", "--config", str(write()), "--matched"]) == 2
+    assert "write vanilla-matched: [K] there for --matched" in capsys.readouterr().err
 
 
 GAPS = {"num_points": 6, "iterations": 2, "num_samples": 10}

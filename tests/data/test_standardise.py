@@ -101,11 +101,18 @@ def test_a_vae_in_half_precision_keeps_the_digits_of_the_units(dtype):
         (torch.zeros(3, 1), torch.ones(3, 1), "must both be"),
         (torch.zeros(3), torch.tensor([1.0, 0.0, 2.0]), "scale must be positive"),
         (torch.zeros(3), torch.tensor([1.0, math.nan, 2.0]), "scale must be positive"),
+        (torch.tensor([1.0, math.nan]), torch.ones(2), "shift and scale must be finite, got NaN or inf"),
+        (torch.zeros(2), torch.tensor([1.0, math.inf]), "shift and scale must be finite, got NaN or inf"),
     ],
 )
 def test_scales_that_are_none_are_refused(shift, scale, message):
     with pytest.raises(ValueError, match=message):
         Standardised(shift, scale)
+
+
+def test_scales_that_are_no_tensors_are_refused():
+    with pytest.raises(TypeError, match=r"shift must be a Tensor, got ndarray: pass torch.as_tensor\(shift\)"):
+        Standardised(np.zeros(3), torch.ones(3))
 
 
 # The statistics

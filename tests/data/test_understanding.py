@@ -177,7 +177,7 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, what):
     path = tmp_path / "a.npz"
     if what == "folder":
         path.mkdir()
-        refusal(lambda: load_dataset(str(path)), "no such file")
+        refusal(lambda: load_dataset(str(path)), "a folder")
         return
     savez(path, x=IMAGES)
     if what == "unreadable":

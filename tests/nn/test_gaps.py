@@ -196,6 +196,12 @@ def interrupt(done: int, total: int) -> None:
     raise KeyboardInterrupt
 
 
+def test_what_is_no_vae_is_refused():
+    for other in (torch.nn.Linear(2, 2), None):
+        with pytest.raises(TypeError, match=f"vae must be a VAE of this package, got {type(other).__name__}"):
+            inference_gaps(other, torch.zeros(3, 2))
+
+
 def test_progress_and_memory():
     vae, x, told, rows = make_vae(), bits(5), [], []
     vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))

@@ -168,7 +168,10 @@ def _fit(
 
 
 def _num_steps(vae: VAE, num_steps: int | None) -> int:
-    """K of q*. Raises TypeError for a flow that is not planar, ValueError for fewer steps than it has."""
+    """K of q*. Raises TypeError for what is no VAE, or a flow that is not planar, ValueError for fewer steps than it
+    has."""
+    if not all(hasattr(vae, name) for name in ("flow", "importance", "log_joint", "encode")):  # a compiled VAE has them
+        raise TypeError(f"vae must be a VAE of this package, got {type(vae).__name__}")
     if not isinstance(vae.flow, (PlanarFlow, AmortizedPlanarFlow, type(None))):
         raise TypeError(
             f"vae's flow must be a PlanarFlow, an AmortizedPlanarFlow or None, got {type(vae.flow).__name__}: q* is "

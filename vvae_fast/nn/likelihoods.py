@@ -219,7 +219,9 @@ class Standardised(Likelihood, nn.Module):
         base: the Gaussian of y.
 
     Raises:
-        ValueError: if the shapes differ or have more than one dimension, or if scale is not positive.
+        ValueError: if the shapes differ or have more than one dimension, if scale is not positive, or a value is not
+            finite.
+        TypeError: if shift or scale is not a Tensor.
     """
 
     name = "gaussian"
@@ -228,10 +230,15 @@ class Standardised(Likelihood, nn.Module):
 
     def __init__(self, shift: Tensor, scale: Tensor, base: Gaussian | None = None):
         super().__init__()
+        for name, value in (("shift", shift), ("scale", scale)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}: pass torch.as_tensor({name})")
         if shift.shape != scale.shape or shift.ndim > 1:
             raise ValueError(f"shift and scale must both be [P] or [], got {tuple(shift.shape)}, {tuple(scale.shape)}")
         if not (scale > 0).all():
             raise ValueError("scale must be positive, got a value that is not; leave constant dimensions out")
+        if not (shift.isfinite().all() and scale.isfinite().all()):
+            raise ValueError("shift and scale must be finite, got NaN or inf; clean the data that they are taken of")
         self.base = Gaussian() if base is None else base
         self.register_buffer("shift", shift.clone())
         self.register_buffer("scale", scale.clone())

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import vvae_fast
 from vvae_fast.train.about import check_backend, print_info
@@ -54,6 +55,8 @@ EPILOG = f"""examples:
 {EXIT_CODES}"""
 STEPS = [4, 16]  # compare's flow lengths, if neither options nor a file give any
 HIDDEN = [100]
+LENGTH = 16  # train's
+Value = TypeVar("Value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parsed(parser, argv)
     try:
         if arguments.command != "info":
             _tell_leftovers()
@@ -98,7 +101,15 @@ def _with_study(
 
     study = load_study(first.config, first.root)
     first.parser.set_defaults(study=study, seeds=study.seeds, **study.settings)
-    return parser.parse_args(argv)
+    return _parsed(parser, argv)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; an unknown one is refused with the usage of its command."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _tell_leftovers() -> None:
@@ -107,7 +118,11 @@ def _tell_leftovers() -> None:
     found = processes.leftovers()
     if found:
         said = f"{', '.join(found)} in the environment, but torchrun has not started this: it runs as one process"
-        print(f"vvae-fast: warning: {said}", file=sys.stderr)
+        _warn(said)
+
+
+def _warn(message: str) -> None:
+    print(f"vvae-fast: warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:
@@ -142,12 +157,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.study is not None and arguments.matched is not None:
         raise RunError(f"{arguments.config} says which models to compare; write {MATCHED}: [K] there for --matched")
     base, dataset = _configuration(arguments, arguments.seeds[0])
-    steps = _unique(arguments.steps or STEPS)
-    wider = [] if arguments.matched is None else _unique(arguments.matched or steps)
+    steps = _unique(arguments.steps or STEPS, "--steps")
+    wider = [] if arguments.matched is None else _unique(arguments.matched or steps, "--matched")
     families = flows, arguments.units or ALL_UNITS
     models = arguments.study.models if arguments.study else models_to_compare(steps, arguments.shared, wider, *families)
     with processes.connected():
-        seeds, out = _unique(arguments.seeds), _out(arguments)
+        seeds, out = _unique(arguments.seeds, "--seeds"), _out(arguments)
         gaps = None if arguments.study is None else arguments.study.gaps
         content = compare(base, dataset, models, seeds, out, arguments.fresh, arguments.compile, gaps)
     return _diverged(sum(run["status"] == outcome.DIVERGED for run in content["runs"]), len(content["runs"]))
@@ -158,12 +173,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.base.progress import Progress
     from vvae_fast.train.run import processes
     from vvae_fast.train.run.folder import remove_run
+    from vvae_fast.train.run.networks import check_fits
     from vvae_fast.train.run.runs import run
     from vvae_fast.train.study.compare import Model, print_table
 
     check_backend()
     if arguments.rank is not None and arguments.model != AMORTIZED:
         raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
+    if arguments.steps is not None and arguments.model == VANILLA:
+        raise RunError(f"--steps is a flow's length, and --model is {VANILLA}; leave --steps out")
     of_study = arguments.study is not None and arguments.study.settings.get("normalise", False)
     if arguments.normalise and not of_study and arguments.model != AMORTIZED:
         flow = f"an {AMORTIZED} flow's features"
@@ -171,10 +189,12 @@ def _train(arguments: argparse.Namespace) -> int:
     check_units(arguments.units, [arguments.flow])
     if arguments.model == VANILLA and arguments.flow != PLANAR:
         raise RunError(f"--flow is {arguments.flow}, and a {VANILLA} VAE has no flow; leave --flow out")
-    steps, units = 0 if arguments.model == VANILLA else arguments.steps, arguments.units or ALL_UNITS
+    steps = 0 if arguments.model == VANILLA else arguments.steps or LENGTH
+    units = arguments.units or ALL_UNITS
     model = Model(arguments.model, steps, arguments.rank or FULL, flow=arguments.flow, units=units)
     base, dataset = _configuration(arguments, arguments.seed)
     config = model.config(base, arguments.seed, dataset)
+    check_fits(config, dataset)  # before --fresh deletes a run
     out = _out(arguments)
     with processes.connected():
         first = processes.is_first()
@@ -232,7 +252,7 @@ def _density(arguments: argparse.Namespace) -> int:
 
     check_backend()
     options = {name: getattr(arguments, name) for name in ("iterations", "restarts", "seed")}
-    energies, steps = dict.fromkeys(arguments.energies), _unique(arguments.steps)
+    energies, steps = _unique(arguments.energies, "--energies"), _unique(arguments.steps, "--steps")
     configs = [FitConfig(energy, k, **options) for energy in energies for k in steps]
     _, diverged = density(configs, arguments.out, arguments.fresh)
     return _diverged(len(diverged), len(configs))
@@ -247,6 +267,10 @@ def _configuration(arguments: argparse.Namespace, seed: int) -> tuple[RunConfig,
     dataset = load_dataset(data, arguments.root, array=arguments.array, likelihood=arguments.likelihood)
     if arguments.study is not None and arguments.data == arguments.study.settings.get("data", arguments.data):
         arguments.study.check_splits(dataset)
+    few = [name for name in ("val", "test") if len(getattr(dataset, name)) == 1]
+    if few:
+        have = "have" if len(few) > 1 else "has"
+        _warn(f"{' and '.join(few)} of {dataset.name} {have} one row: a score of one row says little; give more rows")
     if arguments.network == GATED_CONV and arguments.hidden:
         raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
     names: tuple[str, ...] = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
@@ -276,8 +300,12 @@ def _out(arguments: argparse.Namespace) -> Path:
     return resolve_out(f"runs/{arguments.command}{name}")
 
 
-def _unique(values: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys(values))
+def _unique(values: Sequence[Value], option: str) -> list[Value]:
+    """The values without repetitions, of which a warning tells."""
+    unique = list(dict.fromkeys(values))
+    if len(unique) < len(values):
+        _warn(f"{option} has {', '.join(map(str, values))}: each is taken once")
+    return unique
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -316,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data counts.npy --model vanilla",
     )
     train.add_argument("--model", choices=MODELS, default=AMORTIZED, help="of the posterior")
-    train.add_argument("--steps", type=positive, default=16, metavar="K", help="the flow's length")
+    train.add_argument("--steps", type=positive, metavar="K", help=f"the flow's length (default: {LENGTH})")
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
     train.add_argument("--rank", type=positive, metavar="R", help=rank)
     train.add_argument("--flow", choices=FLOWS, default=PLANAR, help="the family of the flow")

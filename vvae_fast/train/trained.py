@@ -36,7 +36,7 @@ class LoadedRun(NamedTuple):
     rows: dict[str, Tensor]
 
 
-def load_run(folder: Path | str, data: str | None = None, root: Path | str | None = None) -> LoadedRun:
+def load_run(folder: Path | str, data: Path | str | None = None, root: Path | str | None = None) -> LoadedRun:
     """The VAE of a folder that `vvae-fast train`, or compare for each model and seed, has written.
 
     Args:
@@ -48,7 +48,13 @@ def load_run(folder: Path | str, data: str | None = None, root: Path | str | Non
     Raises:
         RunError: the folder has no checkpoint of this package, or the data are not those that the run was trained on.
         DataError: the data cannot be read.
+        TypeError: an argument is not a path.
     """
+    for name, value in (("folder", folder), ("data", data), ("root", root)):
+        if not isinstance(value, (str, Path)) and (value is not None or name == "folder"):
+            remedy = "; for new rows call the VAE of the run, see docs/arrays.md" if name == "data" else ""
+            raise TypeError(f"{name} must be a path, a str or a Path, got {type(value).__name__}{remedy}")
+    data = data if data is None else str(data)
     _, config, dataset, vae = load_trained(resolve(str(folder)), data, None if root is None else Path(root))
     return LoadedRun(vae, config, dataset, {split: dataset.row_numbers(split) for split in SPLITS})
 

@@ -68,6 +68,15 @@ def make_console(**options: object) -> Any:
     return require("rich.console").Console(file=sys.stdout, highlight=False, **options)
 
 
+def print_lines(console: Any, table: object) -> None:
+    """A rich table between two empty lines; rich itself would fill those with spaces."""
+    segment = require("rich.segment")
+    lines = [line for line in console.render_lines(table, pad=False) if any(part.text.strip() for part in line)]
+    console.print()
+    console.print(segment.Segments([part for line in lines for part in (*line, segment.Segment.line())]), end="")
+    console.print()
+
+
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

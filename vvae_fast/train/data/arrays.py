@@ -56,6 +56,8 @@ def read_arrays(path: Path, array: str | None = None) -> dict[str, np.ndarray]:
         DataError: the file is missing or damaged, holds no numbers or too many for the memory, or can be read in
             several ways: then the message lists the archive's arrays.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: wanted an array file, got a folder; give a file as numpy.save writes it")
     if not path.is_file():
         raise DataError(f"{path}: wanted an array file, got no such file; check the path")
     try:
@@ -78,7 +80,7 @@ def _is_one_array(file: IO[bytes]) -> bool:
     start = file.read(len(magic))
     file.seek(0)
     if start != magic and not start.startswith(ZIP_PREFIXES):  # zipfile would skip bytes before the archive
-        raise ValueError("it starts as neither")
+        raise ValueError("it starts as neither" if start else "it is empty")
     return start == magic
 
 

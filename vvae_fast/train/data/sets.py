@@ -140,10 +140,10 @@ def load_dataset(
                 raise DataError(f"{name_or_path}: wanted an archive to take '{array}' from, got no file; leave it out")
             return _digits(likelihood) if name_or_path == "digits" else _mnist(name_or_path, root, likelihood)
         if path.suffix not in (".npy", ".npz"):
+            save = ", or save the file's numbers by numpy.save" if path.is_file() else ""
             raise DataError(
                 f"data: wanted {', '.join(map(repr, ('digits', *TITLES)))} or the path of a .npz or .npy file, got "
-                f"'{name_or_path}'; "
-                "check the name"
+                f"'{name_or_path}'; check the name{save}"
             )
         return _array_file(path if root is None else Path(root) / path, array, likelihood)
     except MemoryError as error:

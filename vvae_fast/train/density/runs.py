@@ -11,7 +11,7 @@ from vvae_fast.nn.planar import PlanarFlow
 from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import DivergedError, RunError, check_equal, make_folder, read_json, write_json
 from vvae_fast.train.base.memory import telling_memory
-from vvae_fast.train.base.output import make_console
+from vvae_fast.train.base.output import make_console, print_lines
 from vvae_fast.train.base.progress import Progress
 from vvae_fast.train.density.energies import TAPER_START, TAPER_WIDTH
 from vvae_fast.train.density.figure import plot_fits
@@ -151,7 +151,7 @@ def print_table(records: Sequence[dict]) -> None:
         table.add_row(energy, *cells)
     screen = make_console()
     screen.width = max(screen.width, COLUMN_WIDTH * (1 + len(steps)))  # cells are never cut
-    screen.print(table)
+    print_lines(screen, table)
     error = max(abs(record["mass"] - 1) for record in records)
     legend = (
         f"KL(q || p) in nats, midpoint rule on [-{BOX:g}, {BOX:g}]^2 with {POINTS} x {POINTS} points, the least of "

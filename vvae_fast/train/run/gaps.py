@@ -16,7 +16,7 @@ from vvae_fast.train.base.environment import describe_environment
 from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import RunError, make_folder, read_json, write_json
 from vvae_fast.train.base.memory import telling_memory
-from vvae_fast.train.base.output import make_console
+from vvae_fast.train.base.output import make_console, print_lines
 from vvae_fast.train.base.progress import Progress
 from vvae_fast.train.data.loaders import EvalLoader
 from vvae_fast.train.data.sets import describe
@@ -200,7 +200,7 @@ def print_table(content: dict[str, Any]) -> None:
         values = content["scores"][name]
         table.add_row(heading, *(f"{value:.3f}" if math.isfinite(value) else "-" for value in values.values()))
     screen = make_console()
-    screen.print(table)
+    print_lines(screen, table)
     settings = content["settings"]
     legend = (
         f"{settings['num_points']} data points of the test set, in nats; {settings['num_samples']} samples of "

@@ -52,8 +52,9 @@ FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
     """The VAE of a configuration, initialised from torch's global generator.
 
-    Raises RunError if the network does not fit the data, DataError if Gaussian data cannot be standardised.
+    Raises RunError as `check_fits` does, DataError if Gaussian data cannot be standardised.
     """
+    check_fits(config, dataset)
     likelihood, rescale = _likelihood(dataset)
     encoder, decoder = _networks(config, dataset, likelihood.num_params)
     feature_dim = _feature_dim(config)
@@ -78,11 +79,6 @@ def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.
     """(encoder, decoder)."""
     data_dim = dataset.train[0].numel()
     if config.network == GATED_CONV:
-        if dataset.image_shape != CONV_IMAGE:
-            raise RunError(
-                f"network {GATED_CONV} wants grey images of {CONV_IMAGE[0]} x {CONV_IMAGE[1]}, {dataset.name} has rows "
-                f"of shape {list(dataset.train.shape[1:])}; choose {GATED_MLP} or other data"
-            )
         return gated_conv_encoder(), gated_conv_decoder(config.latent_dim, num_params)
     gated = config.network == GATED_MLP
     make_encoder, make_decoder = (gated_mlp_encoder, gated_mlp_decoder) if gated else (mlp_encoder, mlp_decoder)
@@ -91,9 +87,14 @@ def _networks(config: RunConfig, dataset: Dataset, num_params: int) -> tuple[nn.
     return encoder, decoder
 
 
-def check_flow(config: RunConfig) -> None:
-    """Raises RunError if there is no such flow, or its head cannot have the configuration's rank, before anything is
-    built or written."""
+def check_fits(config: RunConfig, dataset: Dataset) -> None:
+    """Raises RunError if the network does not fit the data, there is no such flow, or its head cannot have the
+    configuration's rank, before anything is built or written."""
+    if config.network == GATED_CONV and dataset.image_shape != CONV_IMAGE:
+        raise RunError(
+            f"network {GATED_CONV} wants grey images of {CONV_IMAGE[0]} x {CONV_IMAGE[1]}, {dataset.name} has rows "
+            f"of shape {list(dataset.train.shape[1:])}; choose {GATED_MLP} or other data"
+        )
     if config.flow != PLANAR:
         try:
             with torch.device("meta"):

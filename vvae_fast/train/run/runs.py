@@ -46,7 +46,7 @@ from vvae_fast.train.run.folder import (
     locked,
 )
 from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.run.networks import build_vae, check_flow
+from vvae_fast.train.run.networks import build_vae, check_fits
 from vvae_fast.train.run.resuming import differs, for_lightning
 from vvae_fast.train.run.runconfig import COSINE, OWN_SETTINGS, SCORES, RunConfig, data_digest
 
@@ -72,11 +72,11 @@ def run(
         are those of its best epoch; if it has none, they and best_epoch are None.
 
     Raises:
-        RunError: if the rank is too large, the folder holds another run, another process works in it, memory runs out,
-            or torch.compile fails.
+        RunError: if the network does not fit the data, the rank is too large, the folder holds another run, another
+            process works in it, memory runs out, or torch.compile fails.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
-    check_flow(config)
+    check_fits(config, dataset)
     check_folder(config, folder)
     result = load_result(config, folder)
     if result is not None:

@@ -11,13 +11,13 @@ from vvae_fast.train.base import outcome
 from vvae_fast.train.base.environment import describe_environment
 from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import RunError, make_folder, read_json, write_json
-from vvae_fast.train.base.output import make_console
+from vvae_fast.train.base.output import make_console, print_lines
 from vvae_fast.train.base.progress import Progress
 from vvae_fast.train.data.sets import Dataset, describe, summary
 from vvae_fast.train.run import compiling, processes
 from vvae_fast.train.run.folder import check_folder, check_same, remove_run
 from vvae_fast.train.run.gaps import PERCENT, SHARES, GapSettings, load_gaps, measure
-from vvae_fast.train.run.networks import check_flow, matched
+from vvae_fast.train.run.networks import check_fits, matched
 from vvae_fast.train.run.runconfig import (
     ALL_UNITS,
     AMORTIZED,
@@ -147,20 +147,21 @@ def compare(
         measured}, as in results.json.
 
     Raises:
-        RunError: before anything is trained, if a folder or results.json belongs to another configuration, a rank is
-            too large, or gaps are to be measured by several processes.
+        RunError: before anything is trained, if a folder or results.json belongs to another configuration, the
+            network does not fit the data, a rank is too large, or gaps are to be measured by several processes.
         KeyboardInterrupt: on Ctrl-C; the next call continues after the last finished epoch.
     """
     require("matplotlib.figure")  # if it is missing, fail now and not after the training
     if gaps is not None and processes.is_launched():
         raise RunError("gaps are measured in one process; start it without torchrun, or leave gaps out of the file")
-    make_folder(out)
-    _check_results(base, out, fresh)
     # Once a model: the widths of a matched one take many VAEs to find.
     configs = {model: model.config(base, base.seed, dataset) for model in models}
+    for config in configs.values():
+        check_fits(config, dataset)
+    make_folder(out)
+    _check_results(base, out, fresh)
     runs = [(model, replace(configs[model], seed=seed)) for seed in seeds for model in models]
     for _, config in runs:
-        check_flow(config)
         if fresh and processes.is_first():
             remove_run(out / config.name)
         processes.wait_for_all()
@@ -250,7 +251,7 @@ def print_table(results: dict[Model, list[dict]], can_match: bool = True) -> Non
         table.add_row(title, str(model.num_steps), *cells)
     screen = make_console()
     screen.width = max(screen.width, TABLE_WIDTH)
-    screen.print(table)
+    print_lines(screen, table)
     count = len(next(iter(results.values())))
     spread = f"; mean ± standard deviation over {count} seeds" if count > 1 else ""
     legend = (

@@ -156,6 +156,12 @@ def _read(path: Path) -> dict:
     yaml = require("yaml")
     try:
         content = yaml.safe_load(read_text(path))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} cannot be read (No such file or directory); check the path of --config") from error
+    except UnicodeDecodeError as error:
+        raise RunError(
+            f"{path} cannot be read (no text in UTF-8); give a YAML file, see configs/ for examples"
+        ) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
