@@ -58,7 +58,7 @@ class _Sylvester(Flow):
         backend: str | None,
     ) -> None:
         super().__init__(dim, backend)
-        self.num_layers = check_size("num_layers", num_layers, 0)
+        self.num_layers = check_size("num_layers", num_layers, 1)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         self.kind = kind
@@ -139,8 +139,8 @@ class SylvesterFlow(_Sylvester):
     gradient, and everything else from the second step on. In half precision v, mixed, y and b become Q, R and R~ in
     float32, and z may have the flow's dtype or float32.
 
-    Raises TypeError or ValueError if dim, num_units, num_reflections (at least 1) or num_layers (at least 0) is not a
-    size, num_units exceeds D or is not D for the triangular kind, num_reflections is given for another kind than
+    Raises TypeError or ValueError if dim, num_layers, num_units or num_reflections (at least 1) is not a size,
+    num_units exceeds D or is not D for the triangular kind, num_reflections is given for another kind than
     "householder", or another argument is not a known name or is out of range.
     """
 
