@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from vvae_fast.nn.base import AmortizedFlow, Flow
 from vvae_fast.nn.sylvester.orthonormal import orthonormal
-from vvae_fast.nn.sylvester.triangles import triangles
+from vvae_fast.nn.sylvester.triangles import diagonals, triangles
 from vvae_fast.shapes import autocasts, check_size, full_precision
 from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
-from vvae_fast.sylvester import sylvester_flow, sylvester_flow_inverse
+from vvae_fast.sylvester import packed_sylvester_flow
 
 KINDS = ("orthogonal", "householder", "triangular")
 _REFLECTIONS = 8  # of a householder layer by default
@@ -26,6 +26,18 @@ class SylvesterParams(NamedTuple):
     r_tilde: Tensor
     b: Tensor
     s: Tensor
+
+
+class _Packed(NamedTuple):
+    """The arguments of `packed_sylvester_flow`: q [*params, L, D, M] or None; mixed [*params, L, M, M]; d, d_tilde, s
+    and b [*params, L, M]. In full precision."""
+
+    q: Tensor | None
+    mixed: Tensor
+    d: Tensor
+    d_tilde: Tensor
+    s: Tensor
+    b: Tensor
 
 
 class _Raw(NamedTuple):
@@ -90,27 +102,34 @@ class _Sylvester(Flow):
         mixed = normal(layers, units, units).tril(-1) * units**-0.5
         return _Raw(v, mixed, normal(layers, units), normal(layers, units))
 
-    def _made_of(self, raw: _Raw) -> SylvesterParams:
+    def _made_of(self, raw: _Raw) -> _Packed:
+        with unautocast(raw.b):
+            q = None if raw.v is None else orthonormal(full_precision(raw.v), self.num_units)
+            mixed = full_precision(raw.mixed)
+            return _Packed(q, mixed, *diagonals(mixed, full_precision(raw.y)), full_precision(raw.b))
+
+    def _public(self, raw: _Raw) -> SylvesterParams:
         with unautocast(raw.b):
             q = None if raw.v is None else orthonormal(full_precision(raw.v), self.num_units)
             r, r_tilde, s = triangles(full_precision(raw.mixed), full_precision(raw.y))
             return SylvesterParams(q, r, r_tilde, full_precision(raw.b), s)
 
-    def _apply_to(self, z: Tensor, params: SylvesterParams, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        flow = sylvester_flow_inverse if inverse else sylvester_flow
+    def _apply_to(self, z: Tensor, params: _Packed, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        q, mixed, d, d_tilde, s, b = params
         with unautocast(z):
-            wide = z.to(params.b.dtype)
-            z_out, log_det = flow(wide, params.q, params.r, params.r_tilde, params.b, s=params.s, **self._options())
+            wide = z.to(b.dtype)
+            z_out, log_det = packed_sylvester_flow(
+                wide, q, mixed, d, d_tilde, b, s=s, inverse=inverse, **self._options()
+            )
         return z_out.to(z.dtype), log_det
 
-    def _trajectory(self, z: Tensor, params: SylvesterParams) -> Tensor:
+    def _trajectory(self, z: Tensor, params: _Packed) -> Tensor:
         wide, points = z.to(params.b.dtype), [z]
         for layer in range(self.num_layers):
             q = None if params.q is None else params.q.narrow(-3, layer, 1)
-            r, r_tilde = (t.narrow(-3, layer, 1) for t in (params.r, params.r_tilde))
-            b, s = (t.narrow(-2, layer, 1) for t in (params.b, params.s))
-            turned = q is None and layer % 2 == 1  # a first layer takes z as it is
-            wide, _ = self._apply_to(wide.flip(-1) if turned else wide, SylvesterParams(q, r, r_tilde, b, s))
+            own = _Packed(q, params.mixed.narrow(-3, layer, 1), *(t.narrow(-2, layer, 1) for t in params[2:]))
+            turned = params.q is None and layer % 2 == 1  # a first layer takes z as it is
+            wide, _ = self._apply_to(wide.flip(-1) if turned else wide, own)
             wide = wide.flip(-1) if turned else wide
             points.append(wide.to(z.dtype))
         return torch.stack(points)
@@ -176,11 +195,14 @@ class SylvesterFlow(_Sylvester):
 
     def params(self) -> SylvesterParams:
         """The arguments of `sylvester_flow`: q [L, D, M] or None, r, r_tilde [L, M, M], b and s [L, M]."""
-        return self._made_of(_Raw(self.v, self.mixed, self.y, self.b))
+        return self._public(self._raw())
 
-    def _params_for(self, z: Tensor) -> SylvesterParams:
+    def _raw(self) -> _Raw:
+        return _Raw(self.v, self.mixed, self.y, self.b)
+
+    def _params_for(self, z: Tensor) -> _Packed:
         self._check_z(z, self.b)
-        return self.params()
+        return self._made_of(self._raw())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(z_L [*batch, D], log_det [*batch] in nats) for z [*batch, D]; errors as `sylvester_flow`'s."""
@@ -252,7 +274,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
     def params(self, context: Tensor) -> SylvesterParams:
         """The arguments of `sylvester_flow` for context [*params, F]: q [*params, L, D, M] or None, r, r_tilde
         [*params, L, M, M], b and s [*params, L, M]."""
-        return self._made_of(self._raw(context))
+        return self._public(self._raw(context))
 
     def _raw(self, context: Tensor) -> _Raw:
         """Views of the head's output."""
@@ -265,7 +287,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
             b.unflatten(-1, (layers, units)),
         )
 
-    def _params_for(self, z: Tensor, context: Tensor) -> SylvesterParams:
+    def _params_for(self, z: Tensor, context: Tensor) -> _Packed:
         raw = self._raw(context)
         self._check_inputs(z, context)
         return self._made_of(raw)

@@ -14,17 +14,30 @@ class Triangles(NamedTuple):
     s: Tensor
 
 
+class Diagonals(NamedTuple):
+    """R_ii and R~_ii, d and d_tilde [*, M], and s = 1 + R_ii R~_ii [*, M]."""
+
+    d: Tensor
+    d_tilde: Tensor
+    s: Tensor
+
+
+def diagonals(mixed: Tensor, y: Tensor) -> Diagonals:
+    """tanh mixed_ii, tanh y_i and s from mixed [*, M, M] and y [*, M], docs/math.md (59)."""
+    x = mixed.diagonal(dim1=-2, dim2=-1)
+    d, d_tilde = _tanh(x), _tanh(y)
+    product = d * d_tilde
+    return Diagonals(d, d_tilde, _one_plus_product(x.detach(), y.detach()) + (product - product.detach()))
+
+
 def triangles(mixed: Tensor, y: Tensor) -> Triangles:
     """R, R~ and s from mixed [*, M, M] and y [*, M], docs/math.md (59).
 
     Above its diagonal mixed has R's entries, and below, transposed, R~'s; R_ii = tanh mixed_ii and R~_ii = tanh y_i.
     """
-    x = mixed.diagonal(dim1=-2, dim2=-1)
-    of_x, of_y = _tanh(x), _tanh(y)
-    product = of_x * of_y
-    s = _one_plus_product(x.detach(), y.detach()) + (product - product.detach())
-    r = torch.diagonal_scatter(mixed.triu(1), of_x, dim1=-2, dim2=-1)
-    r_tilde = torch.diagonal_scatter(mixed.mT.triu(1), of_y, dim1=-2, dim2=-1)
+    d, d_tilde, s = diagonals(mixed, y)
+    r = torch.diagonal_scatter(mixed.triu(1), d, dim1=-2, dim2=-1)
+    r_tilde = torch.diagonal_scatter(mixed.mT.triu(1), d_tilde, dim1=-2, dim2=-1)
     return Triangles(r, r_tilde, s)
 
 
