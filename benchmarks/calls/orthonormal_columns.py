@@ -7,7 +7,6 @@ largest |Q^T Q - I|, for vectors drawn from N(0, 1) and for vectors that are par
 """
 
 import functools
-import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -15,12 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.flow.measure import calls_of_block, seconds_of, settle_allocator
+from benchmarks.calls.turns import in_turn, quiet, ratio
 from vvae_fast.nn import orthonormal
 
 SHAPES = [(1600, 64, 16), (800, 64, 32), (16, 64, 16)]  # of Q: a batch of 100 with 16 or 8 layers, and 16 shared layers
-BLOCK_SECONDS = 0.05
-WARM_UP = 1  # round
 BJORCK_ITERATIONS, BJORCK_TOLERANCE = 100, 1e-6
 
 
@@ -69,9 +66,7 @@ def error(way: Callable[[Tensor], Tensor], v: Tensor) -> float:
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    torch.set_num_threads(1)
-    gc.disable()
-    settle_allocator()
+    quiet()
     print(f"torch {torch.__version__}, one thread")
     for sets, dim, count in SHAPES:
         torch.manual_seed(0)
@@ -84,18 +79,12 @@ def main() -> None:
             return torch.autograd.grad(way(leaf), leaf, grad)
 
         calls = {name: functools.partial(both_passes, way, leaf, grad) for name, way in WAYS.items()}
-        counts = {name: calls_of_block(BLOCK_SECONDS, min(map(seconds_of, 2 * [call]))) for name, call in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(WARM_UP + rounds):
-            for name, call in calls.items():
-                times[name].append(1e3 * statistics.median(seconds_of(call) for _ in range(counts[name])))
+        times = in_turn(calls, rounds)
         print(f"Q [{sets}, {dim}, {count}]")
         for name, way in WAYS.items():
-            kept = times[name][WARM_UP:]
-            ratio = statistics.median(t / ours for t, ours in zip(kept, times["ours"][WARM_UP:], strict=True))
             print(
-                f"  {name:20} {statistics.median(kept):9.2f} ms {ratio:6.2f}x   |Q^T Q - I| {error(way, v):.1e}, "
-                f"parallel {error(way, parallel):.1e}",
+                f"  {name:20} {statistics.median(times[name]):9.2f} ms {ratio(times, name, 'ours'):6.2f}x   "
+                f"|Q^T Q - I| {error(way, v):.1e}, parallel {error(way, parallel):.1e}",
                 flush=True,
             )
 
