@@ -1,6 +1,6 @@
 """Modules: planar, Sylvester and Householder flows, the VAE, its likelihoods and MLP builders."""
 
-from vvae_fast.nn.gaps import FittedPosterior, InferenceGaps, inference_gaps
+from vvae_fast.nn.gaps import FittedFlow, FittedPosterior, InferenceGaps, inference_gaps
 from vvae_fast.nn.importance import Importance, Proposal
 from vvae_fast.nn.likelihoods import Bernoulli, Binomial, Gaussian, Likelihood, Standardised, make_likelihood
 from vvae_fast.nn.mlp import mlp_decoder, mlp_encoder
@@ -18,6 +18,7 @@ __all__ = [
     "Bernoulli",
     "Binomial",
     "ElboTerms",
+    "FittedFlow",
     "FittedPosterior",
     "Gaussian",
     "HouseholderFlow",

@@ -33,6 +33,15 @@ class Flow(nn.Module):
         """The keyword arguments of the flow's function."""
         return {"backend": self.backend}
 
+    def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
+        """What is trained, for each of `rows` data points, [rows, *] each, which `inference_gaps` fits. features are
+        the context [rows, F], or None where a shared flow has none."""
+        raise NotImplementedError
+
+    def _run(self, z: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """z_K and log_det for z [*batch, D] with what `_own` gives in the place of the flow's own."""
+        raise NotImplementedError
+
     @untraced
     def _check_z(self, z: Tensor, like: Tensor) -> None:
         if not isinstance(z, Tensor):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast.functional import planar_flow
+from vvae_fast.nn.base import Flow
 from vvae_fast.nn.importance import Importance, standard_normal
 from vvae_fast.nn.planar import AmortizedPlanarFlow, PlanarFlow, identity_u
 from vvae_fast.nn.vae import VAE
@@ -22,34 +23,68 @@ FIT_SAMPLES = 16  # of each data point in an iteration
 
 
 @dataclass(frozen=True)
-class FittedPosterior:
-    """q* of B data points: each has its own diagonal Gaussian, mean and log_var [B, D], and its own K planar steps, u
-    and w [B, K, D], b [B, K]. `options` are the keyword arguments of `planar_flow`."""
+class _Fitted:
+    """q* of B data points: each has its own diagonal Gaussian, mean and log_var [B, D], and its own flow."""
 
     mean: Tensor
     log_var: Tensor
-    u: Tensor
-    w: Tensor
-    b: Tensor
-    options: dict[str, Any]
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """num_samples draws of z for each data point, and log q*(z) in nats: [S, B, D] and [S, B]."""
         num_samples = check_size("num_samples", num_samples, 1)
         noise = standard_normal((num_samples, *self.mean.shape), self.mean, generator)
         z_0 = torch.addcmul(self.mean, (0.5 * self.log_var).exp(), noise)
-        z, log_det = planar_flow(z_0, self.u, self.w, self.b, **self.options)
+        z, log_det = self._push(z_0)
         log_q_0 = -0.5 * (noise.square() + self.log_var + math.log(2.0 * math.pi)).sum(-1)
         return z, log_q_0 - log_det
+
+    def _push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FittedPosterior(_Fitted):
+    """q* of B data points: each has its own diagonal Gaussian, mean and log_var [B, D], and its own K planar steps, u
+    and w [B, K, D], b [B, K]. `options` are the keyword arguments of `planar_flow`."""
+
+    u: Tensor
+    w: Tensor
+    b: Tensor
+    options: dict[str, Any]
 
     @property
     def params(self) -> tuple[Tensor, ...]:
         return self.mean, self.log_var, self.u, self.w, self.b
 
+    def _push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return planar_flow(z, self.u, self.w, self.b, **self.options)
+
     def _with_params(self, params: Iterable[Tensor]) -> FittedPosterior:
         """The posterior of other data points in the same family."""
         mean, log_var, u, w, b = params
         return FittedPosterior(mean, log_var, u, w, b, self.options)
+
+
+@dataclass(frozen=True)
+class FittedFlow(_Fitted):
+    """q* of B data points for a VAE with another flow than a planar one: each has its own diagonal Gaussian, mean and
+    log_var [B, D], and its own values of what the flow trains, `own`, [B, *] each. `flow` is the VAE's: only its sizes
+    and options are used."""
+
+    own: tuple[Tensor, ...]
+    flow: Flow
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        return self.mean, self.log_var, *self.own
+
+    def _push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.flow._run(z, self.own)
+
+    def _with_params(self, params: Iterable[Tensor]) -> FittedFlow:
+        """The posterior of other data points in the same family."""
+        mean, log_var, *own = params
+        return FittedFlow(mean, log_var, tuple(own), self.flow)
 
 
 class InferenceGaps(NamedTuple):
@@ -65,7 +100,7 @@ class InferenceGaps(NamedTuple):
     amortization_gap: Tensor  # L[q*] - L[q]: the encoder's
     effective_sample_size: Tensor  # of log_likelihood
     plain: Importance  # the same from q, as `VAE.importance` gives it
-    proposal: FittedPosterior  # q*
+    proposal: FittedPosterior | FittedFlow  # q*
 
 
 def inference_gaps(
@@ -82,14 +117,15 @@ def inference_gaps(
 ) -> InferenceGaps:
     """The approximation gap and the amortization gap of each data point, by Cremer, Li & Duvenaud (2018).
 
+    q* is of the family of the VAE's posterior: with a flow, each data point has its own values of what the flow trains.
     q* starts as the VAE's own posterior. Adam then maximises its ELBO, with a learning rate that falls to 0 along a
     cosine. The VAE is in evaluation mode meanwhile, and its parameters get no gradient.
 
     Args:
-        vae: its flow is None, a PlanarFlow or an AmortizedPlanarFlow.
+        vae: its flow is None or one of this package's.
         x: data, [B, *data].
         num_steps: K of q*, by default that of the VAE's flow, 0 without one. The steps beyond the VAE's start as the
-            identity.
+            identity. For planar flows and without a flow; other flows keep their number of layers.
         iterations: of Adam, for every data point.
         lr: the learning rate of the first iteration.
         num_samples: posterior samples of each data point for each estimate.
@@ -101,8 +137,8 @@ def inference_gaps(
         InferenceGaps, without gradient.
 
     Raises:
-        ValueError, TypeError: if the flow is another one, if num_steps is below the flow's, if a number is out of
-            range, or for x as `VAE.importance`.
+        ValueError, TypeError: if the flow is another one, if num_steps is below the flow's or the flow is not planar,
+            if a number is out of range, or for x as `VAE.importance`.
     """
     iterations = check_size("iterations", iterations, 1)
     chunk_size = check_size("chunk_size", chunk_size, 1)
@@ -143,12 +179,12 @@ def inference_gaps(
 def _fit(
     vae: VAE,
     x: Tensor,
-    start: FittedPosterior,
+    start: FittedPosterior | FittedFlow,
     iterations: int,
     lr: float,
     generator: torch.Generator | None,
     report: Callable[[int], None],
-) -> FittedPosterior:
+) -> FittedPosterior | FittedFlow:
     """q* of the rows of x. A row's gradient and Adam's state are its own, so all rows are fitted at once."""
     params = [t.detach().clone().requires_grad_() for t in start.params]
     q = start._with_params(params)
@@ -168,23 +204,32 @@ def _fit(
 
 
 def _num_steps(vae: VAE, num_steps: int | None) -> int:
-    """K of q*. Raises TypeError for what is no VAE, or a flow that is not planar, ValueError for fewer steps than it
-    has."""
+    """K of q*, 0 where its flow is not planar. Raises TypeError for what is no VAE, or a flow that is not this
+    package's, ValueError for fewer steps than it has, or for steps where it has none."""
     if not all(hasattr(vae, name) for name in ("flow", "importance", "log_joint", "encode")):  # a compiled VAE has them
         raise TypeError(f"vae must be a VAE of this package, got {type(vae).__name__}")
-    if not isinstance(vae.flow, (PlanarFlow, AmortizedPlanarFlow, type(None))):
+    flow: Any = vae.flow
+    if not isinstance(flow, (Flow, type(None))):
         raise TypeError(
-            f"vae's flow must be a PlanarFlow, an AmortizedPlanarFlow or None, got {type(vae.flow).__name__}: q* is "
-            "fitted in the family of the VAE's posterior"
+            f"vae's flow must be one of vvae_fast's or None, got {type(flow).__name__}: q* is fitted in the family of "
+            "the VAE's posterior"
         )
-    own = 0 if vae.flow is None else vae.flow.num_steps
+    if num_steps is not None and not isinstance(flow, (PlanarFlow, AmortizedPlanarFlow, type(None))):
+        raise ValueError(f"num_steps is for planar flows, got {num_steps} for {type(flow).__name__}: leave it out")
+    own = getattr(flow, "num_steps", 0)
     return own if num_steps is None else check_size("num_steps", num_steps, own)
 
 
-def _own_posterior(vae: VAE, x: Tensor, num_steps: int, generator: torch.Generator | None) -> FittedPosterior:
+def _own_posterior(
+    vae: VAE, x: Tensor, num_steps: int, generator: torch.Generator | None
+) -> FittedPosterior | FittedFlow:
     """The VAE's posterior of the rows of x with their own copies of its parameters, and identity steps up to K."""
     mean, log_var, features = vae.encode(x)
     flow = vae.flow
+    if features is not None and flow is not None:
+        features = features.to(next(flow.parameters(), features).dtype)
+    if isinstance(flow, Flow) and not isinstance(flow, (PlanarFlow, AmortizedPlanarFlow)):
+        return FittedFlow(mean, log_var, tuple(t.to(mean.dtype) for t in flow._own(len(x), features)), flow)
     own: Sequence[Tensor] = ()
     options = DEFAULT.options() | {"backend": None}
     if isinstance(flow, (PlanarFlow, AmortizedPlanarFlow)):
@@ -192,7 +237,7 @@ def _own_posterior(vae: VAE, x: Tensor, num_steps: int, generator: torch.Generat
     if isinstance(flow, PlanarFlow):
         own = [step.expand(len(x), *step.shape) for step in (flow.u, flow.w, flow.b)]
     elif isinstance(flow, AmortizedPlanarFlow) and features is not None:  # else `VAE.importance` has raised
-        own = flow.params(features.to(next(flow.parameters(), features).dtype))
+        own = flow.params(features)
     more = num_steps - (own[2].shape[-1] if own else 0)
     w = standard_normal((more, vae.latent_dim), mean, generator) * vae.latent_dim**-0.5  # as a PlanarFlow draws it
     steps = identity_u(w, options["constraint"]), w, standard_normal((more,), mean, generator)

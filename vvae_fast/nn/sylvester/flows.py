@@ -123,6 +123,9 @@ class _Sylvester(Flow):
             )
         return z_out.to(z.dtype), log_det
 
+    def _run(self, z: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self._apply_to(z, self._made_of(_Raw(*own) if self.num_reflections else _Raw(None, *own)))
+
     def _trajectory(self, z: Tensor, params: _Packed) -> Tensor:
         wide, points = z.to(params.b.dtype), [z]
         for layer in range(self.num_layers):
@@ -199,6 +202,9 @@ class SylvesterFlow(_Sylvester):
 
     def _raw(self) -> _Raw:
         return _Raw(self.v, self.mixed, self.y, self.b)
+
+    def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
+        return tuple(t.expand(rows, *t.shape) for t in self._raw() if t is not None)
 
     def _params_for(self, z: Tensor) -> _Packed:
         self._check_z(z, self.b)
@@ -286,6 +292,9 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
             y.unflatten(-1, (layers, units)),
             b.unflatten(-1, (layers, units)),
         )
+
+    def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
+        return tuple(t for t in self._raw(features) if t is not None)
 
     def _params_for(self, z: Tensor, context: Tensor) -> _Packed:
         raw = self._raw(context)

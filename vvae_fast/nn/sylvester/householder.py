@@ -1,5 +1,7 @@
 """Householder flows as modules."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,10 @@ class _Householder(Flow):
         b = torch.zeros_like(w[..., 0])
         z_out, _ = planar_flow(z.to(w.dtype), -w, w, b, activation="linear", constraint="none", **self._options())
         return z_out.to(z.dtype), z.new_zeros(z.shape[:-1], dtype=compute_dtype(z.dtype))
+
+    def _run(self, z: Tensor, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        (v,) = own
+        return self._apply_to(z, v)
 
     def _trajectory(self, z: Tensor, v: Tensor) -> Tensor:
         wide, points = full_precision(z), [z]
@@ -69,6 +75,9 @@ class HouseholderFlow(_Householder):
     def params(self) -> Tensor:
         """v [K, D]."""
         return self.v
+
+    def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
+        return (self.v.expand(rows, *self.v.shape),)
 
     def _params_for(self, z: Tensor) -> Tensor:
         self._check_z(z, self.v)
@@ -134,6 +143,9 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
     def params(self, context: Tensor) -> Tensor:
         """v [*params, K, D] for context [*params, F]: a view of the head's output."""
         return self._packed(context).unflatten(-1, (self.num_reflections, self.dim))
+
+    def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
+        return (self.params(features),)
 
     def _params_for(self, z: Tensor, context: Tensor) -> Tensor:
         v = self.params(context)
