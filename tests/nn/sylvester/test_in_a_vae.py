@@ -19,7 +19,7 @@ from vvae_fast import (
 )
 from vvae_fast.nn import FittedFlow, mlp_decoder, mlp_encoder
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpp"]
 DIM, HIDDEN = 4, 10  # of make_vae
 SYLVESTER = {"backend": BACKENDS[0]}
 FLOWS = {

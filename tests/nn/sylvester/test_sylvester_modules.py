@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 from vvae_fast import AmortizedSylvesterFlow, SylvesterFlow, sylvester_flow
 from vvae_fast.nn import SylvesterParams, orthonormal
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpp"]
 DIM, LAYERS, UNITS, FEATURES, ROWS = 5, 3, 4, 6, 7
 KINDS = ("orthogonal", "householder", "triangular")
 kinds = pytest.mark.parametrize("kind", KINDS)
