@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from vvae_fast.spec import DEFAULT
 # Adam moves the flow by the sum of the features' sizes.
 _KNEE, _KNEE_SUM = 0.03, 3.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
+
+
+def unautocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Without torch.autocast, whose half-precision products would leave nothing orthonormal."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
 
 
 class Flow(nn.Module):

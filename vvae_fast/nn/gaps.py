@@ -72,7 +72,7 @@ class FittedFlow(_Fitted):
     and options are used."""
 
     own: tuple[Tensor, ...]
-    flow: Flow
+    flow: Any
 
     @property
     def params(self) -> tuple[Tensor, ...]:

@@ -71,6 +71,17 @@ def test_the_adjoint_is_that_of_plain_torch(count, columns):
     torch.testing.assert_close(again, wanted, rtol=0, atol=1e-12)
 
 
+def test_half_precision_and_autocast():
+    v = seeded(2, 4, 9, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = orthonormal(v)
+    assert torch.equal(q, orthonormal(v))
+    half = v.bfloat16().requires_grad_()
+    assert torch.equal(orthonormal(half), orthonormal(half.detach().float()))
+    orthonormal(half).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
 def test_a_vector_of_zeros_reflects_nothing():
     v = seeded(3, 5)
     without = orthonormal(v[[0, 2]], 4)

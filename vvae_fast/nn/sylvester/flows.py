@@ -1,15 +1,14 @@
 """Sylvester flows as modules."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vvae_fast.nn.base import AmortizedFlow, Flow
+from vvae_fast.nn.base import AmortizedFlow, Flow, unautocast
 from vvae_fast.nn.sylvester.orthonormal import orthonormal
 from vvae_fast.nn.sylvester.triangles import diagonals, triangles
-from vvae_fast.shapes import autocasts, check_size, full_precision
+from vvae_fast.shapes import check_size, full_precision
 from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 from vvae_fast.sylvester import packed_sylvester_flow
 
@@ -48,11 +47,6 @@ class _Raw(NamedTuple):
     mixed: Tensor
     y: Tensor
     b: Tensor
-
-
-def unautocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Without torch.autocast, whose half-precision products would leave nothing orthonormal."""
-    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
 
 
 class _Sylvester(Flow):
@@ -103,16 +97,14 @@ class _Sylvester(Flow):
         return _Raw(v, mixed, normal(layers, units), normal(layers, units))
 
     def _made_of(self, raw: _Raw) -> _Packed:
-        with unautocast(raw.b):
-            q = None if raw.v is None else orthonormal(full_precision(raw.v), self.num_units)
-            mixed = full_precision(raw.mixed)
-            return _Packed(q, mixed, *diagonals(mixed, full_precision(raw.y)), full_precision(raw.b))
+        q = None if raw.v is None else orthonormal(raw.v, self.num_units)
+        mixed = full_precision(raw.mixed)
+        return _Packed(q, mixed, *diagonals(mixed, full_precision(raw.y)), full_precision(raw.b))
 
     def _public(self, raw: _Raw) -> SylvesterParams:
-        with unautocast(raw.b):
-            q = None if raw.v is None else orthonormal(full_precision(raw.v), self.num_units)
-            r, r_tilde, s = triangles(full_precision(raw.mixed), full_precision(raw.y))
-            return SylvesterParams(q, r, r_tilde, full_precision(raw.b), s)
+        q = None if raw.v is None else orthonormal(raw.v, self.num_units)
+        r, r_tilde, s = triangles(full_precision(raw.mixed), full_precision(raw.y))
+        return SylvesterParams(q, r, r_tilde, full_precision(raw.b), s)
 
     def _apply_to(self, z: Tensor, params: _Packed, inverse: bool = False) -> tuple[Tensor, Tensor]:
         q, mixed, d, d_tilde, s, b = params

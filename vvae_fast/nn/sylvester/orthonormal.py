@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vvae_fast.backends import needs_plain_torch
-from vvae_fast.shapes import untraced
+from vvae_fast.nn.base import unautocast
+from vvae_fast.shapes import full_precision, untraced
 
 
 def reflectors(v: Tensor) -> Tensor:
@@ -26,16 +27,18 @@ def orthonormal(v: Tensor, num_columns: int | None = None) -> Tensor:
 
     By the compact form of the product, in two matrix products and one triangular solve, docs/math.md (63). q is the
     .mT of a contiguous tensor [*, M, D]. Its columns are orthonormal to rounding for any v; a vector of zeros reflects
-    nothing. M is H by default.
+    nothing. M is H by default. In half precision, and under torch.autocast, q is computed and returned in float32.
 
     Raises ValueError if v is not [*, H, D] with D >= 1, or M not in 1 to D.
     """
     num_columns = _check(v, num_columns)
+    v = full_precision(v)
     sets = v.flatten(0, -3) if v.dim() > 2 else v[None]  # [N, H, D]
-    if torch.compiler.is_compiling() or needs_plain_torch():
-        columns = _columns(sets, num_columns)
-    else:
-        columns = _Columns.apply(sets, num_columns)
+    with unautocast(v):
+        if torch.compiler.is_compiling() or needs_plain_torch():
+            columns = _columns(sets, num_columns)
+        else:
+            columns = _Columns.apply(sets, num_columns)
     return columns.view(*v.shape[:-2], num_columns, v.shape[-1]).mT
 
 
