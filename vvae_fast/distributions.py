@@ -1,4 +1,4 @@
-"""Planar flows as transforms of torch.distributions."""
+"""Flows as transforms of torch.distributions: `PlanarTransform`, and the base of other packages' transforms."""
 
 from __future__ import annotations
 
@@ -38,12 +38,21 @@ class _Inverse(_InverseTransform):
     def __copy__(self) -> Transform:
         return copy.copy(self.inv).inv
 
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The point that the transform maps to x, and the log|det| [*batch] of the inverse there, in one pass."""
+        transform: Any = self.inv
+        found, log_det = transform._inverted(x)
+        return found, -log_det
 
-class CachedPlanar(Transform):
-    """The base of all planar transforms: broadcasting, the inverse, and a cache that any change empties.
 
-    A subclass defines `options`, the keyword arguments of `planar_flow`, `_params()`, and `_sources()`.
+class CachedTransform(Transform):
+    """The base of all transforms: broadcasting, the inverse, and a cache that any change empties.
+
+    A subclass defines `options`, the keyword arguments of its flow, `_params()`, `_sources()`, `_run()` and
+    `_why_not_bijective()`.
     """
+
+    _own_dims: tuple[int, ...] = ()  # how many dimensions of each of `_params()` are not those of *params
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
@@ -53,8 +62,12 @@ class CachedPlanar(Transform):
         self.options = options
         self._cached_call: _Call | None = None
 
-    def _params(self) -> tuple[Tensor, Tensor, Tensor]:
-        """u, w [*params, K, D] and b [*params, K] as they are now."""
+    def _params(self) -> tuple[Tensor, ...]:
+        """The parameters as they are now, [*params, ...]; the first one's last dimension is D."""
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, params: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        """The flow or its inverse, with its log|det|: x [*batch, D], where *params are the last of *batch."""
         raise NotImplementedError
 
     def _sources(self) -> tuple[Tensor, ...] | None:
@@ -72,7 +85,7 @@ class CachedPlanar(Transform):
             self._inv = _Inverse(self)
         return self._inv
 
-    def with_cache(self, cache_size: int = 1) -> CachedPlanar:
+    def with_cache(self, cache_size: int = 1) -> CachedTransform:
         """This transform if it has that cache_size, else a copy that has it and shares the tensors."""
         if cache_size == self._cache_size:
             return self
@@ -87,38 +100,42 @@ class CachedPlanar(Transform):
         """Whether an inverse is guaranteed: not with constraint "none", and not with leaky_relu and a slope above 1."""
         return self._why_not_bijective() is None
 
-    def _why_not_bijective(self) -> ValueError | None:
-        try:
-            FlowSpec(**self.options).check_invertible()
-        except ValueError as error:
-            return error
+    def _why_not_bijective(self) -> Exception | None:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [*batch, D] for x; the batch dimensions of x are broadcast with those of the parameters."""
+        return self.call_and_ladj(x)[0]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y [*batch, D] for x, and log|det dy/dx| [*batch] in nats, in one pass."""
         call = self._cached(x=x)
         if call is not None:
-            return call.y
+            return call.y, call.log_det
         y, log_det = self._flow(x)
         self._remember(x, y, log_det)
-        return y
+        return y, log_det
 
     def _call(self, x: Tensor) -> Tensor:
         return self._flow(x)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
+        return self._inverted(y)[0]
+
+    def _inverted(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x for y, and log|det dy/dx|."""
         call = self._cached(y=y)
         if call is not None:
-            return call.x
+            return call.x, call.log_det
         x, log_det = self._flow_inverse(y)
         self._remember(x, y, -log_det)
-        return x
+        return x, -log_det
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._flow_inverse(y)[0]
 
     def _flow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return planar_flow(*_broadcast("x", x, *self._params()), **self.options)
+        return self._run(*self._broadcast("x", x), inverse=False)
 
     def _flow_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if why := self._why_not_bijective():
@@ -126,7 +143,7 @@ class CachedPlanar(Transform):
                 f"{why}. With cache_size=1 the last sample is known without an inverse, until anything changes; for "
                 "gradients of its log_prob draw it with rsample"
             )
-        return planar_flow_inverse(*_broadcast("y", y, *self._params()), **self.options)
+        return self._run(*self._broadcast("y", y), inverse=True)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| [*batch] in nats, computed from x unless (x, y) is the pair of the last call."""
@@ -142,9 +159,25 @@ class CachedPlanar(Transform):
         return self._shape("y", shape)
 
     def _shape(self, name: str, shape: torch.Size) -> torch.Size:
-        u = self._params()[0]
-        _check_dim(name, shape, u)
-        return torch.Size((*_broadcast_batch(name, shape, u), shape[-1]))
+        first = self._params()[0]
+        _check_dim(name, shape, first)
+        return torch.Size((*_broadcast_batch(name, shape, first.shape[: -self._own_dims[0]]), shape[-1]))
+
+    def _broadcast(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [*batch, D] and the parameters, broadcast so that *params are the trailing dimensions of *batch."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        given = self._params()
+        _check_dim(name, x.shape, given[0])
+        params = given[0].shape[: -self._own_dims[0]]
+        if shapes.is_trailing(params, x.shape[:-1]):
+            return x, given
+        batch = _broadcast_batch(name, x.shape, params)
+        trailing = batch[len(batch) - len(params) :]
+        expanded = (
+            t.expand(*trailing, *t.shape[t.dim() - own :]) for t, own in zip(given, self._own_dims, strict=True)
+        )
+        return x.expand(*batch, x.shape[-1]), tuple(expanded)
 
     def _cached(self, **given: Tensor) -> _Call | None:
         """The last call, if x, y or both are its own tensors and nothing has changed since."""
@@ -192,6 +225,23 @@ class CachedPlanar(Transform):
         # A copy makes its own inverse, and graphs can be neither copied nor pickled. The base class's __getstate__
         # cannot be used, because Pyro replaces it.
         return {**self.__dict__, "_inv": None, "_cached_call": None}
+
+
+class CachedPlanar(CachedTransform):
+    """The base of all planar transforms: `_params()` are u, w [*params, K, D] and b [*params, K]."""
+
+    _own_dims = (2, 2, 1)
+
+    def _run(self, x: Tensor, params: tuple[Tensor, ...], inverse: bool) -> tuple[Tensor, Tensor]:
+        u, w, b = params
+        return (planar_flow_inverse if inverse else planar_flow)(x, u, w, b, **self.options)
+
+    def _why_not_bijective(self) -> Exception | None:
+        try:
+            FlowSpec(**self.options).check_invertible()
+        except ValueError as error:
+            return error
+        return None
 
 
 class PlanarTransform(CachedPlanar):
@@ -255,34 +305,20 @@ def check_params(u: Tensor, w: Tensor, b: Tensor, options: dict[str, Any]) -> No
     shapes.check(u.new_zeros((0, *u.shape[:-2], u.shape[-1]), dtype=dtype), u, w, b, FlowSpec(**options))
 
 
-def _check_dim(name: str, shape: torch.Size, u: Tensor) -> None:
-    if len(shape) < 1 or shape[-1] != u.shape[-1]:
-        raise ValueError(f"{name} must be [*batch, D] with the parameters' D = {u.shape[-1]}, got {tuple(shape)}")
+def _check_dim(name: str, shape: torch.Size, first: Tensor) -> None:
+    if len(shape) < 1 or shape[-1] != first.shape[-1]:
+        raise ValueError(f"{name} must be [*batch, D] with the parameters' D = {first.shape[-1]}, got {tuple(shape)}")
 
 
-def _broadcast_batch(name: str, shape: torch.Size, u: Tensor) -> torch.Size:
-    """The batch dimensions of a sample's shape [*batch, D], broadcast with those of u [*params, K, D]."""
-    batch, params = shape[:-1], u.shape[:-2]
+def _broadcast_batch(name: str, shape: torch.Size, params: torch.Size) -> torch.Size:
+    """The batch dimensions of a sample's shape [*batch, D], broadcast with *params."""
+    batch = shape[:-1]
     try:
         return torch.broadcast_shapes(batch, params)
     except RuntimeError:
         raise ValueError(
             f"{name}'s batch dimensions must broadcast with the parameters', {tuple(params)}, got {tuple(batch)}"
         ) from None
-
-
-def _broadcast(name: str, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [*batch, D] and parameters [*params, K, D], broadcast so that *params are the trailing dimensions of *batch."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    _check_dim(name, x.shape, u)
-    params = u.shape[:-2]
-    if shapes.is_trailing(params, x.shape[:-1]):
-        return x, u, w, b
-    batch = _broadcast_batch(name, x.shape, u)
-    trailing = batch[len(batch) - len(params) :]
-    u, w, b = (t.expand(*trailing, *t.shape[len(params) :]) for t in (u, w, b))
-    return x.expand(*batch, x.shape[-1]), u, w, b
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, bool], ...]:

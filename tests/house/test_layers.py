@@ -24,8 +24,8 @@ ROOMS = [
     "functional",
     "sylvester",
     "distributions",
-    "interop",
     "nn",
+    "interop",
     "",
     "train.base",
     "train.data",
@@ -133,9 +133,9 @@ def test_one_reader_of_the_environment():
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith(("train", "__main__"))])
 def test_the_core_needs_torch_alone(name):
     extras = {"+lightning", "+matplotlib", "+sklearn", "+rich", "+numpy", "+tensorboard", "+yaml"}
-    peers = {"+normflows", "+pyro", "+pythae"}
-    wanted = {"interop.pyro": {"+pyro"}, "interop.pythae": {"+pythae"}}.get(name, set())  # where it is installed
-    assert imports(FILES[name]) & (extras | peers) == wanted
+    peers = {"+normflows", "+pyro", "+pythae", "+zuko"}
+    wanted = {"interop._pyro_bases": {"+pyro"}, "interop.pythae": {"+pythae"}}  # where it is installed
+    assert imports(FILES[name]) & (extras | peers) == wanted.get(name, set())
 
 
 def test_formulas_and_kernels_are_free_of_torch():

@@ -1,4 +1,4 @@
-"""Pyro's planar transforms, and one fused transform for a list of them."""
+"""Pyro's planar, Householder and Sylvester transforms, and one fused transform for a list of planar ones."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,14 +8,35 @@ from torch import Tensor, nn
 
 from vvae_fast import reference, shapes
 from vvae_fast.distributions import CachedPlanar
+from vvae_fast.interop._pyro_bases import AsModule, ConditionalBase, Conditioned, check_callable, dense, sizes
+from vvae_fast.interop._pyro_reflections import (
+    ConditionalHouseholder,
+    ConditionedHouseholder,
+    Householder,
+    Sylvester,
+    conditional_householder,
+    householder,
+    sylvester,
+)
 from vvae_fast.interop._runs import Layer, check_rows, check_state_dict, is_class, without_drawing
 from vvae_fast.spec import FlowSpec
 
-try:  # Pyro's conditional distributions take only Pyro's own classes
-    from pyro.distributions import TransformModule as _ModuleBase
-    from pyro.distributions.conditional import ConditionalTransformModule as _ConditionalBase
-except ImportError:
-    _ModuleBase = _ConditionalBase = nn.Module  # type: ignore[misc, assignment]
+__all__ = [
+    "ConditionalHouseholder",
+    "ConditionalPlanar",
+    "ConditionedHouseholder",
+    "ConditionedPlanar",
+    "Householder",
+    "Planar",
+    "PlanarStack",
+    "Sylvester",
+    "conditional_householder",
+    "conditional_planar",
+    "from_pyro",
+    "householder",
+    "planar",
+    "sylvester",
+]
 
 
 class _PyroPlanar(CachedPlanar):
@@ -29,7 +50,7 @@ class _PyroPlanar(CachedPlanar):
         return reference.constrain(u, w, self.options["constraint"]).u_hat
 
 
-class _PlanarModule(_PyroPlanar, _ModuleBase):
+class _PlanarModule(_PyroPlanar, AsModule):
     """A transform that is also a module, for pyro.module: u, w and bias are its parameters."""
 
     def __init__(self, cache_size: int, input_dim: int, *num_steps: int) -> None:
@@ -47,13 +68,6 @@ class _PlanarModule(_PyroPlanar, _ModuleBase):
         nn.init.uniform_(self.w, -bound, bound)
         nn.init.uniform_(self.u, -bound, bound)
         nn.init.zeros_(self.bias)
-
-    __hash__ = nn.Module.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __repr__ = nn.Module.__repr__
 
     def _sources(self) -> tuple[Tensor, ...]:
         return self.u, self.w, self.bias
@@ -128,7 +142,7 @@ class Planar(_PlanarModule):
         return f"input_dim={self.input_dim}"
 
 
-class ConditionedPlanar(_PyroPlanar):
+class ConditionedPlanar(_PyroPlanar, Conditioned):
     """One planar step whose parameters a function computes at every call, like Pyro's.
 
     Args:
@@ -139,32 +153,21 @@ class ConditionedPlanar(_PyroPlanar):
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], context: Tensor, cache_size: int = 1):
         super().__init__(cache_size)
-        _check_callable(nn)
+        check_callable(nn, "(bias, u, w)")
         self.nn, self.context = nn, context
 
     def _params(self) -> tuple[Tensor, Tensor, Tensor]:
         params = self.nn(self.context)
         three = isinstance(params, (tuple, list)) and len(params) == 3 and all(isinstance(p, Tensor) for p in params)
         if not three:
-            raise ValueError(f"nn must give (bias, u, w) of sizes [1, D, D], got {_sizes(params)}")
+            raise ValueError(f"nn must give (bias, u, w) of sizes [1, D, D], got {sizes(params)}")
         bias, u, w = params
         if u.shape != w.shape or bias.shape != (*u.shape[:-1], 1):
-            raise ValueError(f"nn must give bias [*params, 1], u and w [*params, D], got {_sizes(params)}")
+            raise ValueError(f"nn must give bias [*params, 1], u and w [*params, D], got {sizes(params)}")
         return u[..., None, :], w[..., None, :], bias
 
-    def _sources(self) -> tuple[Tensor, ...] | None:
-        if not isinstance(self.nn, torch.nn.Module):
-            return None
-        return self.context, *self.nn.parameters(), *self.nn.buffers()
 
-    def _mode(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self.nn.modules()) if isinstance(self.nn, torch.nn.Module) else ()
-
-    def _shape(self, name: str, shape: torch.Size) -> torch.Size:
-        return shape  # like Pyro's, which does not call nn and samples as many as there are contexts
-
-
-class ConditionalPlanar(_ConditionalBase):
+class ConditionalPlanar(ConditionalBase):
     """Pyro's `ConditionalPlanar(nn)`: nn maps a context [*params, C] to (bias, u, w) of sizes [1, D, D].
 
     `conditional.condition(context)` is a transform with an inverse. If Pyro is installed, it is one of Pyro's
@@ -173,7 +176,7 @@ class ConditionalPlanar(_ConditionalBase):
 
     def __init__(self, nn: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
         super().__init__()
-        _check_callable(nn)
+        check_callable(nn, "(bias, u, w)")
         self.nn = nn
 
     domain = CachedPlanar.domain
@@ -228,22 +231,4 @@ def conditional_planar(input_dim: int, context_dim: int, hidden_dims: Sequence[i
     hidden_dims are the sizes of its hidden layers, by default two of 10 input_dim. Raises TypeError or ValueError if a
     size is not an integer of at least 1, ImportError if Pyro is not installed.
     """
-    from pyro.nn import DenseNN
-
-    hidden_dims = [input_dim * 10, input_dim * 10] if hidden_dims is None else list(hidden_dims)
-    for name, size in (("input_dim", input_dim), ("context_dim", context_dim)):
-        shapes.check_size(name, size, 1)
-    for size in hidden_dims:
-        shapes.check_size("hidden_dims' sizes", size, 1)
-    return ConditionalPlanar(DenseNN(context_dim, hidden_dims, param_dims=[1, input_dim, input_dim]))
-
-
-def _check_callable(nn: object) -> None:
-    if not callable(nn):
-        raise TypeError(f"nn must map context to (bias, u, w), a module or a function, got {type(nn).__name__}")
-
-
-def _sizes(params: object) -> str:
-    if isinstance(params, (tuple, list)):
-        return str([tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in params])
-    return type(params).__name__
+    return ConditionalPlanar(dense(input_dim, context_dim, hidden_dims, [1, input_dim, input_dim]))
