@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from vvae_fast import backends, reference, shapes
-from vvae_fast.backends.sylvester import sylvester_backward, sylvester_forward
+from vvae_fast.backends.sylvester import (
+    sylvester_backward,
+    sylvester_forward,
+    sylvester_inverse,
+    sylvester_inverse_backward,
+)
 from vvae_fast.spec import ACTIVATIONS, DEFAULT_SLOPE, FlowSpec
 
 
@@ -131,13 +136,14 @@ def _diagonal(matrix: Tensor | None) -> Tensor:
 
 
 class _Function(torch.autograd.Function):
-    """The operators of the C++ backend, saving the tensors and p [L, rows, M] only."""
+    """The operators of the C++ backend, saving the tensors and p, or the inverse's a, [L, rows, M] only."""
 
     @staticmethod
-    def forward(ctx: Any, spec: tuple[int, float], z: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
-        z_out, log_det, p = sylvester_forward(z, *_Params(*params).apart(), *spec, True)
-        ctx.save_for_backward(z, *params, p)
-        ctx.spec = spec
+    def forward(ctx: Any, inverse: bool, spec: tuple[int, float], z: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
+        operator = sylvester_inverse if inverse else sylvester_forward
+        z_out, log_det, saved = operator(z, *_Params(*params).apart(), *spec, True)
+        ctx.save_for_backward(z, *params, saved)
+        ctx.inverse, ctx.spec = inverse, spec
         ctx.set_materialize_grads(False)
         return z_out, log_det
 
@@ -145,32 +151,33 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_log_det is None:
             return (None,) * len(ctx.needs_input_grad)
-        z, *tensors, p = ctx.saved_tensors
+        z, *tensors, saved = ctx.saved_tensors
         params = _Params(*tensors)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         grad_log_det = z.new_zeros(z.shape[0]) if grad_log_det is None else grad_log_det
         if torch.is_grad_enabled():  # create_graph=True
-            return None, *_plain_backward(grad_z, grad_log_det, z, params, ctx.spec)
-        apart = params.apart()
-        dz, dq, dr, dr_tilde, dd, dd_tilde, db, ds = sylvester_backward(grad_z, grad_log_det, z, *apart, p, *ctx.spec)
+            return None, None, *_plain_backward(grad_z, grad_log_det, z, params, ctx.spec, ctx.inverse)
+        apart, operator = params.apart(), sylvester_inverse_backward if ctx.inverse else sylvester_backward
+        dz, dq, dr, dr_tilde, dd, dd_tilde, db, ds = operator(grad_z, grad_log_det, z, *apart, saved, *ctx.spec)
         if params.s is None:  # 1 + d d_tilde
             dd, dd_tilde = dd + ds * apart[4], dd_tilde + ds * apart[3]
         if params.d is None:
             _diagonal(dr).copy_(dd)
             _diagonal(dr_tilde).copy_(dd_tilde)
         gradients = dq, dr, dr_tilde, dd, dd_tilde, db, ds
-        return None, dz, *(None if t is None else x for t, x in zip(params, gradients, strict=True))
+        return None, None, dz, *(None if t is None else x for t, x in zip(params, gradients, strict=True))
 
 
 def _plain_backward(
-    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, params: _Params, spec: tuple[int, float]
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool
 ) -> list[Tensor | None]:
     """The gradients of z and the parameters, differentiable."""
     # Aliases: where one argument was computed from another, its gradient must not run on into that one.
     inputs: list[Any] = [
         t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, *params)
     ]
-    out = reference.sylvester_forward(inputs[0], *_Params(*inputs[1:]).whole(ACTIVATIONS[spec[0]], spec[1]))
+    flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
+    out = flow(inputs[0], *_Params(*inputs[1:]).whole(ACTIVATIONS[spec[0]], spec[1]))
     given = [t for t in inputs if t is not None]
     found = iter(
         torch.autograd.grad(
@@ -187,17 +194,17 @@ def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inver
     z, params = z.to(dtype), _Params(*converted)
     if params.q is not None:
         params = params._replace(q=params.q.mT)
-    if chosen.is_plain or inverse:
+    if chosen.is_plain:
         flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
         z_out, log_det, *_ = flow(z, *params.whole(spec.activation, spec.slope))
         given = tuple(t for t in (z, *params) if t is not None)
         z_out, log_det = backends.as_functions_of(given, z_out, log_det)
     else:
-        z_out, log_det = _run(z, params, (ACTIVATIONS.index(spec.activation), spec.slope))
+        z_out, log_det = _run(z, params, (ACTIVATIONS.index(spec.activation), spec.slope), inverse)
     return z_out.to(z_dtype), log_det
 
 
-def _run(z: Tensor, params: _Params, spec: tuple[int, float]) -> tuple[Tensor, Tensor]:
+def _run(z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool) -> tuple[Tensor, Tensor]:
     """By the operators, which take rows [R, D] and sets [P, L, ...]."""
     rows = z.reshape(-1, z.shape[-1]).contiguous()
     amortized = params.r.dim() > 3
@@ -207,9 +214,10 @@ def _run(z: Tensor, params: _Params, spec: tuple[int, float]) -> tuple[Tensor, T
     ]
     sets = _Params(*of_sets)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *params)):
-        z_out, log_det = _Function.apply(spec, rows, *sets)
+        z_out, log_det = _Function.apply(inverse, spec, rows, *sets)
     else:
-        z_out, log_det, _ = sylvester_forward(rows, *sets.apart(), *spec, False)
+        operator = sylvester_inverse if inverse else sylvester_forward
+        z_out, log_det, _ = operator(rows, *sets.apart(), *spec, False)
     return z_out.view(z.shape), log_det.view(z.shape[:-1])
 
 

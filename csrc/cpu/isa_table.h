@@ -3,7 +3,7 @@
 
 #include "amortized.h"
 #include "shared.h"
-#include "sylvester/row.h"
+#include "sylvester/inverse_row.h"
 
 namespace vvae {
 namespace PLANAR_NAMESPACE {

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from vvae_fast.backends import cpp
-from vvae_fast.backends.sylvester import sylvester_backward, sylvester_forward
+from vvae_fast.backends.sylvester import (
+    sylvester_backward,
+    sylvester_forward,
+    sylvester_inverse,
+    sylvester_inverse_backward,
+)
 from vvae_fast.reference import sylvester_backward as reference_backward
 from vvae_fast.sylvester import packed_sylvester_flow, sylvester_flow, sylvester_flow_inverse
 
@@ -118,6 +123,43 @@ def test_kernels_against_the_reference(activation, dtype, isa):
                     assert ((ours - right).abs().max() / right.abs().max().clamp(min=1)) < tolerance
     finally:
         cpp.set_isa(before)
+
+
+@pytest.mark.parametrize("isa", cpp.isa_levels())
+@pytest.mark.parametrize("activation", ["tanh", "elu", "sigmoid", "leaky_relu", "linear"])
+def test_the_inverse_against_the_reference(activation, isa):
+    before = cpp.isa()
+    cpp.set_isa(isa)
+    try:
+        for rows, dim, units, layers, with_q in [(5, 6, 3, 3, True), (4, 19, 17, 2, True), (3, 9, 9, 3, False)]:
+            for amortized in (False, True):
+                leaves = arguments(rows, dim, units, layers, with_q, amortized)
+                incoming = torch.randn_like(leaves[0]), torch.randn(rows, dtype=torch.float64)
+                wanted, got = (
+                    gradients(
+                        lambda *t, backend=backend: sylvester_flow_inverse(*t, activation=activation, backend=backend),
+                        leaves,
+                        *incoming,
+                    )
+                    for backend in ("reference", "cpp")
+                )
+                for ours, right in zip(got, wanted, strict=True):
+                    size = right.abs().max().clamp(min=1)
+                    assert ((ours - right).abs().max() / size) < 1e-9
+    finally:
+        cpp.set_isa(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_units_without_an_inverse_give_nan(backend):
+    z, q, r, r_tilde, b = arguments(3, 4, 2, 1, amortized=True)
+    diagonal(r)[1] = -1.5
+    diagonal(r_tilde)[1] = 1.0
+    z_out, log_det = sylvester_flow_inverse(z, q, r, r_tilde, b, backend=backend)
+    assert z_out[1].isnan().any()
+    assert log_det[1].isnan()
+    assert z_out[[0, 2]].isfinite().all()
+    assert log_det[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("amortized", [False, True])
@@ -249,6 +291,9 @@ def test_opcheck(amortized, with_q):
     z_out, log_det, p = sylvester_forward(z, *params, 0, 0.2, True)
     torch.library.opcheck(sylvester_forward, (z, *params, 0, 0.2, True))
     torch.library.opcheck(sylvester_backward, (z_out, log_det, z, *params, p, 0, 0.2))
+    z_0, log_det, a = sylvester_inverse(z, *params, 0, 0.2, True)
+    torch.library.opcheck(sylvester_inverse, (z, *params, 0, 0.2, True))
+    torch.library.opcheck(sylvester_inverse_backward, (z_0, log_det, z, *params, a, 0, 0.2))
 
 
 @pytest.mark.parametrize("amortized", [False, True])

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "sanitizers"
 CPU = ROOT / "csrc" / "cpu"
 BUILD = ROOT / "build" / "sanitize"
+SYLVESTER_DRIVER = "sylvester/sylvester_operators.cpp"
 DRIVER = "operators.cpp"  # checks, allocates, cuts into passes: what a mutant of them compiles anew
 STEP_LIMIT = 900  # seconds
 
@@ -126,7 +127,14 @@ MUTANTS = (
 )
 
 # What runs under AddressSanitizer beside the stress: whatever calls the operators with odd shapes, strides and numbers.
-TESTS = ("test_properties.py", "test_planar_flow.py", "test_fused_inverse.py", "test_passes.py", "test_arguments.py")
+TESTS = (
+    "test_properties.py",
+    "test_planar_flow.py",
+    "test_sylvester_flow.py",
+    "test_fused_inverse.py",
+    "test_passes.py",
+    "test_arguments.py",
+)
 
 
 def tests() -> list[Path]:
@@ -217,11 +225,11 @@ def build() -> None:
     levels = {CPU / f"isa_{level}.cpp" for level in cpp.isa_levels()}
     wanted = [
         (BUILD / name / f"{source.stem}.o", instrumented(source, BUILD / name / f"{source.stem}.o", name))
-        for source in (*sorted(levels), CPU / DRIVER)
+        for source in (*sorted(levels), CPU / DRIVER, CPU / SYLVESTER_DRIVER)
         for name in SANITIZERS
     ]
     # Python's bindings and the other instruction sets are there to link.
-    for source in {ROOT / path for path in extension().sources} - levels - {CPU / DRIVER}:
+    for source in {ROOT / path for path in extension().sources} - levels - {CPU / DRIVER, CPU / SYLVESTER_DRIVER}:
         out = BUILD / "plain" / f"{source.stem}.o"
         text = stand_in(source) if source.stem.startswith("isa_") else source
         wanted.append((out, compiling(text, out, ["-O0"])))

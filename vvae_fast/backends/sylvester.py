@@ -3,6 +3,7 @@
     sylvester_forward(z, columns, r, r_tilde, d, d_tilde, b, s, activation, slope, save) -> (z_L, log_det, p)
     sylvester_backward(grad_z, grad_log_det, z, columns, r, r_tilde, d, d_tilde, b, s, p, activation, slope)
         -> (dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds)
+    sylvester_inverse, sylvester_inverse_backward: the same of the inverse, with its roots a in place of p
 
 z [R, D]; columns [P, L, M, D], Q's columns in rows, or None for the triangular kind; r, r_tilde [P, L, M, M], of which
 only what lies above the diagonal is read, or r_tilde None, and R~ transposed below the diagonal of r; their diagonals
@@ -32,11 +33,9 @@ def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: An
     return z.new_empty(z.shape), *(z.new_empty((0,) if t is None else t.shape) for t in params)
 
 
-sylvester_forward = define(
-    "sylvester_forward", f"({_PARAMS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)", _fake_outputs
-)
-sylvester_backward = define(
-    "sylvester_backward",
-    f"(Tensor grad_z, Tensor grad_log_det, {_PARAMS}, Tensor p, {_SPEC}) -> ({', '.join(['Tensor'] * 8)})",
-    _fake_gradients,
-)
+_FORWARD = f"({_PARAMS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"(Tensor grad_z, Tensor grad_log_det, {_PARAMS}, Tensor saved, {_SPEC}) -> ({', '.join(['Tensor'] * 8)})"
+sylvester_forward = define("sylvester_forward", _FORWARD, _fake_outputs)
+sylvester_backward = define("sylvester_backward", _BACKWARD, _fake_gradients)
+sylvester_inverse = define("sylvester_inverse", _FORWARD, _fake_outputs)
+sylvester_inverse_backward = define("sylvester_inverse_backward", _BACKWARD, _fake_gradients)

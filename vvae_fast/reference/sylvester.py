@@ -142,7 +142,8 @@ def sylvester_inverse(
         h: list[Tensor] = []
         for unit in reversed(range(r.shape[-1])):
             known = sum((coupling[..., unit, unit + 1 + i] * x for i, x in enumerate(h)), torch.zeros_like(log_det))
-            roots.insert(0, solve(rhs[..., unit] - known, c_l[..., unit], s_l[..., unit], activation, slope))
+            right = torch.where(s_l[..., unit] > 0, rhs[..., unit] - known, torch.nan)  # or there is no inverse
+            roots.insert(0, solve(right, c_l[..., unit], s_l[..., unit], activation, slope))
             h.insert(0, activate(roots[0], activation, slope).h)
         act = activate(torch.stack(roots, -1), activation, slope)
         log_det = log_det - log_abs_determinant(act, c_l, s_l, zero).sum(-1)

@@ -20,6 +20,7 @@ struct Sets {  // of a parameter: that of set i at data + i * stride; data null 
 template <class T>
 struct Sylvester {
   FlowSpec spec;
+  bool inverse;
   int64_t rows, dim, layers, units, sets;
   const T* z;             // [rows][dim]
   Sets<const T> columns;  // [layers][units][dim]: the columns of Q; none for the triangular kind
@@ -33,11 +34,13 @@ struct Sylvester {
   int64_t work() const { return layers * units * ((columns.data ? 2 * dim : 0) + units); }
 };
 
+// Of the inverse z is what the flow gives, z_L becomes what it started from, and `saved` holds the roots a in place of
+// p = Q^T z.
 template <class T>
 struct SylvesterForward : Sylvester<T> {
   T* z_L;      // [rows][dim]
   T* log_det;  // [rows]
-  T* p;        // [layers][rows][units], null where nothing is saved
+  T* saved;    // [layers][rows][units], null where nothing is saved
 };
 
 // The gradients of one parameter set.
@@ -48,7 +51,7 @@ struct SylvesterGradients {
 
 template <class T>
 struct SylvesterBackward : Sylvester<T> {
-  const T *grad_z, *grad_log_det, *p;
+  const T *grad_z, *grad_log_det, *saved;
   T* dz;
   Sets<T> dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds;
   SylvesterGradients<T> of_set(int64_t i) const {
@@ -56,16 +59,25 @@ struct SylvesterBackward : Sylvester<T> {
   }
 };
 
-// One instruction set's. Both take one row; scratch has the number of elements below. The backward writes the gradients
-// of the row's set, or adds to them.
+// The passes of one row, by direction and activation. The backward writes the gradients of the row's set, or adds to
+// them.
+template <class T>
+struct SylvesterPasses {
+  void (*forward)(const SylvesterForward<T>&, int64_t row, T* scratch);
+  void (*backward)(const SylvesterBackward<T>&, int64_t row, const SylvesterGradients<T>& to, bool add, T* scratch);
+};
+
+// One instruction set's, and how many elements of scratch memory they need.
 template <class T>
 struct SylvesterKernels {
   int64_t (*forward_scratch)(const Sylvester<T>&);
   int64_t (*backward_scratch)(const Sylvester<T>&);
-  void (*forward)(const SylvesterForward<T>&, int64_t row, T* scratch);
-  void (*backward)(const SylvesterBackward<T>&, int64_t row, const SylvesterGradients<T>& to, bool add, T* scratch);
-  void (*forward_any)(const SylvesterForward<T>&, int64_t row, T* scratch);
-  void (*backward_any)(const SylvesterBackward<T>&, int64_t row, const SylvesterGradients<T>& to, bool add, T* scratch);
+  SylvesterPasses<T> tanh, any, tanh_inverse, any_inverse;
+
+  const SylvesterPasses<T>& passes(const Sylvester<T>& f) const {
+    const bool standard = f.spec.is_standard();
+    return f.inverse ? (standard ? tanh_inverse : any_inverse) : (standard ? tanh : any);
+  }
 };
 
 }  // namespace vvae

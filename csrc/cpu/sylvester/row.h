@@ -72,8 +72,19 @@ PLANAR_FN void activate_layer(T* h, T* slopes, const T* p, const Layer<T>& of, c
     const auto act = activate<S>(S::load(h + i) + S::load_first(of.b + i, rest), kind);
     S::store(h + i, act.h);
     if (slopes) S::store(slopes + i, act.h_prime);
-    if (log_det) add_step<S, 1>(log_det, &act, c_of(of, i, f.units), S::load_first(of.s + i, rest, T(1)), S::splat(0), kind);
+    if (!log_det) continue;
+    const auto s = S::load_first(of.s + i, rest, T(1));
+    add_step<S, 1>(log_det, &act, c_of(of, i, f.units), s, S::splat(0), kind);
   }
+}
+
+// The sum over the units of a vector.
+template <class T>
+PLANAR_FN T sum_of(const LogDet<Simd<T>>& log_det) {
+  const auto sums = value<Simd<T>>(log_det);
+  T sum = 0;
+  for (int i = 0; i < Simd<T>::width; ++i) sum += sums[i];
+  return sum;
 }
 
 template <class T>
@@ -92,21 +103,18 @@ void sylvester_forward(const SylvesterForward<T>& f, int64_t row, T* scratch) {
   for (int64_t l = 0; l < f.layers; ++l) {
     const Layer<T> of(f, set, l);
     into(p, z, of, f);
-    if (f.p) copy_out(f.p + (l * f.rows + row) * f.units, p, f.units);
+    if (f.saved) copy_out(f.saved + (l * f.rows + row) * f.units, p, f.units);
     activate_layer<T, F>(h, nullptr, p, of, f, kind, &log_det);
     upper_dots(x, of.r, of.d, f.units, h);
     add_out_of(z, x, of, f);
   }
   copy_out(f.z_L + row * f.dim, z, f.dim);
-  const auto sums = value<S>(log_det);
-  T sum = 0;
-  for (int i = 0; i < S::width; ++i) sum += sums[i];
-  f.log_det[row] = sum;
+  f.log_det[row] = sum_of<T>(log_det);
 }
 
 template <class T>
 int64_t sylvester_backward_scratch(const Sylvester<T>& f) {
-  return (f.layers + 2) * padded<T>(f.dim) + (3 * f.layers + 4) * padded<T>(f.units);
+  return (f.layers + 2) * padded<T>(f.dim) + (3 * f.layers + 5) * padded<T>(f.units);
 }
 
 // Forward once more from the saved p, keeping what every layer had, then the layers back.
@@ -123,7 +131,7 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
   copy_in(z, f.z + row * f.dim, f.dim);
   for (int64_t l = 0; l < f.layers; ++l) {
     const Layer<T> of(f, set, l);
-    copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
+    copy_in(p, f.saved + (l * f.rows + row) * f.units, f.units);
     activate_layer<T, F>(h + l * units, slopes + l * units, p, of, f, kind, nullptr);
     upper_dots(x + l * units, of.r, of.d, f.units, h + l * units);
     for (int64_t d = 0; d < dim; d += S::width) S::store(z + (l + 1) * dim + d, S::load(z + l * dim + d));
@@ -134,7 +142,7 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
   for (int64_t l = f.layers - 1; l >= 0; --l) {
     const Layer<T> of(f, set, l);
     const int64_t first = l * f.units;  // of the layer's units among those of the set
-    copy_in(p, f.p + (l * f.rows + row) * f.units, f.units);
+    copy_in(p, f.saved + (l * f.rows + row) * f.units, f.units);
     into(dx, g, of, f);
     upper_combine(da, of.r, of.d, f.units, dx);
     for (int64_t i = 0; i < f.units; i += S::width) {
@@ -164,13 +172,6 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
     add_out_of(g, dp, of, f);
   }
   copy_out(f.dz + row * f.dim, g, f.dim);
-}
-
-template <class T>
-constexpr SylvesterKernels<T> sylvester_kernels() {
-  return {sylvester_forward_scratch<T>,       sylvester_backward_scratch<T>,
-          sylvester_forward<T, StandardFlow>, sylvester_backward<T, StandardFlow>,
-          sylvester_forward<T, AnyFlow<T>>,   sylvester_backward<T, AnyFlow<T>>};
 }
 
 }  // namespace PLANAR_NAMESPACE

@@ -78,10 +78,11 @@ struct Call {
   }
 
   template <class T>
-  Sylvester<T> typed(int64_t activation, double slope) const {
+  Sylvester<T> typed(int64_t activation, double slope, bool inverse) const {
     const auto of = [](const Argument& t) { return Sets<const T>{data_of<T>(t), t.strides[0]}; };
     const auto maybe = [&](const std::optional<Argument>& t) { return t ? of(*t) : Sets<const T>{nullptr, 0}; };
     return {spec_of(int64_t(Constraint::none), activation, slope, 0),
+            inverse,
             rows,
             dim,
             layers,
@@ -117,7 +118,7 @@ std::array<T**, 7> members(SylvesterGradients<T>& of) {
 template <class T>
 void run(const SylvesterForward<T>& f) {
   const auto& of = kernels<T>();
-  const auto pass = f.spec.is_standard() ? of.forward : of.forward_any;
+  const auto pass = of.passes(f).forward;
   const int64_t size = of.forward_scratch(f);
   for_each(f.rows, f.work(), [&](int64_t row) { pass(f, row, arena<T>(kTileScratch, size)); });
 }
@@ -127,7 +128,7 @@ void run(const SylvesterForward<T>& f) {
 template <class T>
 void run(const SylvesterBackward<T>& f) {
   const auto& of = kernels<T>();
-  const auto pass = f.spec.is_standard() ? of.backward : of.backward_any;
+  const auto pass = of.passes(f).backward;
   const int64_t size = of.backward_scratch(f), rows = f.rows / f.sets;
   // Elements of each gradient of a set, in the order of SylvesterGradients.
   const int64_t vector = f.layers * f.units, square = vector * f.units;
@@ -135,7 +136,8 @@ void run(const SylvesterBackward<T>& f) {
                            vector, vector};
   const int64_t partial = std::accumulate(std::begin(sizes), std::end(sizes), int64_t(0));
   const int64_t affordable = kPartialBytes / (partial * int64_t(sizeof(T)));
-  const int64_t slices = std::max<int64_t>(1, std::min({ceil_div(rows, kRowsOfSlice), kMaxSlices / f.sets, affordable}));
+  const int64_t wanted = std::min({ceil_div(rows, kRowsOfSlice), kMaxSlices / f.sets, affordable});
+  const int64_t slices = std::max<int64_t>(1, wanted);
   T* partials = slices > 1 ? arena<T>(kPartials, (slices - 1) * partial) : nullptr;
   for (int64_t first = 0; first < f.sets; first += slices > 1 ? 1 : f.sets) {
     const int64_t items = slices > 1 ? slices : f.sets;
@@ -165,38 +167,40 @@ void run(const SylvesterBackward<T>& f) {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Three sylvester_forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r,
-                        const std::optional<Tensor>& r_tilde, const Tensor& d, const Tensor& d_tilde, const Tensor& b,
-                        const Tensor& s, int64_t activation, double slope, bool save) {
+template <bool inverse>
+Three forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r,
+              const std::optional<Tensor>& r_tilde, const Tensor& d, const Tensor& d_tilde, const Tensor& b,
+              const Tensor& s, int64_t activation, double slope, bool save) {
   const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
   Tensor z_L = new_like({call.rows, call.dim}, call.z), log_det = new_like({call.rows}, call.z);
-  Tensor p = save ? new_like({call.layers, call.rows, call.units}, call.z) : new_like({0}, call.z);
+  Tensor saved = save ? new_like({call.layers, call.rows, call.units}, call.z) : new_like({0}, call.z);
   if (call.rows == 0 || call.layers == 0) {
     torch::stable::copy_(z_L, z);
     torch::stable::zero_(log_det);
-    return {z_L, log_det, p};
+    return {z_L, log_det, saved};
   }
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    run(SylvesterForward<T>{call.typed<T>(activation, slope), static_cast<T*>(z_L.mutable_data_ptr()),
+    run(SylvesterForward<T>{call.typed<T>(activation, slope, inverse), static_cast<T*>(z_L.mutable_data_ptr()),
                             static_cast<T*>(log_det.mutable_data_ptr()),
-                            save ? static_cast<T*>(p.mutable_data_ptr()) : nullptr});
+                            save ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr});
   };
   call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
-  return {z_L, log_det, p};
+  return {z_L, log_det, saved};
 }
 
-Eight sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
-                         const std::optional<Tensor>& columns, const Tensor& r, const std::optional<Tensor>& r_tilde,
-                         const Tensor& d, const Tensor& d_tilde, const Tensor& b, const Tensor& s, const Tensor& p_,
-                         int64_t activation, double slope) {
+template <bool inverse>
+Eight backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
+               const std::optional<Tensor>& columns, const Tensor& r, const std::optional<Tensor>& r_tilde,
+               const Tensor& d, const Tensor& d_tilde, const Tensor& b, const Tensor& s, const Tensor& saved_,
+               int64_t activation, double slope) {
   const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
-  Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), p(p_, "p");
+  Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), saved(saved_, "saved");
   const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
   check_shape(grad_z, call.z, {call.rows, dim});
   check_shape(grad_log_det, call.z, {call.rows});
-  check_shape(p, call.z, {layers, call.rows, units});
-  for (Argument* t : {&grad_z, &grad_log_det, &p})
+  check_shape(saved, call.z, {layers, call.rows, units});
+  for (Argument* t : {&grad_z, &grad_log_det, &saved})
     if (!t->tensor().is_contiguous()) t->make_contiguous();
   Tensor dz = new_like({call.rows, dim}, call.z);
   const auto matrices = [&](bool there, int64_t length) {
@@ -215,8 +219,8 @@ Eight sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, con
     const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
     const auto to = [&](Tensor& t) { return Sets<T>{data(t), t.numel() / sets}; };
     const Sets<T> nothing{nullptr, 0};
-    run(SylvesterBackward<T>{call.typed<T>(activation, slope), data_of<T>(grad_z), data_of<T>(grad_log_det),
-                             data_of<T>(p), data(dz), columns ? to(dcolumns) : nothing, to(dr),
+    run(SylvesterBackward<T>{call.typed<T>(activation, slope, inverse), data_of<T>(grad_z), data_of<T>(grad_log_det),
+                             data_of<T>(saved), data(dz), columns ? to(dcolumns) : nothing, to(dr),
                              r_tilde ? to(dr_tilde) : nothing, to(dd), to(dd_tilde), to(db), to(ds)});
   };
   call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
@@ -227,6 +231,8 @@ Eight sylvester_backward(const Tensor& grad_z_, const Tensor& grad_log_det_, con
 }  // namespace vvae
 
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
-  m.impl("sylvester_forward", TORCH_BOX(&vvae::sylvester_forward));
-  m.impl("sylvester_backward", TORCH_BOX(&vvae::sylvester_backward));
+  m.impl("sylvester_forward", TORCH_BOX(&vvae::forward<false>));
+  m.impl("sylvester_backward", TORCH_BOX(&vvae::backward<false>));
+  m.impl("sylvester_inverse", TORCH_BOX(&vvae::forward<true>));
+  m.impl("sylvester_inverse_backward", TORCH_BOX(&vvae::backward<true>));
 }
