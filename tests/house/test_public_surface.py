@@ -23,7 +23,7 @@ from torch import nn
 
 import vvae_fast
 from vvae_fast import config, distributions
-from vvae_fast.interop import normflows, pyro, pythae  # noqa: F401  # for the programs below
+from vvae_fast.interop import normflows, pyro, pythae, sylvester_flows  # noqa: F401  # for the programs below
 from vvae_fast.nn import Likelihood, mlp_decoder, mlp_encoder
 from vvae_fast.train import cli
 
@@ -38,6 +38,7 @@ MODULES = [
     "vvae_fast.interop.normflows",
     "vvae_fast.interop.pyro",
     "vvae_fast.interop.pythae",
+    "vvae_fast.interop.sylvester_flows",
 ]
 
 
@@ -115,6 +116,7 @@ pyro.conditional_householder(2, 5, [4], 2)
 pythae.PlanarFlow(pythae.PlanarFlowConfig((2,)))
 pythae.PlanarStack(2, 3)
 pythae.from_pythae(layers("net", pythae.PlanarStack(2, 2), pythae.PlanarStack(2, 1)))
+sylvester_flows.BjorckSylvesterFlow(3, 2, 2, 5)
 """
 TRANSFORMS = """
 PlanarTransform(u, w, b)
@@ -222,6 +224,8 @@ pythae.PlanarStack(2, 3, log_det_eps=-1.0)
 pythae.PlanarStack(2, 3)(z[0])
 pythae.PlanarStack(2, 3).inverse(z)
 pythae.from_pythae(nn.Identity())
+sylvester_flows.from_sylvester_flows({}, "triangular")
+sylvester_flows.from_sylvester_flows({}, "iaf")
 """
 
 

@@ -1,5 +1,6 @@
-"""Planar flows with the names of other packages: interop.normflows, interop.pyro and interop.pythae.
+"""Flows with the names of other packages: interop.normflows, interop.pyro, interop.pythae and interop.sylvester_flows.
 
-Each has the other package's layer, one fused layer for a run of such layers, and state_dicts both ways. They can be
-imported without these packages; only Pyro's own distributions, and `conditional_planar`, need Pyro.
+The first three have the other package's layers, one fused layer for a run of planar ones, and state_dicts both ways.
+They can be imported without these packages; only Pyro's own distributions and its helpers for networks need Pyro. The
+last reads checkpoints.
 """
