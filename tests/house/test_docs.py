@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.S)
-PEERS = ("normflows", "pyro", "pythae")
+PEERS = ("normflows", "pyro", "pythae", "zuko")
 each_page = pytest.mark.parametrize("name", PAGES)
 
 

@@ -134,7 +134,7 @@ def test_one_reader_of_the_environment():
 def test_the_core_needs_torch_alone(name):
     extras = {"+lightning", "+matplotlib", "+sklearn", "+rich", "+numpy", "+tensorboard", "+yaml"}
     peers = {"+normflows", "+pyro", "+pythae", "+zuko"}
-    wanted = {"interop._pyro_bases": {"+pyro"}, "interop.pythae": {"+pythae"}}  # where it is installed
+    wanted = {"interop._pyro_bases": {"+pyro"}, "interop.pythae": {"+pythae"}, "interop.zuko": {"+zuko"}}
     assert imports(FILES[name]) & (extras | peers) == wanted.get(name, set())
 
 

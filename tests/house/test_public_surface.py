@@ -23,11 +23,11 @@ from torch import nn
 
 import vvae_fast
 from vvae_fast import config, distributions
-from vvae_fast.interop import normflows, pyro, pythae, sylvester_flows  # noqa: F401  # for the programs below
+from vvae_fast.interop import normflows, pyro, pythae, sylvester_flows, zuko  # noqa: F401  # for the programs below
 from vvae_fast.nn import Likelihood, mlp_decoder, mlp_encoder
 from vvae_fast.train import cli
 
-for peer in ("pyro", "pythae"):  # whose classes are bases of interop's where they are installed
+for peer in ("pyro", "pythae", "zuko"):  # whose classes are bases of interop's where they are installed
     pytest.importorskip(peer)
 
 LIST = Path(__file__).with_name("public_surface.txt")
@@ -39,6 +39,7 @@ MODULES = [
     "vvae_fast.interop.pyro",
     "vvae_fast.interop.pythae",
     "vvae_fast.interop.sylvester_flows",
+    "vvae_fast.interop.zuko",
 ]
 
 
@@ -117,6 +118,10 @@ pythae.PlanarFlow(pythae.PlanarFlowConfig((2,)))
 pythae.PlanarStack(2, 3)
 pythae.from_pythae(layers("net", pythae.PlanarStack(2, 2), pythae.PlanarStack(2, 1)))
 sylvester_flows.BjorckSylvesterFlow(3, 2, 2, 5)
+zuko.PlanarTransform(2)
+zuko.PlanarTransform(2, 5, 3, (4,))
+zuko.SylvesterTransform(2)
+zuko.SylvesterTransform(2, 5, 3, (4,), 1)
 """
 TRANSFORMS = """
 PlanarTransform(u, w, b)
@@ -226,6 +231,9 @@ pythae.PlanarStack(2, 3).inverse(z)
 pythae.from_pythae(nn.Identity())
 sylvester_flows.from_sylvester_flows({}, "triangular")
 sylvester_flows.from_sylvester_flows({}, "iaf")
+zuko.PlanarTransform(2, -1)
+zuko.PlanarTransform(2, 5)()
+zuko.SylvesterTransform(2)()(x)
 """
 
 
