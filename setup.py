@@ -106,7 +106,7 @@ def extension_arguments() -> dict[str, object]:
     extensions = [
         CppExtension(
             "vvae_fast._C",
-            sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
+            sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
             include_dirs=list(shared["include_dirs"]),
             define_macros=[*shared["define_macros"], *facts],
             depends=shared["depends"],

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "isa_choice.h"
 #include "schedule.h"
+#include "sylvester/operators.h"
 
 namespace vvae {
 namespace {
@@ -76,4 +77,7 @@ void set_isa(const std::string& name) {
 
 }  // namespace vvae
 
-STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) { VVAE_REGISTER(m, "", vvae::Cpu); }
+STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
+  VVAE_REGISTER(m, "", vvae::Cpu);
+  VVAE_REGISTER_SYLVESTER(m);
+}

@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "sanitizers"
 CPU = ROOT / "csrc" / "cpu"
 BUILD = ROOT / "build" / "sanitize"
-SYLVESTER_DRIVER = "sylvester/operators.cpp"
 DRIVER = "operators.cpp"  # checks, allocates, cuts into passes: what a mutant of them compiles anew
 STEP_LIMIT = 900  # seconds
 
@@ -218,23 +217,19 @@ def call(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stderr[:4000]}")
 
 
-def object_name(source: Path) -> str:
-    return "_".join(source.relative_to(CPU).with_suffix(".o").parts)
-
-
 def build() -> None:
     """The objects of both, the slowest to compile first; those that are newer than every source are left."""
     for folder in ("plain", *SANITIZERS):
         (BUILD / folder).mkdir(parents=True, exist_ok=True)
     levels = {CPU / f"isa_{level}.cpp" for level in cpp.isa_levels()}
     wanted = [
-        (BUILD / name / object_name(source), instrumented(source, BUILD / name / object_name(source), name))
-        for source in (*sorted(levels), CPU / DRIVER, CPU / SYLVESTER_DRIVER)
+        (BUILD / name / f"{source.stem}.o", instrumented(source, BUILD / name / f"{source.stem}.o", name))
+        for source in (*sorted(levels), CPU / DRIVER)
         for name in SANITIZERS
     ]
     # Python's bindings and the other instruction sets are there to link.
-    for source in {ROOT / path for path in extension().sources} - levels - {CPU / DRIVER, CPU / SYLVESTER_DRIVER}:
-        out = BUILD / "plain" / object_name(source)
+    for source in {ROOT / path for path in extension().sources} - levels - {CPU / DRIVER}:
+        out = BUILD / "plain" / f"{source.stem}.o"
         text = stand_in(source) if source.stem.startswith("isa_") else source
         wanted.append((out, compiling(text, out, ["-O0"])))
     there = {path for name in ("plain", *SANITIZERS) for path in (BUILD / name).glob("*.o")}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vvae_fast.interop._runs import check_state_dict
+from vvae_fast.nn.base import unautocast
 from vvae_fast.nn.planar import AmortizedPlanarFlow
-from vvae_fast.nn.sylvester.flows import AmortizedSylvesterFlow, SylvesterParams, unautocast
-from vvae_fast.nn.sylvester.triangles import triangles
+from vvae_fast.nn.sylvester.flows import AmortizedSylvesterFlow
 from vvae_fast.shapes import full_precision
 
 KINDS = ("planar", "orthogonal", "householder", "triangular")
@@ -32,11 +32,9 @@ class BjorckSylvesterFlow(AmortizedSylvesterFlow):
     def __init__(self, dim: int, num_layers: int, num_units: int | None, context_dim: int, **options: Any) -> None:
         super().__init__(dim, num_layers, num_units, context_dim, kind="orthogonal", **options)
 
-    def _made_of(self, raw: Any) -> SylvesterParams:
-        with unautocast(raw.b):
-            q = _bjorck(full_precision(raw.v).mT, 1e-5 if self.num_units == self.dim else 1e-6)
-            r, r_tilde, s = triangles(full_precision(raw.mixed), full_precision(raw.y))
-            return SylvesterParams(q, r, r_tilde, full_precision(raw.b), s)
+    def _q_of(self, v: Tensor) -> Tensor:
+        with unautocast(v):
+            return _bjorck(full_precision(v).mT, 1e-5 if self.num_units == self.dim else 1e-6)
 
 
 def _bjorck(q: Tensor, tolerance: float) -> Tensor:

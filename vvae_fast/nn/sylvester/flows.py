@@ -96,13 +96,16 @@ class _Sylvester(Flow):
         mixed = normal(layers, units, units).tril(-1) * units**-0.5
         return _Raw(v, mixed, normal(layers, units), normal(layers, units))
 
+    def _q_of(self, v: Tensor) -> Tensor:
+        return orthonormal(v, self.num_units)
+
     def _made_of(self, raw: _Raw) -> _Packed:
-        q = None if raw.v is None else orthonormal(raw.v, self.num_units)
+        q = None if raw.v is None else self._q_of(raw.v)
         mixed = full_precision(raw.mixed)
         return _Packed(q, mixed, *diagonals(mixed, full_precision(raw.y)), full_precision(raw.b))
 
     def _public(self, raw: _Raw) -> SylvesterParams:
-        q = None if raw.v is None else orthonormal(raw.v, self.num_units)
+        q = None if raw.v is None else self._q_of(raw.v)
         r, r_tilde, s = triangles(full_precision(raw.mixed), full_precision(raw.y))
         return SylvesterParams(q, r, r_tilde, full_precision(raw.b), s)
 

@@ -1,4 +1,6 @@
 // The operators of Sylvester flows: checks, allocates, runs. Schemas: vvae_fast/backends/sylvester.py.
+#pragma once
+
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -12,11 +14,11 @@
 #include "../schedule.h"
 
 namespace vvae {
-namespace {
+namespace sylvester {
 
 constexpr int64_t kRowsOfSlice = 16;  // the least rows of one set whose sums are kept apart from the others'
 
-Tensor new_like(std::initializer_list<int64_t> sizes, const Argument& z) {
+inline Tensor new_like(std::initializer_list<int64_t> sizes, const Argument& z) {
   return new_contiguous(sizes, z.dtype, aoti_torch_device_type_cpu(), 0);
 }
 
@@ -26,7 +28,7 @@ const T* data_of(const Argument& t) {
 }
 
 // Contiguous but for its first dimension.
-void make_readable(Argument& t) {
+inline void make_readable(Argument& t) {
   int64_t stride = 1;
   for (int64_t i = t.rank - 1; i > 0; --i) {
     if (t.strides[i] != stride && t.sizes[i] > 1) return t.make_contiguous();
@@ -34,13 +36,13 @@ void make_readable(Argument& t) {
   }
 }
 
-void check_cpu(const Argument& t, int32_t dtype) {
+inline void check_cpu(const Argument& t, int32_t dtype) {
   STD_TORCH_CHECK(t.tensor().is_cpu(), "vvae_fast: ", t.name, " must be on the CPU");
   STD_TORCH_CHECK(t.dtype == dtype && (dtype == kFloat32 || dtype == kFloat64), "vvae_fast: ", t.name,
                   " must have z's dtype, float32 or float64");
 }
 
-void check_shape(const Argument& t, const Argument& z, std::initializer_list<int64_t> sizes) {
+inline void check_shape(const Argument& t, const Argument& z, std::initializer_list<int64_t> sizes) {
   check_cpu(t, z.dtype);
   check_rank(t, int64_t(sizes.size()));
   for (size_t i = 0; i < sizes.size(); ++i) check_size(t, int64_t(i), sizes.begin()[i]);
@@ -102,11 +104,11 @@ struct Call {
 template <class T>
 const SylvesterKernels<T>& kernels();
 template <>
-const SylvesterKernels<float>& kernels() {
+inline const SylvesterKernels<float>& kernels() {
   return chosen_isa().load()->sylvester_f32;
 }
 template <>
-const SylvesterKernels<double>& kernels() {
+inline const SylvesterKernels<double>& kernels() {
   return chosen_isa().load()->sylvester_f64;
 }
 
@@ -227,12 +229,12 @@ Eight backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor&
   return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
 }
 
-}  // namespace
+}  // namespace sylvester
 }  // namespace vvae
 
-STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
-  m.impl("sylvester_forward", TORCH_BOX(&vvae::forward<false>));
-  m.impl("sylvester_backward", TORCH_BOX(&vvae::backward<false>));
-  m.impl("sylvester_inverse", TORCH_BOX(&vvae::forward<true>));
-  m.impl("sylvester_inverse_backward", TORCH_BOX(&vvae::backward<true>));
-}
+// In STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, library).
+#define VVAE_REGISTER_SYLVESTER(library)                                                   \
+  library.impl("sylvester_forward", TORCH_BOX(&vvae::sylvester::forward<false>));          \
+  library.impl("sylvester_backward", TORCH_BOX(&vvae::sylvester::backward<false>));        \
+  library.impl("sylvester_inverse", TORCH_BOX(&vvae::sylvester::forward<true>));           \
+  library.impl("sylvester_inverse_backward", TORCH_BOX(&vvae::sylvester::backward<true>))
