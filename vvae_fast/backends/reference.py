@@ -19,7 +19,9 @@ from vvae_fast.spec import FlowSpec
 
 def as_functions_of(inputs: tuple[Tensor, ...], z_out: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
     """Both outputs as functions of every input, as a kernel's are: a derivative that is zero everywhere, as those of no
-    steps or of the log-determinant of linear ones, is a gradient of zeros and not None."""
+    steps or of the log-determinant of linear ones, is a gradient of zeros and not None. A trace holds neither."""
+    if torch._C._get_tracing_state() is not None:
+        return z_out, log_det
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return (z_out.clone() if z_out is inputs[0] else z_out), log_det  # no steps give no new tensor by themselves
     zero = sum(t[..., :0].sum() for t in inputs)
