@@ -13,7 +13,7 @@ from benchmarks.flow.loops import PLAIN, REFERENCE
 from benchmarks.report.front import between
 from benchmarks.report.tables import table
 from benchmarks.study import study_figures, study_gaps
-from benchmarks.study.study_results import FOLDER, OURS, ROOT, Results, Unusable, model_of, read_all
+from benchmarks.study.study_results import CONFIGS, FOLDER, OURS, ROOT, Results, Unusable, config_of, model_of, read_all
 from benchmarks.study.study_text import conclusions, findings, introduction, limitations
 from vvae_fast.train.study.compare import Model
 
@@ -27,6 +27,7 @@ TITLES = {
     "mnist_mlp_cpu": "MNIST, at a budget for two CPU cores",
     "mnist_gaps_cpu": "MNIST, where the gain comes from",
     "mnist_rank_cpu": "MNIST, ranks of the amortized flow's head",
+    "mnist_rank_two_seeds": "MNIST, ranks of the amortized flow's head",
     "fashion_mlp_cpu": "FashionMNIST, at the same budget",
     "mnist_mlp_cpu_high_lr": "MNIST, the same at a higher learning rate",
 }
@@ -77,11 +78,12 @@ def section(results: Results, published: list[dict]) -> str:
     """A study: its protocol, table, figure, findings, and published numbers."""
     name = results.study.name
     seeds = ", ".join(map(str, results.study.seeds))
+    config = f"configs/{config_of(name).relative_to(CONFIGS)}"
     machine = results.environment
     where = machine["gpu"] or f"{machine['processor']}, torch {machine['torch']}"
     parts = [
         f"## {TITLES.get(name, name)}",
-        f"Protocol, [configs/{name}.yaml](../configs/{name}.yaml): {results.study.protocol}. Seeds {seeds}. {where}.",
+        f"Protocol, [{config}](../{config}): {results.study.protocol}. Seeds {seeds}. {where}.",
         model_table(results),
         "Test set, nats per data point, mean ± standard deviation over the seeds. s / epoch: training time with this "
         f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vvae_fast.train.run.runconfig import FULL, UNMATCHED, VANILLA
+from vvae_fast.train.run.runconfig import LATER, VANILLA
 from vvae_fast.train.study.compare import RESULTS, VANILLA_MODEL, Model
 from vvae_fast.train.study.spread import Spread
 from vvae_fast.train.study.studies import Study, load_study
@@ -115,9 +115,15 @@ def check_gaps(study: Study, path: Path, runs: list[dict]) -> None:
 
 def model_of(row: dict) -> Model:
     """The model of a run or of an epoch's seconds; files without these keys are older than them."""
-    return Model(row["model"], row["num_steps"], row.get("rank", FULL), row.get("matched", UNMATCHED))
+    own = {**LATER, **row}
+    return Model(own["model"], own["num_steps"], own["rank"], own["matched"], own["flow"], own["units"])
 
 
 def read_all(folder: Path = FOLDER, configs: Path = CONFIGS) -> list[Results]:
     """The results of every study that has some, sorted by name."""
-    return [read(path.parent, configs / f"{path.parent.name}.yaml") for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    return [read(path.parent, config_of(path.parent.name, configs)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+
+
+def config_of(name: str, configs: Path = CONFIGS) -> Path:
+    """A study's file, in `configs` or in a folder there."""
+    return next(iter(sorted(configs.rglob(f"{name}.yaml"))), configs / f"{name}.yaml")
