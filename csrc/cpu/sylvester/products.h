@@ -37,14 +37,14 @@ PLANAR_FN void reverse(T* to, const T* x, int64_t length) {
 // x with zeros in the lanes up to i, or from i on.
 template <class T>
 PLANAR_FN typename Simd<T>::V after_lane(typename Simd<T>::V x, int i) {
-  typename Simd<T>::I lanes;
+  typename Simd<T>::I lanes{};
   for (int j = 0; j < Simd<T>::width; ++j) lanes[j] = j > i ? -1 : 0;
   return Simd<T>::select(lanes, x, Simd<T>::splat(0));
 }
 
 template <class T>
 PLANAR_FN typename Simd<T>::V before_lane(typename Simd<T>::V x, int i) {
-  typename Simd<T>::I lanes;
+  typename Simd<T>::I lanes{};
   for (int j = 0; j < Simd<T>::width; ++j) lanes[j] = j < i ? -1 : 0;
   return Simd<T>::select(lanes, x, Simd<T>::splat(0));
 }
