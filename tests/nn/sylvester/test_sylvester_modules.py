@@ -396,17 +396,3 @@ def test_refused_inputs(way):
         getattr(amortized, way)(z, context[:6])
     with pytest.raises(ValueError, match=r"context must be a tensor \[\*params, F\] with F = 6, got \(7, 5\)"):
         getattr(amortized, way)(z, z)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
-@kinds
-def test_traces_and_exports(kind):
-    flow = SylvesterFlow(DIM, LAYERS, kind=kind)
-    z = torch.randn(ROWS, DIM)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    wanted = flow(z)
-    for other in (torch.jit.trace(flow, (z,)), torch.export.export(flow, (z,)).module()):
-        for one, right in zip(other(z), wanted, strict=True):
-            torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
