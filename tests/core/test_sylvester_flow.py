@@ -75,8 +75,8 @@ def test_values_and_determinants(shape, amortized, backend):
         jacobian = torch.autograd.functional.jacobian(lambda x, own=own: by_the_paper(x, *own), row)
         torch.testing.assert_close(log_det[i], torch.linalg.slogdet(jacobian)[1], rtol=1e-10, atol=1e-10)
     z_back, log_det_back = sylvester_flow_inverse(z_out, *params, backend=backend)
-    torch.testing.assert_close(z_back, z, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(z_back, z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-10, atol=1e-10)
 
 
 def gradients(flow, leaves, of_z, of_log_det):
@@ -145,7 +145,7 @@ def test_the_inverse_against_the_reference(activation, isa):
                 )
                 for ours, right in zip(got, wanted, strict=True):
                     size = right.abs().max().clamp(min=1)
-                    assert ((ours - right).abs().max() / size) < 1e-9
+                    assert ((ours - right).abs().max() / size) < 1e-10
     finally:
         cpp.set_isa(before)
 
@@ -219,7 +219,7 @@ def test_packed_parameters_are_the_same_flow(with_q, backend):
     for one, other in zip((*same_too, dmixed, dd, dd_tilde, db_too), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     back, _ = packed_sylvester_flow(got[0], q, mixed, *diagonals, b, backend=backend, inverse=True)
-    torch.testing.assert_close(back, z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(back, z, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
