@@ -111,27 +111,29 @@ class _Params(NamedTuple):
     b: Tensor
     s: Tensor | None
 
-    def whole(self, activation: str, slope: float) -> tuple[Any, ...]:
-        """The arguments of the reference behind z: columns, r, r_tilde, b, c, s and these two."""
-        q, r, r_tilde, d, d_tilde, b, s = self
-        if d is None or d_tilde is None:
-            d, d_tilde = _diagonal(r), _diagonal(r_tilde)
-        else:
-            below = r.mT if r_tilde is None else r_tilde
-            r, r_tilde = r.triu(1) + torch.diag_embed(d), below.triu(1) + torch.diag_embed(d_tilde)
+    def diagonals(self) -> tuple[Tensor, Tensor]:
+        """R_ii and R~_ii [*params, L, M]."""
+        if self.d is not None and self.d_tilde is not None:
+            return self.d, self.d_tilde
+        assert self.r_tilde is not None  # `_check` has seen to it
+        return _diagonal(self.r), _diagonal(self.r_tilde)
+
+    def whole(self) -> reference.Layers:
+        """As the reference takes them."""
+        r, r_tilde = self.r, self.r.mT if self.r_tilde is None else self.r_tilde
+        d, d_tilde = self.diagonals()
+        if self.d is not None:
+            r, r_tilde = r.triu(1) + torch.diag_embed(d), r_tilde.triu(1) + torch.diag_embed(d_tilde)
         c = d * d_tilde  # [*params, L, M]
-        return q, r, r_tilde, b, c.detach(), 1 + c if s is None else s, activation, slope
+        return reference.Layers(self.q, r, r_tilde, self.b, c, 1 + c if self.s is None else self.s)
 
     def apart(self) -> tuple[Any, ...]:
         """The arguments of the operators, with the diagonals apart."""
-        q, r, r_tilde, d, d_tilde, b, s = self
-        if d is None or d_tilde is None:
-            d, d_tilde = _diagonal(r), _diagonal(r_tilde)
-        return q, r, r_tilde, d, d_tilde, b, 1 + d * d_tilde if s is None else s
+        d, d_tilde = self.diagonals()
+        return self.q, self.r, self.r_tilde, d, d_tilde, self.b, 1 + d * d_tilde if self.s is None else self.s
 
 
-def _diagonal(matrix: Tensor | None) -> Tensor:
-    assert matrix is not None
+def _diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
 
 
@@ -177,7 +179,7 @@ def _plain_backward(
         t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (z, *params)
     ]
     flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
-    out = flow(inputs[0], *_Params(*inputs[1:]).whole(ACTIVATIONS[spec[0]], spec[1]))
+    out = flow(inputs[0], _Params(*inputs[1:]).whole(), ACTIVATIONS[spec[0]], spec[1])
     given = [t for t in inputs if t is not None]
     found = iter(
         torch.autograd.grad(
@@ -196,7 +198,7 @@ def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inver
         params = params._replace(q=params.q.mT)
     if chosen.is_plain:
         flow = reference.sylvester_inverse if inverse else reference.sylvester_forward
-        z_out, log_det, *_ = flow(z, *params.whole(spec.activation, spec.slope))
+        z_out, log_det, *_ = flow(z, params.whole(), spec.activation, spec.slope)
         given = tuple(t for t in (z, *params) if t is not None)
         z_out, log_det = backends.as_functions_of(given, z_out, log_det)
     else:
@@ -224,15 +226,11 @@ def _run(z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool) -> 
 @shapes.untraced
 def _check(z: Tensor, params: _Params) -> torch.dtype:
     """The dtype of computation. Raises TypeError or ValueError where the tensors do not fit."""
-    given = {"z": z, **params._asdict()}
-    if params.d is not None or params.d_tilde is not None:
-        given["mixed"] = given.pop("r")
-    matrix = "r" if "r" in given else "mixed"
-    optional = ("q", "s") if matrix == "r" else ("q", "s", "r_tilde")
-    unused = ("d", "d_tilde") if matrix == "r" else ()
-    tensors = {name: t for name, t in given.items() if name not in unused and (t is not None or name not in optional)}
+    r, named = params.r, params._asdict()
+    matrix, required = ("r", ("r_tilde", "b")) if params.d is None else ("mixed", ("d", "d_tilde", "b"))
+    optional = {name: named[name] for name in ("q", "s") if named[name] is not None}
+    tensors = {"z": z, matrix: r, **{name: named[name] for name in required}, **optional}
     shapes.check_tensors(**tensors)
-    r = params.r
     if z.dim() < 1 or z.shape[-1] < 1:
         raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(z.shape)}")
     dim, batch = z.shape[-1], z.shape[:-1]

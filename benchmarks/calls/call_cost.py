@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 import vvae_fast
+from benchmarks.calls.turns import in_turn, quiet, ratio
 from benchmarks.flow.cases import Case
 from benchmarks.flow.contestants import no_op
-from benchmarks.flow.measure import calls_of_block, make_gradients, make_inputs, seconds_of, settle_allocator
+from benchmarks.flow.measure import make_gradients, make_inputs
 from vvae_fast import node, shapes
 from vvae_fast.backends import cpp
 
@@ -39,16 +40,9 @@ def by_function() -> Iterator[None]:
 
 
 def measure(calls: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of a call in each round, by name; each value of `calls` is (call, the context to call it in)."""
-    times = {name: [] for name in calls}
-    counts = {
-        name: calls_of_block(BLOCK_SECONDS, min(map(seconds_of, 2 * [call]))) for name, (call, _) in calls.items()
-    }
-    for _ in range(WARM_UP + rounds):
-        for name, (call, context) in calls.items():
-            with context():
-                times[name].append(1e6 * statistics.median(seconds_of(call) for _ in range(counts[name])))
-    return {name: of_rounds[WARM_UP:] for name, of_rounds in times.items()}
+    """Seconds of a call in each round, by name; each value of `calls` is (call, the context to call it in)."""
+    timed, contexts = ({name: pair[i] for name, pair in calls.items()} for i in range(2))
+    return in_turn(timed, rounds, WARM_UP, BLOCK_SECONDS, contexts)
 
 
 def contestants(case: Case) -> dict[str, tuple[Callable, Callable]]:
@@ -80,18 +74,15 @@ def title(case: Case) -> str:
 def row(times: dict[str, list[float]]) -> str:
     """The microseconds of each; for all but the first also the ratio to the first."""
     first, *others = times
-    text = f"{first} {statistics.median(times[first]):.1f} us"
+    text = f"{first} {1e6 * statistics.median(times[first]):.1f} us"
     for name in others:
-        ratio = statistics.median(t / base for t, base in zip(times[name], times[first], strict=True))
-        text += f", {name} {statistics.median(times[name]):.1f} us ({ratio:.2f}x)"
+        text += f", {name} {1e6 * statistics.median(times[name]):.1f} us ({ratio(times, name, first):.2f}x)"
     return text
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 41
-    torch.set_num_threads(1)
-    gc.disable()
-    settle_allocator()
+    quiet()
     print(f"torch {torch.__version__}, {cpp.isa()}, one thread; node: {node.load_error or 'available'}")
     for case in CASES:
         print(f"forward + backward, {title(case)}: {row(measure(contestants(case), rounds))}", flush=True)

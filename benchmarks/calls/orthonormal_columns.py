@@ -83,7 +83,7 @@ def main() -> None:
         print(f"Q [{sets}, {dim}, {count}]")
         for name, way in WAYS.items():
             print(
-                f"  {name:20} {statistics.median(times[name]):9.2f} ms {ratio(times, name, 'ours'):6.2f}x   "
+                f"  {name:20} {1e3 * statistics.median(times[name]):9.2f} ms {ratio(times, name, 'ours'):6.2f}x   "
                 f"|Q^T Q - I| {error(way, v):.1e}, parallel {error(way, parallel):.1e}",
                 flush=True,
             )

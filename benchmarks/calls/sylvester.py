@@ -109,7 +109,7 @@ def time_flows(rounds: int) -> None:
 
             calls[name] = functools.partial(both_passes, flow, leaves, grads)
         times = in_turn(calls, rounds)
-        shown = ", ".join(f"{name} {statistics.median(kept):.2f} ms" for name, kept in times.items())
+        shown = ", ".join(f"{name} {1e3 * statistics.median(kept):.2f} ms" for name, kept in times.items())
         print(f"  {title}: {shown}")
         slower, slower_packed = (ratio(times, "loop", ours) for ours in ("vvae_fast", "packed"))
         print(
@@ -137,7 +137,7 @@ def time_steps(rounds: int) -> None:
         calls[title] = step
     times = in_turn(calls, rounds)
     for title, kept in times.items():
-        print(f"  {title}: {statistics.median(kept):.1f} ms, {ratio(times, title, 'no flow'):.2f}x", flush=True)
+        print(f"  {title}: {1e3 * statistics.median(kept):.1f} ms, {ratio(times, title, 'no flow'):.2f}x", flush=True)
 
 
 def main() -> None:

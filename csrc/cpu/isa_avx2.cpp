@@ -20,7 +20,7 @@ static bool runs_here() {
 
 namespace vvae {
 const Isa isa_avx2{"avx2", runs_here, avx2::kernels<float>(), avx2::kernels<double>(),
-                      avx2::sylvester_kernels<float>(), avx2::sylvester_kernels<double>()};
+                   avx2::sylvester_kernels<float>(), avx2::sylvester_kernels<double>()};
 }  // namespace vvae
 #if defined(__clang__)
 #pragma clang attribute pop

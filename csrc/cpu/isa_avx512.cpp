@@ -23,7 +23,7 @@ static bool runs_here() {
 
 namespace vvae {
 const Isa isa_avx512{"avx512", runs_here, avx512::kernels<float>(), avx512::kernels<double>(),
-                      avx512::sylvester_kernels<float>(), avx512::sylvester_kernels<double>()};
+                     avx512::sylvester_kernels<float>(), avx512::sylvester_kernels<double>()};
 }  // namespace vvae
 #if defined(__clang__)
 #pragma clang attribute pop

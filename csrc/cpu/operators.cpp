@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "isa.h"
-#include "isa_choice.h"
 #include "schedule.h"
 #include "sylvester/operators.h"
 
@@ -79,5 +78,5 @@ void set_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
   VVAE_REGISTER(m, "", vvae::Cpu);
-  VVAE_REGISTER_SYLVESTER(m);
+  VVAE_REGISTER_SYLVESTER(m, vvae::Cpu);
 }

@@ -14,6 +14,7 @@ from vvae_fast.backends.sylvester import (
     sylvester_inverse,
     sylvester_inverse_backward,
 )
+from vvae_fast.reference import Layers
 from vvae_fast.reference import sylvester_backward as reference_backward
 from vvae_fast.sylvester import packed_sylvester_flow, sylvester_flow, sylvester_flow_inverse
 
@@ -172,7 +173,7 @@ def test_the_reference_adjoint_is_autograds(with_q, amortized):
     )[2:]
     c = diagonal(r) * diagonal(r_tilde)
     columns = None if q is None else q.mT
-    got = reference_backward(of_z, of_log_det, z, columns, r, r_tilde, b, c, 1 + c, "tanh", 0.2)
+    got = reference_backward(of_z, of_log_det, z, Layers(columns, r, r_tilde, b, c, 1 + c), "tanh", 0.2)
     of_q, dr, dr_tilde, db, ds = got[1:]
     dr = dr + torch.diag_embed(ds * diagonal(r_tilde))
     dr_tilde = dr_tilde + torch.diag_embed(ds * diagonal(r))

@@ -53,8 +53,13 @@ def _unavailable() -> list[str]:
     return [load_error] if load_error else []
 
 
+def not_on(device_type: str) -> list[str]:
+    """Why the kernels cannot run on tensors of a device."""
+    return [] if device_type == "cpu" else [f"the cpp backend runs on cpu tensors, got {device_type}"]
+
+
 def _unsupported(problem: Problem) -> list[str]:
-    return [] if problem.device_type == "cpu" else [f"the cpp backend runs on cpu tensors, got {problem.device_type}"]
+    return not_on(problem.device_type)
 
 
 CPP = Backend("cpp", operators.OPERATORS["cpp"], _unavailable, _unsupported)

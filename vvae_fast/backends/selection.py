@@ -103,9 +103,7 @@ def select_sylvester(z: Tensor, name: str | None) -> Backend:
     else:
         chosen = _BACKENDS[name]
         missing = [] if chosen in (CPP, REFERENCE) else [f"{name} has no kernels of Sylvester flows"]
-        elsewhere = (
-            [f"the cpp backend runs on cpu tensors, got {z.device.type}"] if not on_cpu and chosen is CPP else []
-        )
+        elsewhere = cpp.not_on(z.device.type) if chosen is CPP else []
         _require(chosen, chosen.unavailable() + missing + elsewhere)
     return REFERENCE if needs_plain_torch() else chosen
 

@@ -1,14 +1,39 @@
 """The oracle of Sylvester flows: a loop over the L layers in plain PyTorch, with a hand-written adjoint and an inverse.
 
-Shapes: z [*batch, D]; columns [*params, L, M, D], the orthonormal columns of Q side by side in rows, or None for the
-triangular kind, whose Q is the identity in even layers and turns z round in odd ones; r and r_tilde [*params, L, M, M],
-upper triangular; b, c and s [*params, L, M]. *params is empty (shared) or ends *batch (amortized).
+The adjoint is the kernels' twin, with which they are compared; derivatives of derivatives are autograd's of the loop.
+Shapes: z [*batch, D]; *params is empty (shared) or ends *batch (amortized).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vvae_fast.reference.activations import activate, log_abs_determinant, solve, step_adjoint
+from vvae_fast.reference.activations import Activated, activate, log_abs_determinant, solve, step_adjoint
+
+
+class Layers(NamedTuple):
+    """L Sylvester layers of M units."""
+
+    columns: Tensor | None  # [*params, L, M, D]  Q's columns in rows; None: the identity, and z turned in odd layers
+    r: Tensor  # [*params, L, M, M]  its upper triangle
+    r_tilde: Tensor  # [*params, L, M, M]  its upper triangle
+    b: Tensor  # [*params, L, M]
+    c: Tensor  # [*params, L, M]  R_ii R~_ii
+    s: Tensor  # [*params, L, M]  1 + c, which the caller may know better than as that sum
+
+    def prepared(self) -> "Layers":
+        """With zeros below the diagonals, and with what reaches c given to s."""
+        c = self.c.detach() + (self.s - self.s.detach())
+        return self._replace(r=self.r.triu(), r_tilde=self.r_tilde.triu(), c=c)
+
+
+class _Passed(NamedTuple):
+    """What a layer had on the way forward."""
+
+    z: Tensor  # [*batch, D]  before it
+    p: Tensor  # [*batch, M]  Q^T z
+    act: Activated  # [*batch, M]
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
@@ -37,64 +62,41 @@ def _outer(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
     return (x[..., :, None] * y[..., None, :]).sum_to_size(like.shape)
 
 
-def sylvester_forward(
-    z: Tensor,
-    columns: Tensor | None,
-    r: Tensor,
-    r_tilde: Tensor,
-    b: Tensor,
-    c: Tensor,
-    s: Tensor,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z_L [*batch, D], log_det [*batch] and p = Q^T z of all layers [L, *batch, M], docs/math.md (57) to (59)."""
-    r, r_tilde = r.triu(), r_tilde.triu()
-    c = c.detach() + (s - s.detach())  # 1 + c is s: what reaches c belongs to s
-    zero = s.new_zeros(())
+def _pass(z: Tensor, f: Layers, activation: str, slope: float) -> tuple[Tensor, list[_Passed]]:
+    """z_L [*batch, D] and what each layer had, docs/math.md (57)."""
+    passed = []
+    for layer in range(f.r.shape[-3]):
+        p = _into(z, f.columns, layer)  # [*batch, M]
+        act = activate(_times(f.r_tilde[..., layer, :, :], p) + f.b[..., layer, :], activation, slope)
+        passed.append(_Passed(z, p, act))
+        z = z + _out_of(_times(f.r[..., layer, :, :], act.h), f.columns, layer)
+    return z, passed
+
+
+def sylvester_forward(z: Tensor, f: Layers, activation: str, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z_L [*batch, D], log_det [*batch] and p = Q^T z of all layers [L, *batch, M], docs/math.md (57), (58)."""
+    f = f.prepared()
+    zero = f.s.new_zeros(())
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
-    projections = []
-    for layer in range(r.shape[-3]):
-        p = _into(z, columns, layer)  # [*batch, M]
-        a = _times(r_tilde[..., layer, :, :], p) + b[..., layer, :]
-        act = activate(a, activation, slope)
-        log_det = log_det + log_abs_determinant(act, c[..., layer, :], s[..., layer, :], zero).sum(-1)
-        z = z + _out_of(_times(r[..., layer, :, :], act.h), columns, layer)
-        projections.append(p)
-    p = torch.stack(projections) if projections else z.new_empty((0, *z.shape[:-1], r.shape[-1]))
+    z, passed = _pass(z, f, activation, slope)
+    for layer, (_, _, act) in enumerate(passed):
+        log_det = log_det + log_abs_determinant(act, f.c[..., layer, :], f.s[..., layer, :], zero).sum(-1)
+    p = torch.stack([x.p for x in passed]) if passed else z.new_empty((0, *z.shape[:-1], f.r.shape[-1]))
     return z, log_det, p
 
 
 def sylvester_backward(
-    grad_z: Tensor,
-    grad_log_det: Tensor,
-    z: Tensor,
-    columns: Tensor | None,
-    r: Tensor,
-    r_tilde: Tensor,
-    b: Tensor,
-    c: Tensor,
-    s: Tensor,
-    activation: str,
-    slope: float,
+    grad_z: Tensor, grad_log_det: Tensor, z: Tensor, f: Layers, activation: str, slope: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """dz [*batch, D] and the gradients of columns, r, r_tilde, b and s, as those: the adjoint of `sylvester_forward`,
-    docs/math.md (60), (61). Written in differentiable operations, so that it serves double backward too."""
-    r, r_tilde = r.triu(), r_tilde.triu()
-    c = c.detach() + (s - s.detach())
-    z_before, projections, activated = [], [], []
-    for layer in range(r.shape[-3]):
-        p = _into(z, columns, layer)
-        act = activate(_times(r_tilde[..., layer, :, :], p) + b[..., layer, :], activation, slope)
-        z_before.append(z)
-        projections.append(p)
-        activated.append(act)
-        z = z + _out_of(_times(r[..., layer, :, :], act.h), columns, layer)
+    docs/math.md (60), (61)."""
+    columns, r, r_tilde, b, c, s = f = f.prepared()
+    _, passed = _pass(z, f, activation, slope)
 
     g = grad_z  # [*batch, D]  dL/dz_l
     of_columns, of_r, of_r_tilde, of_b, of_s = [], [], [], [], []  # of the layers, the last one first
     for layer in reversed(range(r.shape[-3])):
-        act, r_l, r_tilde_l = activated[layer], r[..., layer, :, :], r_tilde[..., layer, :, :]
+        (z_before, p, act), r_l, r_tilde_l = passed[layer], r[..., layer, :, :], r_tilde[..., layer, :, :]
         dx = _into(g, columns, layer)  # [*batch, M]
         dh = _times(r_l.mT, dx)
         of_layer = c[..., layer, :], s[..., layer, :]
@@ -102,12 +104,12 @@ def sylvester_backward(
         dp = _times(r_tilde_l.mT, da)
         like = b[..., layer, :].shape
         of_r.append(_outer(dx, act.h, r_l).triu())
-        of_r_tilde.append(_outer(da, projections[layer], r_tilde_l).triu())
+        of_r_tilde.append(_outer(da, p, r_tilde_l).triu())
         of_b.append(da.sum_to_size(like))
         of_s.append(ds.sum_to_size(like))
         if columns is not None:
             of_q, x = columns[..., layer, :, :], _times(r_l, act.h)
-            of_columns.append(_outer(x, g, of_q) + _outer(dp, z_before[layer], of_q))
+            of_columns.append(_outer(x, g, of_q) + _outer(dp, z_before, of_q))
         g = g + _out_of(dp, columns, layer)
     if not of_r:
         of_none = None if columns is None else torch.zeros_like(columns)
@@ -117,20 +119,9 @@ def sylvester_backward(
     return g, torch.stack(of_columns[::-1], -3) if of_columns else None, dr, dr_tilde, db, ds
 
 
-def sylvester_inverse(
-    z: Tensor,
-    columns: Tensor | None,
-    r: Tensor,
-    r_tilde: Tensor,
-    b: Tensor,
-    c: Tensor,
-    s: Tensor,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor]:
+def sylvester_inverse(z: Tensor, f: Layers, activation: str, slope: float) -> tuple[Tensor, Tensor]:
     """z_0 [*batch, D] from z_L, and the log_det [*batch] of this inverse map, docs/math.md (62)."""
-    r, r_tilde = r.triu(), r_tilde.triu()
-    c = c.detach() + (s - s.detach())
+    columns, r, r_tilde, b, c, s = f.prepared()
     zero = s.new_zeros(())
     log_det = torch.zeros_like(z[..., 0])  # [*batch]
     for layer in reversed(range(r.shape[-3])):

@@ -11,7 +11,7 @@ from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.base.paths import resolve, resolve_out
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS
-from vvae_fast.train.run.runconfig import CHOICES, SYLVESTER
+from vvae_fast.train.run.runconfig import CHOICES, is_sylvester
 
 EXIT_CODES = """exit codes:
   0    all is done
@@ -68,7 +68,7 @@ def add_units_option(parser: argparse.ArgumentParser) -> None:
 
 def check_units(units: int | None, flows: Sequence[str]) -> None:
     """Raises RunError if --units is given and no flow has units."""
-    if units is not None and not any(flow.startswith(SYLVESTER) for flow in flows):
+    if units is not None and not any(map(is_sylvester, flows)):
         raise RunError(f"--units is of Sylvester flows, and --flow is {', '.join(flows)}; leave --units out")
 
 

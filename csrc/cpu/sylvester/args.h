@@ -29,7 +29,6 @@ struct Sylvester {
   Sets<const T> r, r_tilde;
   Sets<const T> d, d_tilde, b, s;  // [layers][units]: the diagonals of R and R~, b, and 1 + d d_tilde
 
-  bool is_empty() const { return rows == 0 || layers == 0; }
   // Multiply-adds of one row that is taken once.
   int64_t work() const { return layers * units * ((columns.data ? 2 * dim : 0) + units); }
 };

@@ -58,7 +58,7 @@ void sylvester_inverse(const SylvesterForward<T>& f, int64_t row, T* scratch) {
       const auto s = S::load_first(of.s + i, f.units - i, T(1));
       add_step<S, 1>(&log_det, &act, c_of(of, i, f.units), s, S::splat(0), kind);
     }
-    for (int64_t i = 0; i < units; i += S::width) S::store(x + i, -S::load(x + i));
+    negate(x, units);
     add_out_of(z, x, of, f);
   }
   copy_out(f.z_L + row * f.dim, z, f.dim);
@@ -99,8 +99,8 @@ void sylvester_inverse_backward(const SylvesterBackward<T>& f, int64_t row, cons
       S::store(slopes + l * units + i, act.h_prime);
     }
     upper_dots(x + l * units, of.r, of.d, f.units, h + l * units);
-    for (int64_t i = 0; i < units; i += S::width) S::store(x + l * units + i, -S::load(x + l * units + i));
-    for (int64_t d = 0; d < dim; d += S::width) S::store(z + l * dim + d, S::load(z + (l + 1) * dim + d));
+    negate(x + l * units, units);
+    copy_in(z + l * dim, z + (l + 1) * dim, dim);
     add_out_of(z + l * dim, x + l * units, of, f);
   }
   copy_in(g, f.grad_z + row * f.dim, f.dim);
@@ -124,22 +124,13 @@ void sylvester_inverse_backward(const SylvesterBackward<T>& f, int64_t row, cons
       const auto of_h = S::load(h + l * units + i), of_mu = S::load_first(mu + i, rest), mu_h = of_mu * of_h;
       const auto of_w = -(S::load(w + i) + S::load_first(v + i, rest));
       S::store(w + i, of_w);
-      const auto store = [&](T* all, typename S::V value) __attribute__((always_inline)) {
-        T* at = all + first + i;
-        S::store_first(at, add ? value + S::load_first(at, rest) : value, rest);
-      };
-      store(to.d, of_w * of_h + S::load_first(of.d_tilde + i, rest) * mu_h);
-      store(to.d_tilde, of_mu * S::load(p + i) + S::load_first(of.d + i, rest) * mu_h);
-      store(to.b, of_mu);
-      store(to.s, -mu_h - lambda * S::load(slopes + l * units + i) / S::load(dets + i));
+      const auto of_s = -mu_h - lambda * S::load(slopes + l * units + i) / S::load(dets + i);
+      put(to.d + first + i, of_w * of_h + S::load_first(of.d_tilde + i, rest) * mu_h, rest, add);
+      put(to.d_tilde + first + i, of_mu * S::load(p + i) + S::load_first(of.d + i, rest) * mu_h, rest, add);
+      put(to.b + first + i, of_mu, rest, add);
+      put(to.s + first + i, of_s, rest, add);
     }
-    T* dr = to.r + first * f.units;
-    if (of.r_tilde) {
-      triangles<T>(dr, w, h + l * units, nullptr, nullptr, f.units, add);
-      triangles<T>(to.r_tilde + first * f.units, mu, p, nullptr, nullptr, f.units, add);
-    } else {
-      triangles(dr, w, h + l * units, p, mu, f.units, add);
-    }
+    put_triangles(to, l, of, f.units, w, h + l * units, mu, p, add);
     T* y = z + (l + 1) * dim;
     if (of.columns) outer_pair(to.columns + first * f.dim, x + l * units, g, v, y, f.units, f.dim, add);
     add_out_of(g, v, of, f);

@@ -8,19 +8,14 @@
 #include <optional>
 #include <tuple>
 
-#include "../../operators/allocate.h"
 #include "../../operators/checks.h"
-#include "../isa_choice.h"
+#include "../isa.h"
 #include "../schedule.h"
 
 namespace vvae {
 namespace sylvester {
 
 constexpr int64_t kRowsOfSlice = 16;  // the least rows of one set whose sums are kept apart from the others'
-
-inline Tensor new_like(std::initializer_list<int64_t> sizes, const Argument& z) {
-  return new_contiguous(sizes, z.dtype, aoti_torch_device_type_cpu(), 0);
-}
 
 template <class T>
 const T* data_of(const Argument& t) {
@@ -36,19 +31,8 @@ inline void make_readable(Argument& t) {
   }
 }
 
-inline void check_cpu(const Argument& t, int32_t dtype) {
-  STD_TORCH_CHECK(t.tensor().is_cpu(), "vvae_fast: ", t.name, " must be on the CPU");
-  STD_TORCH_CHECK(t.dtype == dtype && (dtype == kFloat32 || dtype == kFloat64), "vvae_fast: ", t.name,
-                  " must have z's dtype, float32 or float64");
-}
-
-inline void check_shape(const Argument& t, const Argument& z, std::initializer_list<int64_t> sizes) {
-  check_cpu(t, z.dtype);
-  check_rank(t, int64_t(sizes.size()));
-  for (size_t i = 0; i < sizes.size(); ++i) check_size(t, int64_t(i), sizes.begin()[i]);
-}
-
-// A call's tensors, checked and readable.
+// A call's tensors, checked and readable; B is a Backend of operators/operators.h.
+template <class B>
 struct Call {
   const Argument z;
   std::optional<Argument> columns, r_tilde;
@@ -59,7 +43,8 @@ struct Call {
        const std::optional<Tensor>& r_tilde_, const Tensor& d_, const Tensor& d_tilde_, const Tensor& b_,
        const Tensor& s_)
       : z(z_, "z"), r(r_, "r"), d(d_, "d"), d_tilde(d_tilde_, "d_tilde"), b(b_, "b"), s(s_, "s") {
-    check_rank(z, 2), check_rank(r, 4), check_cpu(z, z.dtype);
+    check_rank(z, 2), check_rank(r, 4);
+    check_shape(z, {z.sizes[0], z.sizes[1]});
     STD_TORCH_CHECK(z.tensor().is_contiguous(), "vvae_fast: z must be contiguous");
     rows = z.sizes[0], dim = z.sizes[1], sets = r.sizes[0], layers = r.sizes[1], units = r.sizes[2];
     check_sets(z, sets);
@@ -67,15 +52,23 @@ struct Call {
     check_matrix(r, units);
     if (r_tilde_) check_matrix(r_tilde.emplace(*r_tilde_, "r_tilde"), units);
     for (Argument* t : {&d, &d_tilde, &b, &s}) {
-      check_shape(*t, z, {sets, layers, units});
+      check_shape(*t, {sets, layers, units});
       make_readable(*t);
     }
     if (columns_) check_matrix(columns.emplace(*columns_, "columns"), dim);
     STD_TORCH_CHECK(columns_ || units == dim, "vvae_fast: r must have ", dim, " units without columns, got ", units);
   }
 
+  Tensor new_empty(std::initializer_list<int64_t> wanted) const { return B::new_empty(z, wanted, z.dtype); }
+
+  void check_shape(const Argument& t, std::initializer_list<int64_t> wanted) const {
+    B::check_kind(z)(t, z.dtype);
+    check_rank(t, int64_t(wanted.size()));
+    for (size_t i = 0; i < wanted.size(); ++i) check_size(t, int64_t(i), wanted.begin()[i]);
+  }
+
   void check_matrix(Argument& t, int64_t length) {
-    check_shape(t, z, {sets, layers, units, length});
+    check_shape(t, {sets, layers, units, length});
     make_readable(t);
   }
 
@@ -166,75 +159,81 @@ void run(const SylvesterBackward<T>& f) {
   }
 }
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// As the schemas say, of the backend B.
+template <class B>
+struct Operators {
+  using Three = std::tuple<Tensor, Tensor, Tensor>;
+  using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <bool inverse>
-Three forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r,
-              const std::optional<Tensor>& r_tilde, const Tensor& d, const Tensor& d_tilde, const Tensor& b,
-              const Tensor& s, int64_t activation, double slope, bool save) {
-  const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
-  Tensor z_L = new_like({call.rows, call.dim}, call.z), log_det = new_like({call.rows}, call.z);
-  Tensor saved = save ? new_like({call.layers, call.rows, call.units}, call.z) : new_like({0}, call.z);
-  if (call.rows == 0 || call.layers == 0) {
-    torch::stable::copy_(z_L, z);
-    torch::stable::zero_(log_det);
+  template <bool inverse>
+  static Three forward(const Tensor& z, const std::optional<Tensor>& columns, const Tensor& r,
+                       const std::optional<Tensor>& r_tilde, const Tensor& d, const Tensor& d_tilde, const Tensor& b,
+                       const Tensor& s, int64_t activation, double slope, bool save) {
+    const Call<B> call(z, columns, r, r_tilde, d, d_tilde, b, s);
+    Tensor z_L = call.new_empty({call.rows, call.dim}), log_det = call.new_empty({call.rows});
+    Tensor saved = save ? call.new_empty({call.layers, call.rows, call.units}) : call.new_empty({0});
+    if (call.rows == 0 || call.layers == 0) {
+      torch::stable::copy_(z_L, z);
+      torch::stable::zero_(log_det);
+      return {z_L, log_det, saved};
+    }
+    const auto typed = [&](auto zero) {
+      using T = decltype(zero);
+      run(SylvesterForward<T>{call.template typed<T>(activation, slope, inverse),
+                              static_cast<T*>(z_L.mutable_data_ptr()), static_cast<T*>(log_det.mutable_data_ptr()),
+                              save ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr});
+    };
+    call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
     return {z_L, log_det, saved};
   }
-  const auto typed = [&](auto zero) {
-    using T = decltype(zero);
-    run(SylvesterForward<T>{call.typed<T>(activation, slope, inverse), static_cast<T*>(z_L.mutable_data_ptr()),
-                            static_cast<T*>(log_det.mutable_data_ptr()),
-                            save ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr});
-  };
-  call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
-  return {z_L, log_det, saved};
-}
 
-template <bool inverse>
-Eight backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
-               const std::optional<Tensor>& columns, const Tensor& r, const std::optional<Tensor>& r_tilde,
-               const Tensor& d, const Tensor& d_tilde, const Tensor& b, const Tensor& s, const Tensor& saved_,
-               int64_t activation, double slope) {
-  const Call call(z, columns, r, r_tilde, d, d_tilde, b, s);
-  Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), saved(saved_, "saved");
-  const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
-  check_shape(grad_z, call.z, {call.rows, dim});
-  check_shape(grad_log_det, call.z, {call.rows});
-  check_shape(saved, call.z, {layers, call.rows, units});
-  for (Argument* t : {&grad_z, &grad_log_det, &saved})
-    if (!t->tensor().is_contiguous()) t->make_contiguous();
-  Tensor dz = new_like({call.rows, dim}, call.z);
-  const auto matrices = [&](bool there, int64_t length) {
-    return there ? new_like({sets, layers, units, length}, call.z) : new_like({0}, call.z);
-  };
-  const auto vectors = [&] { return new_like({sets, layers, units}, call.z); };
-  Tensor dcolumns = matrices(bool(columns), dim), dr = matrices(true, units), dr_tilde = matrices(bool(r_tilde), units);
-  Tensor dd = vectors(), dd_tilde = vectors(), db = vectors(), ds = vectors();
-  if (call.rows == 0 || layers == 0) {
-    torch::stable::copy_(dz, grad_z_);
-    for (Tensor* t : {&dcolumns, &dr, &dr_tilde, &dd, &dd_tilde, &db, &ds}) torch::stable::zero_(*t);
+  template <bool inverse>
+  static Eight backward(const Tensor& grad_z_, const Tensor& grad_log_det_, const Tensor& z,
+                        const std::optional<Tensor>& columns, const Tensor& r, const std::optional<Tensor>& r_tilde,
+                        const Tensor& d, const Tensor& d_tilde, const Tensor& b, const Tensor& s,
+                        const Tensor& saved_, int64_t activation, double slope) {
+    const Call<B> call(z, columns, r, r_tilde, d, d_tilde, b, s);
+    Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), saved(saved_, "saved");
+    const int64_t sets = call.sets, layers = call.layers, units = call.units, dim = call.dim;
+    call.check_shape(grad_z, {call.rows, dim});
+    call.check_shape(grad_log_det, {call.rows});
+    call.check_shape(saved, {layers, call.rows, units});
+    for (Argument* t : {&grad_z, &grad_log_det, &saved})
+      if (!t->tensor().is_contiguous()) t->make_contiguous();
+    Tensor dz = call.new_empty({call.rows, dim});
+    const auto matrices = [&](bool there, int64_t length) {
+      return there ? call.new_empty({sets, layers, units, length}) : call.new_empty({0});
+    };
+    const auto vectors = [&] { return call.new_empty({sets, layers, units}); };
+    Tensor dcolumns = matrices(bool(columns), dim);
+    Tensor dr = matrices(true, units), dr_tilde = matrices(bool(r_tilde), units);
+    Tensor dd = vectors(), dd_tilde = vectors(), db = vectors(), ds = vectors();
+    if (call.rows == 0 || layers == 0) {
+      torch::stable::copy_(dz, grad_z_);
+      for (Tensor* t : {&dcolumns, &dr, &dr_tilde, &dd, &dd_tilde, &db, &ds}) torch::stable::zero_(*t);
+      return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
+    }
+    const auto typed = [&](auto zero) {
+      using T = decltype(zero);
+      const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+      const auto to = [&](Tensor& t) { return Sets<T>{data(t), t.numel() / sets}; };
+      const Sets<T> nothing{nullptr, 0};
+      run(SylvesterBackward<T>{call.template typed<T>(activation, slope, inverse), data_of<T>(grad_z),
+                               data_of<T>(grad_log_det), data_of<T>(saved), data(dz),
+                               columns ? to(dcolumns) : nothing, to(dr), r_tilde ? to(dr_tilde) : nothing, to(dd),
+                               to(dd_tilde), to(db), to(ds)});
+    };
+    call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
     return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
   }
-  const auto typed = [&](auto zero) {
-    using T = decltype(zero);
-    const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
-    const auto to = [&](Tensor& t) { return Sets<T>{data(t), t.numel() / sets}; };
-    const Sets<T> nothing{nullptr, 0};
-    run(SylvesterBackward<T>{call.typed<T>(activation, slope, inverse), data_of<T>(grad_z), data_of<T>(grad_log_det),
-                             data_of<T>(saved), data(dz), columns ? to(dcolumns) : nothing, to(dr),
-                             r_tilde ? to(dr_tilde) : nothing, to(dd), to(dd_tilde), to(db), to(ds)});
-  };
-  call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
-  return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
-}
+};
 
 }  // namespace sylvester
 }  // namespace vvae
 
-// In STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, library).
-#define VVAE_REGISTER_SYLVESTER(library)                                                   \
-  library.impl("sylvester_forward", TORCH_BOX(&vvae::sylvester::forward<false>));          \
-  library.impl("sylvester_backward", TORCH_BOX(&vvae::sylvester::backward<false>));        \
-  library.impl("sylvester_inverse", TORCH_BOX(&vvae::sylvester::forward<true>));           \
-  library.impl("sylvester_inverse_backward", TORCH_BOX(&vvae::sylvester::backward<true>))
+// In STABLE_TORCH_LIBRARY_IMPL(vvae_fast, ..., library): what a backend registers.
+#define VVAE_REGISTER_SYLVESTER(library, B)                                                            \
+  library.impl("sylvester_forward", TORCH_BOX(&vvae::sylvester::Operators<B>::forward<false>));          \
+  library.impl("sylvester_backward", TORCH_BOX(&vvae::sylvester::Operators<B>::backward<false>));        \
+  library.impl("sylvester_inverse", TORCH_BOX(&vvae::sylvester::Operators<B>::forward<true>));           \
+  library.impl("sylvester_inverse_backward", TORCH_BOX(&vvae::sylvester::Operators<B>::backward<true>))

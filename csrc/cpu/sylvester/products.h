@@ -27,6 +27,19 @@ PLANAR_FN void copy_out(T* to, const T* from, int64_t length) {
   for (int64_t d = 0; d < length; d += S::width) S::store_first(to + d, S::load(from + d), length - d);
 }
 
+// x to the first n > 0 elements at p, or added to them.
+template <class T>
+PLANAR_FN void put(T* p, typename Simd<T>::V x, int64_t n, bool add) {
+  using S = Simd<T>;
+  S::store_first(p, add ? x + S::load_first(p, n) : x, n);
+}
+
+template <class T>
+PLANAR_FN void negate(T* x, int64_t length) {
+  using S = Simd<T>;
+  for (int64_t d = 0; d < length; d += S::width) S::store(x + d, -S::load(x + d));
+}
+
 // x in reverse order.
 template <class T>
 PLANAR_FN void reverse(T* to, const T* x, int64_t length) {
@@ -185,15 +198,12 @@ PLANAR_FN void triangles(T* to, const T* x, const T* y, const T* u, const T* v, 
     T* row = to + m * n;
     const auto above = S::splat(x[m]), below = S::splat(u ? u[m] : 0);
     const int64_t block = m / S::width * S::width;
-    const auto store = [&](int64_t d, typename S::V part) __attribute__((always_inline)) {
-      if (add) part += S::load_first(row + d, n - d);
-      S::store_first(row + d, part, n - d);
-    };
-    for (int64_t d = 0; d < block && (u || !add); d += S::width) store(d, u ? below * S::load(v + d) : S::splat(0));
+    for (int64_t d = 0; d < block && (u || !add); d += S::width)
+      put(row + d, u ? below * S::load(v + d) : S::splat(0), n - d, add);
     auto part = after_lane<T>(above * S::load(y + block), int(m - block));
     if (u) part += before_lane<T>(below * S::load(v + block), int(m - block));
-    store(block, part);
-    for (int64_t d = block + S::width; d < n; d += S::width) store(d, above * S::load(y + d));
+    put(row + block, part, n - block, add);
+    for (int64_t d = block + S::width; d < n; d += S::width) put(row + d, above * S::load(y + d), n - d, add);
   }
 }
 
@@ -204,12 +214,8 @@ PLANAR_FN void outer_pair(T* to, const T* x, const T* g, const T* y, const T* z,
   using S = Simd<T>;
   for (int64_t d = 0; d < length; d += S::width) {
     const auto of_g = S::load(g + d), of_z = S::load(z + d);
-    for (int64_t m = 0; m < rows; ++m) {
-      auto part = S::splat(x[m]) * of_g + S::splat(y[m]) * of_z;
-      T* at = to + m * length + d;
-      if (add) part += S::load_first(at, length - d);
-      S::store_first(at, part, length - d);
-    }
+    for (int64_t m = 0; m < rows; ++m)
+      put(to + m * length + d, S::splat(x[m]) * of_g + S::splat(y[m]) * of_z, length - d, add);
   }
 }
 

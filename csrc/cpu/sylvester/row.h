@@ -78,6 +78,16 @@ PLANAR_FN void activate_layer(T* h, T* slopes, const T* p, const Layer<T>& of, c
   }
 }
 
+// The gradients of layer l's R and R~ above their diagonals: of_r h^T and of_a p^T.
+template <class T>
+PLANAR_FN void put_triangles(const SylvesterGradients<T>& to, int64_t l, const Layer<T>& of, int64_t units,
+                             const T* of_r, const T* h, const T* of_a, const T* p, bool add) {
+  const int64_t first = l * units * units;
+  if (!of.r_tilde) return triangles(to.r + first, of_r, h, p, of_a, units, add);
+  triangles<T>(to.r + first, of_r, h, nullptr, nullptr, units, add);
+  triangles<T>(to.r_tilde + first, of_a, p, nullptr, nullptr, units, add);
+}
+
 // The sum over the units of a vector.
 template <class T>
 PLANAR_FN T sum_of(const LogDet<Simd<T>>& log_det) {
@@ -134,7 +144,7 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
     copy_in(p, f.saved + (l * f.rows + row) * f.units, f.units);
     activate_layer<T, F>(h + l * units, slopes + l * units, p, of, f, kind, nullptr);
     upper_dots(x + l * units, of.r, of.d, f.units, h + l * units);
-    for (int64_t d = 0; d < dim; d += S::width) S::store(z + (l + 1) * dim + d, S::load(z + l * dim + d));
+    copy_in(z + (l + 1) * dim, z + l * dim, dim);
     if (l + 1 < f.layers) add_out_of(z + (l + 1) * dim, x + l * units, of, f);
   }
   copy_in(g, f.grad_z + row * f.dim, f.dim);
@@ -151,23 +161,13 @@ void sylvester_backward(const SylvesterBackward<T>& f, int64_t row, const Sylves
       const auto s = S::load_first(of.s + i, rest, T(1));
       const auto [delta, gamma] = step_adjoint<S>(S::load(da + i), lambda, act, c_of(of, i, f.units), s, one, kind);
       S::store(da + i, delta);
-      const auto store = [&](T* all, typename S::V x) __attribute__((always_inline)) {
-        T* at = all + first + i;
-        S::store_first(at, add ? x + S::load_first(at, rest) : x, rest);
-      };
-      store(to.d, S::load(dx + i) * act.h);
-      store(to.d_tilde, delta * S::load(p + i));
-      store(to.b, delta);
-      store(to.s, gamma);
+      put(to.d + first + i, S::load(dx + i) * act.h, rest, add);
+      put(to.d_tilde + first + i, delta * S::load(p + i), rest, add);
+      put(to.b + first + i, delta, rest, add);
+      put(to.s + first + i, gamma, rest, add);
     }
     times_r_tilde_transposed(dp, da, of, f.units);
-    T* dr = to.r + first * f.units;
-    if (of.r_tilde) {
-      triangles<T>(dr, dx, h + l * units, nullptr, nullptr, f.units, add);
-      triangles<T>(to.r_tilde + first * f.units, da, p, nullptr, nullptr, f.units, add);
-    } else {
-      triangles(dr, dx, h + l * units, p, da, f.units, add);
-    }
+    put_triangles(to, l, of, f.units, dx, h + l * units, da, p, add);
     if (of.columns) outer_pair(to.columns + first * f.dim, x + l * units, g, dp, z + l * dim, f.units, f.dim, add);
     add_out_of(g, dp, of, f);
   }

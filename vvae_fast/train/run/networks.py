@@ -38,6 +38,7 @@ from vvae_fast.train.run.runconfig import (
     SYLVESTER,
     VANILLA,
     RunConfig,
+    is_sylvester,
 )
 
 # The shared and the amortized module of each family.
@@ -116,7 +117,7 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     sizes = [config.latent_dim, config.num_steps]
     options: dict[str, Any] = {}
     shared, amortized = _FLOWS[config.flow.partition("-")[0]]
-    if config.flow.startswith(SYLVESTER):
+    if is_sylvester(config.flow):
         sizes.append(config.units or config.latent_dim)
         options["kind"] = config.flow.removeprefix(SYLVESTER)
     if config.model == SHARED:

@@ -19,6 +19,18 @@ PLANAR, HOUSEHOLDER = "planar", "householder"
 SYLVESTER = "sylvester-"  # and the kind
 FLOWS = (PLANAR, *(SYLVESTER + kind for kind in KINDS), HOUSEHOLDER)
 ALL_UNITS = 0  # M = D, and for flows that have no units
+
+
+def is_sylvester(flow: str) -> bool:
+    """Whether num_steps are the L layers of the flow, of M units each, and not K steps."""
+    return flow.startswith(SYLVESTER)
+
+
+def length(flow: str, num_steps: int, joined: str = "") -> str:
+    """K16, or L4 of a Sylvester flow, with `joined` in between."""
+    return f"{'L' if is_sylvester(flow) else 'K'}{joined}{num_steps}"
+
+
 MLP, GATED_MLP, GATED_CONV = "mlp", "gated-mlp", "gated-conv"
 ADAM, ADAMAX = "adam", "adamax"
 COSINE, CONSTANT = "cosine", "constant"
@@ -85,8 +97,8 @@ class RunConfig:
         """The run's folder."""
         flow = "" if self.flow == PLANAR else f"-{self.flow}"
         units = "" if self.units == ALL_UNITS else f"-M{self.units}"
-        letter = "L" if self.flow.startswith(SYLVESTER) else "K"
-        model = self.model if self.model == VANILLA else f"{self.model}{flow}-{letter}{self.num_steps}{units}"
+        steps = length(self.flow, self.num_steps)
+        model = self.model if self.model == VANILLA else f"{self.model}{flow}-{steps}{units}"
         rank = "" if self.rank == FULL else f"-rank{self.rank}"
         matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
         normalise = "-normalised" if self.normalise else ""

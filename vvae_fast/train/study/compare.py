@@ -32,6 +32,8 @@ from vvae_fast.train.run.runconfig import (
     UNMATCHED,
     VANILLA,
     RunConfig,
+    is_sylvester,
+    length,
 )
 from vvae_fast.train.run.runs import Trained, load_best, run
 from vvae_fast.train.study.plots import plot_curves, plot_reconstructions, plot_samples
@@ -74,7 +76,7 @@ class Model:
     @property
     def flow_words(self) -> str:
         """As in "orthogonal Sylvester M=16"."""
-        if not self.flow.startswith(SYLVESTER):
+        if not is_sylvester(self.flow):
             return "Householder" if self.flow == HOUSEHOLDER else self.flow
         units = "" if self.units == ALL_UNITS else f" M={self.units}"
         return f"{self.flow.removeprefix(SYLVESTER)} Sylvester{units}"
@@ -86,8 +88,7 @@ class Model:
 
     @property
     def label(self) -> str:
-        letter = "L" if self.flow.startswith(SYLVESTER) else "K"
-        return self.title if self.kind == VANILLA else f"{self.title} {letter}={self.num_steps}"
+        return self.title if self.kind == VANILLA else f"{self.title} {length(self.flow, self.num_steps, '=')}"
 
     def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
         """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
@@ -114,7 +115,7 @@ def models_to_compare(
     """
     kinds = (AMORTIZED, SHARED) if shared else (AMORTIZED,)
     wider = [Model(VANILLA, 0, matched=num_steps) for num_steps in matched_to]
-    families = [(flow, units if flow.startswith(SYLVESTER) else ALL_UNITS) for flow in flows]
+    families = [(flow, units if is_sylvester(flow) else ALL_UNITS) for flow in flows]
     return [VANILLA_MODEL, *wider] + [
         Model(kind, num_steps, flow=flow, units=of_flow)
         for flow, of_flow in families
