@@ -1,14 +1,10 @@
-// Which instruction set the CPU's kernels use: for the operators, and for the module to tell and to set.
+// What the module asks of the CPU backend: which instruction set its kernels use.
 #pragma once
 
-#include <atomic>
 #include <string>
 #include <vector>
 
 namespace vvae {
-
-struct Isa;  // kernels.h
-std::atomic<const Isa*>& chosen_isa();
 
 std::vector<std::string> isa_levels();  // those that run here, widest first
 std::string current_isa();

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <stdexcept>
 
 #include "isa.h"
@@ -14,8 +15,6 @@ namespace {
 
 constexpr const Isa* kIsas[] = {&isa_avx512, &isa_avx2, &isa_baseline};
 
-}  // namespace
-
 std::atomic<const Isa*>& chosen_isa() {
   static std::atomic<const Isa*> isa = [] {
     for (const Isa* candidate : kIsas)
@@ -24,8 +23,6 @@ std::atomic<const Isa*>& chosen_isa() {
   }();
   return isa;
 }
-
-namespace {
 
 struct Cpu {
   static constexpr bool kDzAlone = true;

@@ -7,9 +7,9 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../../operators/checks.h"
-#include "../isa.h"
 #include "../schedule.h"
 
 namespace vvae {
@@ -95,14 +95,11 @@ struct Call {
 };
 
 template <class T>
-const SylvesterKernels<T>& kernels();
-template <>
-inline const SylvesterKernels<float>& kernels() {
-  return chosen_isa().load()->sylvester_f32;
-}
-template <>
-inline const SylvesterKernels<double>& kernels() {
-  return chosen_isa().load()->sylvester_f64;
+const SylvesterKernels<T>& kernels(const Isa& isa) {
+  if constexpr (std::is_same_v<T, float>)
+    return isa.sylvester_f32;
+  else
+    return isa.sylvester_f64;
 }
 
 template <class T>
@@ -110,9 +107,11 @@ std::array<T**, 7> members(SylvesterGradients<T>& of) {
   return {&of.columns, &of.r, &of.r_tilde, &of.d, &of.d_tilde, &of.b, &of.s};
 }
 
+}  // namespace sylvester
+
 template <class T>
-void run(const SylvesterForward<T>& f) {
-  const auto& of = kernels<T>();
+void run(const SylvesterForward<T>& f, const Isa& isa) {
+  const auto& of = sylvester::kernels<T>(isa);
   const auto pass = of.passes(f).forward;
   const int64_t size = of.forward_scratch(f);
   for_each(f.rows, f.work(), [&](int64_t row) { pass(f, row, arena<T>(kTileScratch, size)); });
@@ -121,8 +120,8 @@ void run(const SylvesterForward<T>& f) {
 // The rows of a set one after the other where sets are many. Where they are few, slices of its rows side by side, whose
 // sums are added in order: the bits do not depend on the number of threads.
 template <class T>
-void run(const SylvesterBackward<T>& f) {
-  const auto& of = kernels<T>();
+void run(const SylvesterBackward<T>& f, const Isa& isa) {
+  const auto& of = sylvester::kernels<T>(isa);
   const auto pass = of.passes(f).backward;
   const int64_t size = of.backward_scratch(f), rows = f.rows / f.sets;
   // Elements of each gradient of a set, in the order of SylvesterGradients.
@@ -131,7 +130,7 @@ void run(const SylvesterBackward<T>& f) {
                            vector, vector};
   const int64_t partial = std::accumulate(std::begin(sizes), std::end(sizes), int64_t(0));
   const int64_t affordable = kPartialBytes / (partial * int64_t(sizeof(T)));
-  const int64_t wanted = std::min({ceil_div(rows, kRowsOfSlice), kMaxSlices / f.sets, affordable});
+  const int64_t wanted = std::min({ceil_div(rows, sylvester::kRowsOfSlice), kMaxSlices / f.sets, affordable});
   const int64_t slices = std::max<int64_t>(1, wanted);
   T* partials = slices > 1 ? arena<T>(kPartials, (slices - 1) * partial) : nullptr;
   for (int64_t first = 0; first < f.sets; first += slices > 1 ? 1 : f.sets) {
@@ -142,7 +141,7 @@ void run(const SylvesterBackward<T>& f) {
       if (slice > 0) {
         T* sums = partials + (slice - 1) * partial;
         const int64_t* size = sizes;
-        for (T** t : members(to)) *t = sums, sums += *size++;
+        for (T** t : sylvester::members(to)) *t = sums, sums += *size++;
       }
       const int64_t begin = slice * rows / slices, end = (slice + 1) * rows / slices;
       for (int64_t i = begin; i < end; ++i) pass(f, i * f.sets + set, to, i > begin, arena<T>(kTileScratch, size));
@@ -151,13 +150,15 @@ void run(const SylvesterBackward<T>& f) {
     const T* sums = partials;
     for (int64_t slice = 1; slice < slices; ++slice) {
       const int64_t* size = sizes;
-      for (T** t : members(to)) {
+      for (T** t : sylvester::members(to)) {
         for (int64_t i = 0; i < *size; ++i) (*t)[i] += sums[i];
         sums += *size++;
       }
     }
   }
 }
+
+namespace sylvester {
 
 // As the schemas say, of the backend B.
 template <class B>
@@ -179,9 +180,10 @@ struct Operators {
     }
     const auto typed = [&](auto zero) {
       using T = decltype(zero);
-      run(SylvesterForward<T>{call.template typed<T>(activation, slope, inverse),
-                              static_cast<T*>(z_L.mutable_data_ptr()), static_cast<T*>(log_det.mutable_data_ptr()),
-                              save ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr});
+      B::run(SylvesterForward<T>{call.template typed<T>(activation, slope, inverse),
+                                 static_cast<T*>(z_L.mutable_data_ptr()), static_cast<T*>(log_det.mutable_data_ptr()),
+                                 save ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr},
+             call.z);
     };
     call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
     return {z_L, log_det, saved};
@@ -218,10 +220,11 @@ struct Operators {
       const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
       const auto to = [&](Tensor& t) { return Sets<T>{data(t), t.numel() / sets}; };
       const Sets<T> nothing{nullptr, 0};
-      run(SylvesterBackward<T>{call.template typed<T>(activation, slope, inverse), data_of<T>(grad_z),
-                               data_of<T>(grad_log_det), data_of<T>(saved), data(dz),
-                               columns ? to(dcolumns) : nothing, to(dr), r_tilde ? to(dr_tilde) : nothing, to(dd),
-                               to(dd_tilde), to(db), to(ds)});
+      B::run(SylvesterBackward<T>{call.template typed<T>(activation, slope, inverse), data_of<T>(grad_z),
+                                  data_of<T>(grad_log_det), data_of<T>(saved), data(dz),
+                                  columns ? to(dcolumns) : nothing, to(dr), r_tilde ? to(dr_tilde) : nothing, to(dd),
+                                  to(dd_tilde), to(db), to(ds)},
+             call.z);
     };
     call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});
     return {dz, dcolumns, dr, dr_tilde, dd, dd_tilde, db, ds};
