@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vvae_fast import autograd, backends, node, shapes
+from vvae_fast import autograd, backends, node, reference, shapes
 from vvae_fast.backends.base import Backend
 from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
@@ -96,6 +96,36 @@ def planar_flow_inverse(
     """
     spec = constraint, activation, slope, 0.0
     return _flow(node.is_ordinary, z, (u, w, b), spec, backend, inverse=True)
+
+
+def given_planar_flow(
+    z: Tensor,
+    u: Tensor,
+    w: Tensor,
+    b: Tensor,
+    s: Tensor,
+    *,
+    activation: str = "tanh",
+    slope: float = DEFAULT_SLOPE,
+    backend: str | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`planar_flow`, or its inverse, for a constraint of the caller's own: of u, which is u_hat already, and of s
+    [*params, K], 1 + w . u_hat as the caller knows it, above 0 and better than as that sum, which cancels near 0.
+
+    s is what counts: u moves along w until the two agree, docs/math.md (65), so log_det is right and each step is
+    invertible whatever u is. A row with s <= 0 gets NaN. Results and other errors are `planar_flow`'s.
+    """
+    undone = "softplus", activation, slope, 0.0  # by the kernels, from the u of (65)
+    shapes.check(z, u, w, b, FlowSpec(*undone), inverse)
+    shapes.check_tensors(z=z, s=s)
+    if s.shape != b.shape:
+        raise ValueError(f"s must have b's shape {tuple(b.shape)}, got {tuple(s.shape)}")
+    dtype = shapes.common_dtype(z=z, u=u, w=w, b=b, s=s)  # half precisions would round s away
+    own, u, w, b, s = (t.to(dtype) for t in (z, u, w, b, s))
+    params = reference.unconstrain(u, w, s), w, b
+    z_out, log_det = _flow(node.is_ordinary, own, params, undone, backend, inverse)
+    return z_out.to(z.dtype), log_det
 
 
 def _flow(

@@ -1,7 +1,9 @@
 """The choice of activation, constraint and log_det_eps: refusals, backends, and the modules that carry it."""
 
 import copy
+import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from problems import random_problem
 import vvae_fast
 from vvae_fast import AmortizedPlanarFlow, PlanarFlow, backends, reference, shapes
 from vvae_fast.backends import cuda, selection
-from vvae_fast.functional import packed_planar_flow
+from vvae_fast.functional import given_planar_flow, packed_planar_flow
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 REFUSED = [
@@ -180,3 +182,111 @@ def test_step_is_a_flow_of_one_step_in_the_same_memory():
     for k in (4, -5):
         with pytest.raises(IndexError, match=f"k must be a step of 4, got {k}"):
             flow.step(k)
+
+
+def own_constraint(s, batch=(), dtype=torch.float64):
+    """z, u, w and b of steps with w . u = s - 1 and large parts across w; s [*batch, K]."""
+    g = torch.Generator().manual_seed(0)
+    s = s.double()
+
+    def normal(*shape):
+        return torch.randn(*batch, *shape, generator=g, dtype=torch.float64)
+
+    z = torch.randn(*(batch or (6,)), 3, generator=g, dtype=torch.float64)
+    across, w, b = normal(s.shape[-1], 3), normal(s.shape[-1], 3), normal(s.shape[-1])
+    u = across + ((s - 1 - (w * across).sum(-1)) / w.square().sum(-1))[..., None] * w
+    return tuple(t.to(dtype) for t in (z, u, w, b))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("activation", ["tanh", "elu", "leaky_relu"])
+@pytest.mark.parametrize("batch", [(), (6,)])
+def test_given_s_is_the_determinants(batch, activation, backend):
+    s = torch.randn(*batch, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mul(2).exp()
+    z, *params = own_constraint(s, batch)
+    options = {"activation": activation, "backend": backend}
+    z_K, log_det = given_planar_flow(z, *params, s, **options)
+    wanted = vvae_fast.planar_flow(z, *params, constraint="none", activation=activation, backend="reference")
+    torch.testing.assert_close((z_K, log_det), wanted, rtol=1e-10, atol=1e-10)
+    back, log_det_back = given_planar_flow(z_K, *params, s, inverse=True, **options)
+    torch.testing.assert_close((back, log_det_back), (z, -log_det), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("batch", [(), (6,)])
+@pytest.mark.parametrize("s", [1e-1, 1e-3, 1e-5, 1e-7])
+def test_given_s_keeps_its_digits_near_zero(s, batch, backend):
+    """Where tanh is steepest, in float32. 1 + w . u has none of them left where s = 1e-7."""
+    near = torch.full((*batch, 1), s)
+    z, u, w, b = (t.float() for t in own_constraint(near, batch))
+    z, b = torch.zeros_like(z), torch.zeros_like(b)
+    for inverse in (False, True):
+        z_out, log_det = given_planar_flow(z, u, w, b, near, backend=backend, inverse=inverse)
+        torch.testing.assert_close(log_det, (-1 if inverse else 1) * torch.full((6,), math.log(s)))
+        assert not z_out.any()
+    leaning = given_planar_flow(z + 0.1, u, w, b, near, backend=backend)
+    exact = own_constraint(near, batch)[1:3]
+    wanted = vvae_fast.planar_flow(z.double() + 0.1, *exact, b.double(), constraint="none", backend="reference")
+    torch.testing.assert_close(leaning[0].double(), wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_given_s():
+    """Layers of one unit: u = r q and w = r~ q, whose s = 1 + r r~ is known without a dot product."""
+    g = torch.Generator().manual_seed(0)
+    z, q = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 3), (4, 3)))
+    q = q / q.norm(dim=-1, keepdim=True)
+    r, r_tilde = (torch.tanh(torch.randn(4, generator=g, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    b = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
+    inputs = z.requires_grad_(), r, r_tilde, b
+
+    def planar(z, r, r_tilde, b, inverse=False):
+        return given_planar_flow(z, r[:, None] * q, r_tilde[:, None] * q, b, 1 + r * r_tilde, inverse=inverse)
+
+    layers = q[..., None], r[:, None, None], r_tilde[:, None, None], b[:, None]
+    for planar_way, sylvester in (
+        (planar, vvae_fast.sylvester_flow),
+        (functools.partial(planar, inverse=True), vvae_fast.sylvester_flow_inverse),
+    ):
+        out, wanted = planar_way(*inputs), sylvester(z, *layers)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+        weights = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in out]
+        gradients = torch.autograd.grad(out, inputs, weights), torch.autograd.grad(wanted, inputs, weights)
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+        assert torch.autograd.gradcheck(planar_way, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(planar_way, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_given_s_in_half_precision_is_computed_in_float32(dtype):
+    s = torch.tensor([2.0**-7, 0.5, 3.0])
+    half = own_constraint(s, dtype=dtype)
+    z_K, log_det = given_planar_flow(*half, s.to(dtype))
+    whole = given_planar_flow(*(t.float() for t in half), s)
+    assert z_K.dtype is dtype
+    assert log_det.dtype is torch.float32
+    torch.testing.assert_close((z_K.float(), log_det), (whole[0].to(dtype).float(), whole[1]))
+
+
+def test_given_s_that_does_not_fit():
+    p = random_problem((6,), 4, 3).inputs
+    s = torch.ones(4)
+    for inverse in (False, True):
+        flow = functools.partial(given_planar_flow, inverse=inverse)
+        with pytest.raises(ValueError, match=r"s must have b's shape \(4,\), got \(3,\)"):
+            flow(*p, s[:3])
+        with pytest.raises(TypeError, match=r"s must be a torch\.Tensor, got float"):
+            flow(*p, 1.0)
+        with pytest.raises(TypeError, match=r"z, u, w, b and s must share one dtype .* s torch\.float64"):
+            flow(*p, s.double())
+        with pytest.raises(ValueError, match="z must have shape"):
+            flow(p[0][0, 0], *p[1:], s)
+    with pytest.raises(ValueError, match="slope must be at most 1 to invert"):
+        given_planar_flow(*p, s, activation="leaky_relu", slope=2, inverse=True)
+    for bad in (0.0, -1.0, float("nan")):
+        z_K, log_det = given_planar_flow(*p, torch.tensor([1.0, bad, 1.0, 1.0]))
+        assert z_K.isnan().all()
+        assert log_det.isnan().all()
+    still = p[0], p[1], torch.zeros_like(p[2]), p[3]  # w = 0: a shift, whatever s
+    z_K, log_det = given_planar_flow(*still, 2 * s)
+    torch.testing.assert_close(z_K, p[0] + (torch.tanh(p[3])[:, None] * p[1]).sum(0))
+    assert not log_det.any()

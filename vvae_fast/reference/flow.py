@@ -56,6 +56,16 @@ def constrain(u: Tensor, w: Tensor, constraint: str) -> Constrained:
     return Constrained(u_hat, s - 1, s, sunk, s, alpha, rho, inv_n)
 
 
+def unconstrain(u_hat: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    """The u [*params, K, D] that `constrain` maps to c = s - 1 and to u_hat, moved along w to w . u_hat = c,
+    docs/math.md (65). NaN where s <= 0."""
+    alpha = s + torch.log(-torch.expm1(-s))  # [*params, K]  softplus(alpha) = s
+    n = (w * w).sum(-1)  # [*params, K]
+    nonzero = n >= torch.finfo(n.dtype).tiny
+    along = (alpha - (w * u_hat).sum(-1)) / torch.where(nonzero, n, 1)  # [*params, K]
+    return u_hat + torch.where(nonzero, along, 0)[..., None] * w
+
+
 def _constraint_slopes(alpha: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
     """dc/dalpha, which is held where s is, and -drho/dalpha [*params, K], docs/math.md (6), (30)."""
     up, down = torch.sigmoid(alpha.clamp(min=LEAST_ALPHA[alpha.dtype])), torch.sigmoid(-alpha)
