@@ -40,8 +40,10 @@ def pyro() -> None:
 
     from vvae_fast.interop import pyro as ours
 
-    for name in ("Planar", "ConditionalPlanar", "planar", "conditional_planar"):
-        replace("pyro", getattr(theirs, name), getattr(ours, name))
+    for name in ("Planar", "Householder", "Sylvester"):
+        for each in (name, f"Conditional{name}", f"Conditioned{name}", name.lower(), f"conditional_{name.lower()}"):
+            if hasattr(theirs, each) and hasattr(ours, each):
+                replace("pyro", getattr(theirs, each), getattr(ours, each))
 
 
 def pythae() -> None:

@@ -1,4 +1,4 @@
-"""Runs other packages' own tests of planar flows with this package's classes, and explains the failures.
+"""Runs other packages' own tests of these flows with this package's classes, and explains the failures.
 
     python -m benchmarks.other_packages.peers_tests [FILE or FOLDER ...]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Peer(NamedTuple):
-    """A file of tests: its name, what its text holds, and which of its tests concern planar flows."""
+    """A file of tests: its name, what its text holds, and which of its tests concern these flows."""
 
     package: str  # its name in the plugin
     module: str  # as it is imported
@@ -40,7 +40,7 @@ PEERS = (
     Peer("normflows", "normflows", "planar_test.py", r"normflows"),
     Peer("pythae", "pythae", "test_planar_flow.py", r"pythae"),
     Peer("pythae", "pythae", "test_VAE_LinFlow.py", r"pythae", "not Generation"),  # those tests run no flow
-    Peer("pyro", "pyro", "test_transforms.py", r"import pyro", "planar", above=2),
+    Peer("pyro", "pyro", "test_transforms.py", r"import pyro", "planar or householder or sylvester", above=2),
     Peer("pytorch", "torch", "test_transforms.py", r"from torch\.distributions\.transforms import", "PlanarTransform"),
 )
 

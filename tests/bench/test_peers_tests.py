@@ -50,6 +50,11 @@ def test_planar():
     assert T.planar(LIMIT).__class__.__module__ == T.Planar.__module__ == "vvae_fast.interop.pyro"
     assert T.conditional_planar(2, 3).__class__.__module__ == "vvae_fast.interop.pyro"
 
+def test_householder_and_sylvester():
+    for make in (T.householder, T.sylvester):
+        assert make(LIMIT).__class__.__module__ == "vvae_fast.interop._pyro_reflections"
+    assert T.conditional_householder(2, 3).__class__.__module__ == "vvae_fast.interop._pyro_reflections"
+
 def test_radial():
     raise AssertionError("not selected")
 """
@@ -98,7 +103,7 @@ def test_every_peer_runs_with_our_classes(tmp_path):
         ("normflows", "planar_test.py"): "1 1 0 0",
         ("pythae", "test_planar_flow.py"): "1 1 0 0",
         ("pythae", "test_VAE_LinFlow.py"): "not found: give its path, or that of a checkout",
-        ("pyro", "test_transforms.py"): "1 1 0 0",
+        ("pyro", "test_transforms.py"): "2 2 0 0",
         ("pytorch", "test_transforms.py"): "14 14 0 7",  # by name, so without the inverses
     }
 

@@ -13,6 +13,7 @@ from vvae_fast.interop.pyro import (
     Householder,
     Sylvester,
     conditional_householder,
+    from_pyro,
     householder,
     sylvester,
 )
@@ -82,6 +83,24 @@ def test_householder_is_theirs(batch, count):
     assert torch.equal(ours.log_abs_det_jacobian(x, y), torch.zeros(batch))
     assert_alike(values_alone(ours), values_alone(wanted), x, [[ours.u_unnormed]], [[wanted.u_unnormed]])
     wanted.load_state_dict(ours.state_dict())
+
+
+@BATCHES
+def test_a_list_of_householder_layers_is_one(batch):
+    ours, layers = zip(*(pair("Householder", count, seed=count) for count in (1, 4, 2)), strict=True)
+    x = torch.randn(*batch, DIM, dtype=torch.float64)
+    wanted = x
+    for layer in layers:
+        wanted = layer.double()(wanted)
+    fused = from_pyro([layers[0], ours[1].double(), layers[2]])
+    assert type(fused) is Householder
+    assert fused.u_unnormed.shape == (7, DIM)
+    torch.testing.assert_close(fused(x), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused.inv(wanted), x, rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match=r"must all be Planar, .* got Householder"):
+        from_pyro([*layers, theirs.Planar(DIM)])
+    with pytest.raises(ValueError, match=r"must share one input_dim, got \[2, 5\]"):
+        from_pyro([*layers, Householder(2)])
 
 
 @BATCHES

@@ -1,4 +1,5 @@
-"""Pyro's planar, Householder and Sylvester transforms, and one fused transform for a list of planar ones."""
+"""Pyro's planar, Householder and Sylvester transforms, and one fused transform for a list of planar or Householder
+ones."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -188,18 +189,22 @@ class ConditionalPlanar(ConditionalBase):
         return ConditionedPlanar(self.nn, context)
 
 
-def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStack:
-    """One fused transform with the values of a list of planar transforms, Pyro's own or this module's, in their order.
+def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStack | Householder:
+    """One fused transform with the values of a list of planar transforms, or of Householder ones, Pyro's own or this
+    module's, in their order.
 
     The list may be a ComposeTransform's `parts` or a ModuleList. The parameters are new: make the optimizer afterwards.
 
-    Raises TypeError if a transform is not planar, ValueError if the list is empty or the sizes differ.
+    Raises TypeError if a transform is neither or the kinds are mixed, ValueError if the list is empty or the sizes
+    differ.
     """
     if not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list of planar transforms, got {type(transforms).__name__}")
     layers: list[Layer] = list(transforms)
     if not layers:
         raise ValueError("transforms must hold at least one planar transform, got none")
+    if all(_is_householder(layer) for layer in layers):
+        return _joined_reflections(layers)
     for layer in layers:
         theirs = is_class(layer, "pyro.distributions.transforms.planar", "Planar")
         if not theirs and not isinstance(layer, (Planar, PlanarStack)):
@@ -207,10 +212,7 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
                 f"transforms must all be Planar, Pyro's or this package's, got {type(layer).__name__}: fuse the runs "
                 "between other transforms one by one"
             )
-    dims = {layer.u.shape[-1] for layer in layers}
-    if len(dims) > 1:
-        raise ValueError(f"transforms must share one input_dim, got {sorted(dims)}")
-    dim = dims.pop()
+    dim = _shared_dim({layer.u.shape[-1] for layer in layers})
     joined = {
         name: torch.cat([getattr(layer, name).detach().reshape(-1, *sizes) for layer in layers])
         for name, sizes in (("u", (dim,)), ("w", (dim,)), ("bias", ()))
@@ -218,6 +220,24 @@ def from_pyro(transforms: Iterable[torch.distributions.Transform]) -> PlanarStac
     stack = without_drawing(PlanarStack, dim, len(joined["bias"]))
     stack.load_state_dict(joined, assign=True)
     return stack
+
+
+def _shared_dim(dims: set[int]) -> int:
+    if len(dims) > 1:
+        raise ValueError(f"transforms must share one input_dim, got {sorted(dims)}")
+    return dims.pop()
+
+
+def _is_householder(layer: Layer) -> bool:
+    return isinstance(layer, Householder) or is_class(layer, "pyro.distributions.transforms.householder", "Householder")
+
+
+def _joined_reflections(layers: list[Layer]) -> Householder:
+    """One `Householder` of all their reflections."""
+    dim = _shared_dim({layer.u_unnormed.shape[-1] for layer in layers})
+    joined = without_drawing(Householder, dim)
+    joined.u_unnormed = nn.Parameter(torch.cat([layer.u_unnormed.detach() for layer in layers]))
+    return joined
 
 
 def planar(input_dim: int) -> Planar:
