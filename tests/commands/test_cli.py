@@ -101,6 +101,8 @@ def test_normalise_is_trained_continued_and_evaluated(data, tmp_path, capsys):
     run = load_run(out, data=data)
     assert run.vae.flow.normalise
     assert run.config.name == "amortized-K1-normalised-seed0"
+    assert repr(run).startswith("LoadedRun of amortized-K1-normalised-seed0: vae, config, dataset ")
+    assert len(repr(run)) < 200
     assert main([*command, "--epochs", "2"]) == 0
     said = one_line_and_exit_2(capsys, small("--data", data, "--out", str(out), "--epochs", "2"))
     assert "normalise is True there, False here" in said

@@ -58,7 +58,10 @@ def test_files_that_are_no_arrays(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "folder.npy").mkdir()
     for name, words in (
-        ("t.csv", "got 't.csv'; check the name, or save the file's numbers by numpy.save"),
+        (
+            "t.csv",
+            "got 't.csv'; check the name, or save the file's numbers by numpy.save: numpy.save('t.npy', numpy.loadtxt(",
+        ),
         ("u.csv", "got 'u.csv'; check the name\n"),
         ("empty.npy", "(it is empty); save it again"),
         ("folder.npy", "folder.npy: wanted an array file, got a folder; give a file as numpy.save writes it"),

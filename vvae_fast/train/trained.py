@@ -35,6 +35,11 @@ class LoadedRun(NamedTuple):
     dataset: Dataset
     rows: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """Without the tensors."""
+        rows = ", ".join(f"{len(numbers)} {split}" for split, numbers in self.rows.items())
+        return f"LoadedRun of {self.config.name}: vae, config, dataset {self.dataset.name!r}, rows ({rows})"
+
 
 def load_run(folder: Path | str, data: Path | str | None = None, root: Path | str | None = None) -> LoadedRun:
     """The VAE of a folder that `vvae-fast train`, or compare for each model and seed, has written.

@@ -147,3 +147,10 @@ def test_sizes_have_to_fit():
     for flow in (AmortizedSylvesterFlow(DIM, 2, 2, 7), AmortizedHouseholderFlow(DIM, 2, 7)):
         with pytest.raises(ValueError, match=r"encoder\.out_features and feature_dim must agree, got 10 and 7"):
             VAE(*networks, flow)
+
+
+def test_an_amortized_flow_has_d_units_by_default():
+    flow = AmortizedSylvesterFlow(4, 2, kind="triangular", context_dim=6)
+    assert flow.num_units == SylvesterFlow(4, 2).num_units == 4
+    with pytest.raises(TypeError, match="context_dim must be given: the size F of the contexts"):
+        AmortizedSylvesterFlow(4, 2, 3)

@@ -227,7 +227,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
 
     `flow(z, context)` takes context [*params, F] and z [*batch, D], where *params are the trailing dimensions of
     *batch, and returns (z_L [*batch, D], log_det [*batch] in nats). `flow.inverse(z, context)` maps back. kind,
-    num_units (None is D), num_reflections, activation, slope and backend are those of `SylvesterFlow`; the head,
+    num_units, num_reflections, activation, slope and backend are those of `SylvesterFlow`; the head,
     F -> L (H D + M^2 + 2 M) with H reflections in a layer, gives its v, mixed, y and b. rank and normalise are those of
     `AmortizedPlanarFlow`.
 
@@ -242,8 +242,8 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         self,
         dim: int,
         num_layers: int,
-        num_units: int | None,
-        context_dim: int,
+        num_units: int | None = None,
+        context_dim: int | None = None,
         *,
         kind: str = "orthogonal",
         num_reflections: int = _REFLECTIONS,
@@ -253,6 +253,8 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         slope: float = DEFAULT_SLOPE,
         backend: str | None = None,
     ) -> None:
+        if context_dim is None:  # it has a default because num_units has one
+            raise TypeError("context_dim must be given: the size F of the contexts [*params, F]")
         super().__init__(dim, num_layers, num_units, kind, num_reflections, activation, slope, backend)
         self._make_head(context_dim, rank, normalise)
         self.reset_parameters()

@@ -141,6 +141,8 @@ def load_dataset(
             return _digits(likelihood) if name_or_path == "digits" else _mnist(name_or_path, root, likelihood)
         if path.suffix not in (".npy", ".npz"):
             save = ", or save the file's numbers by numpy.save" if path.is_file() else ""
+            if path.suffix == ".csv" and save:
+                save += f": numpy.save('{path.stem}.npy', numpy.loadtxt('{path}', delimiter=',', skiprows=1))"
             raise DataError(
                 f"data: wanted {', '.join(map(repr, ('digits', *TITLES)))} or the path of a .npz or .npy file, got "
                 f"'{name_or_path}'; check the name{save}"
