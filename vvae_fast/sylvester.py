@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from vvae_fast import backends, reference, shapes
-from vvae_fast.backends.sylvester import (
-    sylvester_backward,
-    sylvester_forward,
-    sylvester_inverse,
-    sylvester_inverse_backward,
-)
+from vvae_fast.backends.sylvester import OPERATORS
 from vvae_fast.spec import ACTIVATIONS, DEFAULT_SLOPE, FlowSpec
 
 
@@ -42,8 +37,9 @@ def sylvester_flow(
         s: [*params, L, M], 1 + R_ii R~_ii where the caller knows it better than as that sum, which cancels near -1. The
             gradient of the log-determinants by R_ii R~_ii goes to s.
         activation, slope: those of `planar_flow`.
-        backend: "cpp", "reference" or None for `use_backend`'s, the environment's or the fastest. No other backend has
-            kernels of Sylvester flows; on a GPU they run as matrix products of PyTorch.
+        backend: "cpp", "triton", "reference" or None for `use_backend`'s, the environment's or the fastest: "cpp" on the
+            CPU, on a GPU "triton", or matrix products of PyTorch where M x D is beyond its kernels. "cuda" has no
+            kernels of Sylvester flows. None of this has been measured on a GPU.
 
     Returns:
         z_L [*batch, D] in z's dtype, and log_det [*batch] = log|det dz_L/dz| in nats, float32 for the half precisions.
@@ -138,14 +134,17 @@ def _diagonal(matrix: Tensor) -> Tensor:
 
 
 class _Function(torch.autograd.Function):
-    """The operators of the C++ backend, saving the tensors and p, or the inverse's a, [L, rows, M] only."""
+    """The operators of a backend, saving the tensors and p, or the inverse's a, [L, rows, M] only."""
 
     @staticmethod
-    def forward(ctx: Any, inverse: bool, spec: tuple[int, float], z: Tensor, *params: Any) -> tuple[Tensor, Tensor]:
-        operator = sylvester_inverse if inverse else sylvester_forward
+    def forward(
+        ctx: Any, backend: str, inverse: bool, spec: tuple[int, float], z: Tensor, *params: Any
+    ) -> tuple[Tensor, Tensor]:
+        operators = OPERATORS[backend]
+        operator = operators.sylvester_inverse if inverse else operators.sylvester_forward
         z_out, log_det, saved = operator(z, *_Params(*params).apart(), *spec, True)
         ctx.save_for_backward(z, *params, saved)
-        ctx.inverse, ctx.spec = inverse, spec
+        ctx.backend, ctx.inverse, ctx.spec = backend, inverse, spec
         ctx.set_materialize_grads(False)
         return z_out, log_det
 
@@ -158,8 +157,9 @@ class _Function(torch.autograd.Function):
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         grad_log_det = z.new_zeros(z.shape[0]) if grad_log_det is None else grad_log_det
         if torch.is_grad_enabled():  # create_graph=True
-            return None, None, *_plain_backward(grad_z, grad_log_det, z, params, ctx.spec, ctx.inverse)
-        apart, operator = params.apart(), sylvester_inverse_backward if ctx.inverse else sylvester_backward
+            return None, None, None, *_plain_backward(grad_z, grad_log_det, z, params, ctx.spec, ctx.inverse)
+        apart, operators = params.apart(), OPERATORS[ctx.backend]
+        operator = operators.sylvester_inverse_backward if ctx.inverse else operators.sylvester_backward
         dz, dq, dr, dr_tilde, dd, dd_tilde, db, ds = operator(grad_z, grad_log_det, z, *apart, saved, *ctx.spec)
         if params.s is None:  # 1 + d d_tilde
             dd, dd_tilde = dd + ds * apart[4], dd_tilde + ds * apart[3]
@@ -167,7 +167,7 @@ class _Function(torch.autograd.Function):
             _diagonal(dr).copy_(dd)
             _diagonal(dr_tilde).copy_(dd_tilde)
         gradients = dq, dr, dr_tilde, dd, dd_tilde, db, ds
-        return None, None, dz, *(None if t is None else x for t, x in zip(params, gradients, strict=True))
+        return None, None, None, dz, *(None if t is None else x for t, x in zip(params, gradients, strict=True))
 
 
 def _plain_backward(
@@ -191,7 +191,7 @@ def _plain_backward(
 
 def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inverse: bool) -> tuple[Tensor, Tensor]:
     dtype = _check(z, params)
-    chosen, z_dtype = backends.select_sylvester(z, backend), z.dtype
+    chosen, z_dtype = backends.select_sylvester(z, params.r.shape[-1], dtype, backend), z.dtype
     converted: list[Any] = [None if t is None else t.to(dtype) for t in params]
     z, params = z.to(dtype), _Params(*converted)
     if params.q is not None:
@@ -202,12 +202,14 @@ def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inver
         given = tuple(t for t in (z, *params) if t is not None)
         z_out, log_det = backends.as_functions_of(given, z_out, log_det)
     else:
-        z_out, log_det = _run(z, params, (ACTIVATIONS.index(spec.activation), spec.slope), inverse)
+        z_out, log_det = _run(chosen.name, z, params, (ACTIVATIONS.index(spec.activation), spec.slope), inverse)
     return z_out.to(z_dtype), log_det
 
 
-def _run(z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool) -> tuple[Tensor, Tensor]:
-    """By the operators, which take rows [R, D] and sets [P, L, ...]."""
+def _run(
+    backend: str, z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """By a backend's operators, which take rows [R, D] and sets [P, L, ...]."""
     rows = z.reshape(-1, z.shape[-1]).contiguous()
     amortized = params.r.dim() > 3
     of_sets: list[Any] = [
@@ -216,9 +218,10 @@ def _run(z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool) -> 
     ]
     sets = _Params(*of_sets)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *params)):
-        z_out, log_det = _Function.apply(inverse, spec, rows, *sets)
+        z_out, log_det = _Function.apply(backend, inverse, spec, rows, *sets)
     else:
-        operator = sylvester_inverse if inverse else sylvester_forward
+        operators = OPERATORS[backend]
+        operator = operators.sylvester_inverse if inverse else operators.sylvester_forward
         z_out, log_det, _ = operator(rows, *sets.apart(), *spec, False)
     return z_out.view(z.shape), log_det.view(z.shape[:-1])
 

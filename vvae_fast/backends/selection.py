@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,21 +90,27 @@ def select(problem: Problem, name: str | None) -> Backend:
     return REFERENCE if needs_plain_torch() else chosen
 
 
-def select_sylvester(z: Tensor, name: str | None) -> Backend:
-    """The backend of a Sylvester flow: the C++ kernels on the CPU, and matrix products in plain PyTorch elsewhere.
+def select_sylvester(z: Tensor, units: int, dtype: torch.dtype, name: str | None) -> Backend:
+    """The backend of a Sylvester flow of `units` units, computed in `dtype`: the C++ kernels on the CPU, the Triton
+    kernels on a GPU, and matrix products in plain PyTorch elsewhere.
 
     Raises as `select` does, also for the backends that have no kernel of it.
     """
-    name, on_cpu = _asked_for(name), z.device.type == "cpu"
+    name, dim, device = _asked_for(name), z.shape[-1], z.device.type
+    reasons: dict[str, Callable[[], list[str]]] = {
+        "cpp": lambda: CPP.unavailable() + cpp.not_on(device),
+        "triton": lambda: TRITON.unavailable() or kernels.unsupported_sylvester(dim, units, dtype, device),
+        "cuda": lambda: [*CUDA.unavailable(), "cuda has no kernels of Sylvester flows"],
+        "reference": lambda: [],
+    }
     if name == AUTO:
-        chosen = CPP if on_cpu and not CPP.unavailable() else REFERENCE
-        if chosen is REFERENCE and on_cpu and not torch.compiler.is_compiling():
+        fused = {"cpu": CPP, "cuda": TRITON}.get(device, REFERENCE)
+        chosen = REFERENCE if reasons[fused.name]() else fused
+        if chosen is REFERENCE and device == "cpu" and not torch.compiler.is_compiling():
             _warn_once()
     else:
         chosen = _BACKENDS[name]
-        missing = [] if chosen in (CPP, REFERENCE) else [f"{name} has no kernels of Sylvester flows"]
-        elsewhere = cpp.not_on(z.device.type) if chosen is CPP else []
-        _require(chosen, chosen.unavailable() + missing + elsewhere)
+        _require(chosen, reasons[name]())
     return REFERENCE if needs_plain_torch() else chosen
 
 

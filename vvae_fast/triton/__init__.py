@@ -1,6 +1,7 @@
 """The Triton kernels: a file for each form and pass, kernel and launcher. The first call imports them, and Triton.
 
-`planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps.
+`planar.py` has the operators and chooses the form, `_heuristics.py` the blocks and warps. `sylvester/` has those of
+Sylvester flows.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import torch
 from vvae_fast import config
 from vvae_fast.shapes import Problem
 from vvae_fast.triton import _heuristics, launch
+from vvae_fast.triton.sylvester import sizes
 
 interpreted = config.triton_interprets()
 _installed = importlib.util.find_spec("triton") is not None
@@ -39,9 +41,7 @@ def unavailable() -> list[str]:
 
 def unsupported(problem: Problem) -> list[str]:
     """Why the kernels, where they can run, cannot run this problem."""
-    reasons = []
-    if problem.device_type != "cuda" and not (interpreted and problem.device_type == "cpu"):
-        reasons.append(f"the triton backend runs on cuda tensors, got {problem.device_type}")
+    reasons = _not_on(problem.device_type)
     most = _heuristics.most_direct_dim(problem.compute_dtype)
     if problem.dim > most and problem.inverse:
         reasons.append(f"the triton backend inverts D up to {most}, got {problem.dim}")
@@ -50,7 +50,32 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+def unsupported_sylvester(dim: int, units: int, dtype: torch.dtype, device_type: str) -> list[str]:
+    """Why the kernels, where they can run, cannot run a Sylvester flow, of the dtype of computation."""
+    reasons, most = _not_on(device_type), sizes.most_numbers(dtype)
+    if sizes.numbers(dim, units) > most:
+        name = str(dtype).removeprefix("torch.")
+        reasons.append(
+            f"the triton backend runs Sylvester flows whose M x D, both rounded up to powers of two, is at most {most} "
+            f"in {name}, got {units} x {dim}"
+        )
+    return reasons
+
+
+def _not_on(device_type: str) -> list[str]:
+    """Why the kernels cannot run on tensors of a device."""
+    if device_type == "cuda" or (interpreted and device_type == "cpu"):
+        return []
+    return [f"the triton backend runs on cuda tensors, got {device_type}"]
+
+
 @functools.cache
 def find_planar() -> ModuleType:
     """planar.py, which has the operators."""
     return importlib.import_module("vvae_fast.triton.planar")
+
+
+@functools.cache
+def find_sylvester() -> ModuleType:
+    """sylvester/operators.py."""
+    return importlib.import_module("vvae_fast.triton.sylvester.operators")

@@ -1,0 +1,175 @@
+"""The gradients of parameters that several rows share, docs/math.md (61), (64): products over the rows of what an
+adjoint wrote. A program adds the rows of a slice in a fixed order: no atomics, the same bits on every run."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vvae_fast.triton.blocks import dot
+from vvae_fast.triton.launch import AMD, Launch, ceil_div, planned
+from vvae_fast.triton.sylvester.calls import Call, Sizes
+from vvae_fast.triton.sylvester.gradients import Gradients, Room
+from vvae_fast.triton.sylvester.sizes import padded
+
+_PROGRAMS = 512  # wanted of a launch: a few on each multiprocessor of a large GPU
+_LEAST_ROWS = 256  # of a slice
+
+
+@triton.jit
+def slice_of_program(num_slices, layer_of_set, num_layers, rows_per_set, BLOCK_ROWS: tl.constexpr):
+    """A program's parameter set and layer, and the rows of its slice, numbered within the set: the first one and the
+    one behind the last."""
+    nth = tl.program_id(0).to(tl.int64) % num_slices
+    blocks = tl.cdiv(rows_per_set, BLOCK_ROWS)
+    first, end = nth * blocks // num_slices, (nth + 1) * blocks // num_slices
+    return layer_of_set // num_layers, layer_of_set % num_layers, first, end
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_set", "num_layers", "num_sets", "num_slices"])
+def sylvester_products_kernel(
+    x,  # [L, rows, I]
+    y,  # [L, rows, J]
+    u,  # [L, rows, I]
+    v,  # [L, rows, J]
+    sums,  # [slices, sets, L, I, J]
+    rows,
+    rows_per_set,
+    num_layers,
+    num_sets,
+    num_slices,
+    I: tl.constexpr,
+    J: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Over the rows of a slice: x y^T + u v^T where KIND is "whole". x y^T above the diagonal where it is "upper", and
+    u v^T below it where it is "packed"; else zeros."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    nth = tl.program_id(0).to(tl.int64) // num_slices
+    owner, layer, first, end = slice_of_program(num_slices, nth, num_layers, rows_per_set, BLOCK_ROWS)
+    tiles: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
+    i = tl.program_id(1) // tiles * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
+    j = tl.program_id(1) % tiles * BLOCK_J + tl.arange(0, BLOCK_J)  # [BLOCK_J]
+    above = tl.zeros([BLOCK_I, BLOCK_J], dtype)
+    below = tl.zeros([BLOCK_I, BLOCK_J], dtype)
+    for block in tl.range(first, end):
+        of_set = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        at = layer * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
+        inside = of_set < rows_per_set
+        left = at[None, :] * I + i[:, None]  # [BLOCK_I, BLOCK_ROWS]
+        right = at[:, None] * J + j[None, :]  # [BLOCK_ROWS, BLOCK_J]
+        of_left = (i < I)[:, None] & inside[None, :]
+        of_right = inside[:, None] & (j < J)[None, :]
+        above = dot(tl.load(x + left, of_left, 0), tl.load(y + right, of_right, 0), above, PRECISION)
+        if KIND == "whole":
+            above = dot(tl.load(u + left, of_left, 0), tl.load(v + right, of_right, 0), above, PRECISION)
+        if KIND == "packed":
+            below = dot(tl.load(u + left, of_left, 0), tl.load(v + right, of_right, 0), below, PRECISION)
+    if KIND != "whole":
+        above = tl.where(i[:, None] < j[None, :], above, tl.where(i[:, None] > j[None, :], below, 0))
+    slice_ = tl.program_id(0).to(tl.int64) % num_slices
+    sums += ((slice_ * num_sets + owner) * num_layers + layer) * (I * J)
+    tl.store(sums + i[:, None] * J + j[None, :], above, (i < I)[:, None] & (j < J)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_set", "num_layers", "num_sets", "num_slices"])
+def sylvester_sums_kernel(
+    x,  # [4, L, rows, M]
+    sums,  # [slices, 4, sets, L, M]
+    rows,
+    rows_per_set,
+    num_layers,
+    num_sets,
+    num_slices,
+    M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The sums of the vectors over the rows of a slice."""
+    nth = tl.program_id(0).to(tl.int64) // num_slices
+    of_kind = nth % (num_layers.to(tl.int64) * num_sets)
+    kind = nth // (num_layers.to(tl.int64) * num_sets)
+    owner, layer, first, end = slice_of_program(num_slices, of_kind, num_layers, rows_per_set, BLOCK_ROWS)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    total = tl.zeros([BLOCK_M], x.dtype.element_ty)
+    for block in tl.range(first, end):
+        of_set = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        at = (kind * num_layers + layer) * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
+        mask = (of_set < rows_per_set)[:, None] & (m < M)[None, :]
+        total += tl.sum(tl.load(x + at[:, None] * M + m[None, :], mask, 0), 0)
+    slice_ = tl.program_id(0).to(tl.int64) % num_slices
+    sums += (((slice_ * 4 + kind) * num_sets + owner) * num_layers + layer) * M
+    tl.store(sums + m, total, m < M)
+
+
+class _Plan(NamedTuple):
+    columns: Launch
+    r: Launch
+    r_tilde: Launch
+    vectors: Launch
+    slices: int
+
+
+@planned
+def _plan(sizes: Sizes, device: torch.device) -> _Plan:
+    fixed, of_layers = sizes.fixed, sizes.sets * sizes.layers
+    double = sizes.dtype == torch.float64
+    block_rows = 16 if double else 32
+    block_units = min(64, max(16, padded(fixed.units)))
+    block_dim = min(32 if double else 64, max(16, padded(fixed.dim)))
+    precision = "ieee" if double or AMD else "tf32x3"
+    slices = min(ceil_div(sizes.rows_per_set, _LEAST_ROWS), ceil_div(_PROGRAMS, of_layers))
+    counts = sizes.rows, sizes.rows_per_set, sizes.layers, sizes.sets, slices
+
+    def products(kind: str, length: int, block_length: int) -> Launch:
+        tiles = ceil_div(fixed.units, block_units) * ceil_div(length, block_length)
+        return Launch(
+            sylvester_products_kernel,
+            (of_layers * slices, tiles),
+            *(*counts, fixed.units, length, kind, block_rows, block_units, block_length, precision),
+            num_warps=4,
+            capped=True,
+        )
+
+    square = min(block_dim, block_units)
+    vectors = Launch(
+        sylvester_sums_kernel,
+        (4 * of_layers * slices, ceil_div(fixed.units, block_units)),
+        *(*counts, fixed.units, 32, block_units),
+        num_warps=2,
+    )
+    return _Plan(
+        products("whole", fixed.dim, block_dim),
+        products("packed" if fixed.packed else "upper", fixed.units, square),
+        products("upper", fixed.units, square),
+        vectors,
+        slices,
+    )
+
+
+def launch_sums(call: Call, room: Room, passed: Tensor, to: Gradients) -> None:
+    """Adds what an adjoint wrote over the rows of each set; passed [L, R, D] is z of each layer, as in Q's gradient."""
+    plan = _plan(call.sizes, call.z.device)
+    of_a, (of_r, h, p, x, dp) = room.vectors[2], room.parts
+
+    def put(launch: Launch, out: Tensor, *of_rows: Tensor) -> None:
+        sums = out.new_empty((plan.slices, *out.shape)) if plan.slices > 1 else out
+        launch(*of_rows, sums)
+        if plan.slices > 1:
+            torch.sum(sums, 0, out=out)
+
+    if call.sizes.fixed.columns:
+        put(plan.columns, to.dcolumns, x, room.of_z, dp, passed)
+    put(plan.r, to.dr, of_r, h, p, of_a)
+    if not call.sizes.fixed.packed:
+        put(plan.r_tilde, to.dr_tilde, of_a, p, of_a, p)
+    vectors = call.z.new_empty((4, *to.db.shape))
+    put(plan.vectors, vectors, room.vectors)
+    for out, of_vector in zip((to.dd, to.dd_tilde, to.db, to.ds), vectors, strict=True):
+        out.copy_(of_vector)
