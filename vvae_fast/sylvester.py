@@ -37,9 +37,9 @@ def sylvester_flow(
         s: [*params, L, M], 1 + R_ii R~_ii where the caller knows it better than as that sum, which cancels near -1. The
             gradient of the log-determinants by R_ii R~_ii goes to s.
         activation, slope: those of `planar_flow`.
-        backend: "cpp", "triton", "reference" or None for `use_backend`'s, the environment's or the fastest: "cpp" on the
-            CPU, on a GPU "triton", or matrix products of PyTorch where M x D is beyond its kernels. "cuda" has no
-            kernels of Sylvester flows. None of this has been measured on a GPU.
+        backend: "cpp", "triton", "reference" or None for `use_backend`'s, the environment's or the default: "cpp" on
+            the CPU, and on a GPU "triton", or matrix products of PyTorch where M x D is beyond its kernels. "cuda" has
+            no kernels of Sylvester flows. Not measured on a GPU.
 
     Returns:
         z_L [*batch, D] in z's dtype, and log_det [*batch] = log|det dz_L/dz| in nats, float32 for the half precisions.
@@ -206,9 +206,7 @@ def _flow(z: Tensor, params: _Params, spec: FlowSpec, backend: str | None, inver
     return z_out.to(z_dtype), log_det
 
 
-def _run(
-    backend: str, z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _run(backend: str, z: Tensor, params: _Params, spec: tuple[int, float], inverse: bool) -> tuple[Tensor, Tensor]:
     """By a backend's operators, which take rows [R, D] and sets [P, L, ...]."""
     rows = z.reshape(-1, z.shape[-1]).contiguous()
     amortized = params.r.dim() > 3

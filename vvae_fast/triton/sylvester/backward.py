@@ -81,14 +81,14 @@ def sylvester_backward_kernel(
     lambda_ = tl.load(grad_log_det + row, inside, 0)[:, None]  # [R, 1]
     for _ in tl.range(num_layers):
         unit, there = units_of(layer, FIXED, BLOCK)  # [M]
-        d_l, d_tilde_l = load_units(d, unit, owned, there, 0), load_units(d_tilde, unit, owned, there, 0)  # [S, M]
-        r_tilde_l = load_r_tilde(r, r_tilde, unit, owned, there, FIXED)  # [S, M, M]
+        of_r = into(g, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)  # [R, M]
         p = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
+        d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
+        r_tilde_l = load_r_tilde(r, r_tilde, unit, owned, there, FIXED)  # [S, M, M]
         a = times_r_tilde(r_tilde_l, d_tilde_l, p, FIXED) + load_units(b, unit, owned, there, 0)  # [R, M]
         h, h_prime = activate(a, F)  # [R, M]
+        d_l = load_units(d, unit, owned, there, 0)  # [S, M]
         r_l = load_triangle(r, unit, owned, there, FIXED, True)  # [S, M, M]
-        q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
-        of_r = into(g, q, FIXED)  # [R, M]
         e = combine(r_l, of_r) + d_l * of_r  # [R, M]
         s_l = load_units(s, unit, owned, there, 1)  # [S, M]
         of_a, of_s = step_adjoint(e, lambda_, h, h_prime, d_l * d_tilde_l, s_l, 1.0, F)  # [R, M]
@@ -129,7 +129,8 @@ def sylvester_backward_kernel(
             BLOCK,
             OWN,
         )
-        g += out_of(dp, q, FIXED)
+        # Loaded once more: registers hold no three matrices.
+        g += out_of(dp, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
         layer -= 1
         columns -= M * FIXED.dim
         r -= M * M

@@ -56,18 +56,23 @@ def put_gradients(
         nth = row * num_layers + layer
         both = inside[:, None, None] & (there[:, None] & there[None, :])[None, :, :]  # [R, M, M]
         above = triangle(unit, there, True)[None, :, :]  # [1, M, M]
-        square = nth[:, None, None] * (M * M) + (unit[:, None] * M + unit[None, :])[None, :, :]  # [R, M, M]
+        square = (unit[:, None] * M + unit[None, :])[None, :, :]  # [1, M, M]
         tile = tl.where(above, of_r[:, :, None] * h[:, None, :], 0)
         if FIXED.packed:
             below = triangle(unit, there, False)[None, :, :]
             tile = tl.where(below, p[:, :, None] * of_a[:, None, :], tile)
         else:
-            tl.store(dr_tilde + square, tl.where(above, of_a[:, :, None] * p[:, None, :], 0), both)
-        tl.store(dr + square, tile, both)
+            tl.store(
+                (dr_tilde + nth * (M * M))[:, None, None] + square,
+                tl.where(above, of_a[:, :, None] * p[:, None, :], 0),
+                both,
+            )
+        tl.store((dr + nth * (M * M))[:, None, None] + square, tile, both)
         if FIXED.columns:
-            at = nth[:, None, None] * (M * D) + (unit[:, None] * D + col[None, :])[None, :, :]  # [R, M, D]
-            wanted = mask[:, :, None] & (col < D)[None, None, :]
-            tl.store(dcolumns + at, x[:, :, None] * g[:, None, :] + dp[:, :, None] * z[:, None, :], wanted)
+            at = (unit[:, None] * D + col[None, :])[None, :, :]  # [1, M, D]
+            wanted = mask[:, :, None] & (col < D)[None, None, :]  # [R, M, D]
+            of_rows = (dcolumns + nth * (M * D))[:, None, None]  # [R, 1, 1]
+            tl.store(of_rows + at, x[:, :, None] * g[:, None, :] + dp[:, :, None] * z[:, None, :], wanted)
     else:
         part = num_layers.to(tl.int64) * rows * M
         parts += rows_at(nth, M, unit)  # [R, M]

@@ -86,7 +86,7 @@ def sylvester_inverse_kernel(
             d_m = tl.load(d + m, owned, 0)  # [S]
             c_m = d_m * tl.load(d_tilde + m, owned, 0)  # [S]
             root = solve(tl.where(s_m > 0, right, float("nan")), c_m, s_m, F)  # [R], NaN where there is no inverse
-            h_m, _ = activate(root, F)  # [R]
+            h_m = activate(root, F)[0]  # [R]
             of_h = tl.where(here, d_m[:, None], load_r_column(r, m, unit, owned, there, FIXED))  # [S, M]
             x += of_h * h_m[:, None]
             a = tl.where(here, root[:, None], a)

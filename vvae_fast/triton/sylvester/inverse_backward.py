@@ -139,7 +139,8 @@ def sylvester_inverse_backward_kernel(
             BLOCK,
             OWN,
         )
-        g += out_of(v, q, FIXED)
+        # Loaded once more: registers hold no three matrices.
+        g += out_of(v, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
         layer += 1
         columns += M * FIXED.dim
         r += M * M

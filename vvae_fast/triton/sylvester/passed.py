@@ -78,7 +78,7 @@ def sylvester_passed_kernel(
             d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
             of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, a, FIXED)
             a = of_p + load_units(b, unit, owned, there, 0)
-        h, _ = activate(a, F)  # [R, M]
+        h = activate(a, F)[0]  # [R, M]
         x = dots(load_triangle(r, unit, owned, there, FIXED, True), h) + load_units(d, unit, owned, there, 0) * h
         z_l += sign * out_of(x, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
         layer += sign

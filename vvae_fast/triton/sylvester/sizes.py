@@ -35,7 +35,7 @@ def padded(size: int) -> int:
 
 def _of_thread(dtype: torch.dtype) -> int:
     """Numbers of a matrix that a thread holds; several matrices are there at once."""
-    return 16 if dtype == torch.float64 else 32
+    return 8 if dtype == torch.float64 else 16
 
 
 def most_numbers(dtype: torch.dtype) -> int:

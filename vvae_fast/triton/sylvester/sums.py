@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vvae_fast.triton import launch
 from vvae_fast.triton.blocks import dot
-from vvae_fast.triton.launch import AMD, Launch, ceil_div, planned
+from vvae_fast.triton.launch import Launch, ceil_div, planned
 from vvae_fast.triton.sylvester.calls import Call, Sizes
 from vvae_fast.triton.sylvester.gradients import Gradients, Room
 from vvae_fast.triton.sylvester.sizes import padded
@@ -19,53 +20,53 @@ _LEAST_ROWS = 256  # of a slice
 
 
 @triton.jit
-def slice_of_program(num_slices, layer_of_set, num_layers, rows_per_set, BLOCK_ROWS: tl.constexpr):
-    """A program's parameter set and layer, and the rows of its slice, numbered within the set: the first one and the
-    one behind the last."""
-    nth = tl.program_id(0).to(tl.int64) % num_slices
-    blocks = tl.cdiv(rows_per_set, BLOCK_ROWS)
-    first, end = nth * blocks // num_slices, (nth + 1) * blocks // num_slices
-    return layer_of_set // num_layers, layer_of_set % num_layers, first, end
+def slice_of_program(num_slices, num_sets, num_layers, rows_per_set, BLOCK_ROWS: tl.constexpr):
+    """A program's parameter set and layer, its blocks of the set's rows, from the first to the one behind the last, and
+    where its sums are among those of all slices, sets and layers."""
+    program = tl.program_id(0).to(tl.int64)
+    nth, slice_ = program // num_slices, program % num_slices
+    owner, layer, blocks = nth // num_layers, nth % num_layers, tl.cdiv(rows_per_set, BLOCK_ROWS)
+    place = (slice_ * num_sets + owner) * num_layers + layer
+    return owner, layer, slice_ * blocks // num_slices, (slice_ + 1) * blocks // num_slices, place
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_layers", "num_sets", "num_slices"])
 def sylvester_products_kernel(
-    x,  # [L, rows, I]
-    y,  # [L, rows, J]
-    u,  # [L, rows, I]
-    v,  # [L, rows, J]
-    sums,  # [slices, sets, L, I, J]
+    x,  # [L, rows, HEIGHT]
+    y,  # [L, rows, WIDTH]
+    u,  # [L, rows, HEIGHT]
+    v,  # [L, rows, WIDTH]
+    sums,  # [slices, sets, L, HEIGHT, WIDTH]
     rows,
     rows_per_set,
     num_layers,
     num_sets,
     num_slices,
-    I: tl.constexpr,
-    J: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    BLOCK_HEIGHT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Over the rows of a slice: x y^T + u v^T where KIND is "whole". x y^T above the diagonal where it is "upper", and
     u v^T below it where it is "packed"; else zeros."""
     dtype: tl.constexpr = x.dtype.element_ty
-    nth = tl.program_id(0).to(tl.int64) // num_slices
-    owner, layer, first, end = slice_of_program(num_slices, nth, num_layers, rows_per_set, BLOCK_ROWS)
-    tiles: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
-    i = tl.program_id(1) // tiles * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
-    j = tl.program_id(1) % tiles * BLOCK_J + tl.arange(0, BLOCK_J)  # [BLOCK_J]
-    above = tl.zeros([BLOCK_I, BLOCK_J], dtype)
-    below = tl.zeros([BLOCK_I, BLOCK_J], dtype)
+    owner, layer, first, end, place = slice_of_program(num_slices, num_sets, num_layers, rows_per_set, BLOCK_ROWS)
+    tiles: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    i = tl.program_id(1) // tiles * BLOCK_HEIGHT + tl.arange(0, BLOCK_HEIGHT)  # [BLOCK_HEIGHT]
+    j = tl.program_id(1) % tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
+    above = tl.zeros([BLOCK_HEIGHT, BLOCK_WIDTH], dtype)
+    below = tl.zeros([BLOCK_HEIGHT, BLOCK_WIDTH], dtype)
     for block in tl.range(first, end):
         of_set = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         at = layer * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
         inside = of_set < rows_per_set
-        left = at[None, :] * I + i[:, None]  # [BLOCK_I, BLOCK_ROWS]
-        right = at[:, None] * J + j[None, :]  # [BLOCK_ROWS, BLOCK_J]
-        of_left = (i < I)[:, None] & inside[None, :]
-        of_right = inside[:, None] & (j < J)[None, :]
+        left = at[None, :] * HEIGHT + i[:, None]  # [BLOCK_HEIGHT, BLOCK_ROWS]
+        right = at[:, None] * WIDTH + j[None, :]  # [BLOCK_ROWS, BLOCK_WIDTH]
+        of_left = (i < HEIGHT)[:, None] & inside[None, :]
+        of_right = inside[:, None] & (j < WIDTH)[None, :]
         above = dot(tl.load(x + left, of_left, 0), tl.load(y + right, of_right, 0), above, PRECISION)
         if KIND == "whole":
             above = dot(tl.load(u + left, of_left, 0), tl.load(v + right, of_right, 0), above, PRECISION)
@@ -73,15 +74,14 @@ def sylvester_products_kernel(
             below = dot(tl.load(u + left, of_left, 0), tl.load(v + right, of_right, 0), below, PRECISION)
     if KIND != "whole":
         above = tl.where(i[:, None] < j[None, :], above, tl.where(i[:, None] > j[None, :], below, 0))
-    slice_ = tl.program_id(0).to(tl.int64) % num_slices
-    sums += ((slice_ * num_sets + owner) * num_layers + layer) * (I * J)
-    tl.store(sums + i[:, None] * J + j[None, :], above, (i < I)[:, None] & (j < J)[None, :])
+    sums += place * (HEIGHT * WIDTH)
+    tl.store(sums + i[:, None] * WIDTH + j[None, :], above, (i < HEIGHT)[:, None] & (j < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_set", "num_layers", "num_sets", "num_slices"])
 def sylvester_sums_kernel(
-    x,  # [4, L, rows, M]
-    sums,  # [slices, 4, sets, L, M]
+    x,  # [L, rows, M]
+    sums,  # [slices, sets, L, M]
     rows,
     rows_per_set,
     num_layers,
@@ -91,20 +91,16 @@ def sylvester_sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The sums of the vectors over the rows of a slice."""
-    nth = tl.program_id(0).to(tl.int64) // num_slices
-    of_kind = nth % (num_layers.to(tl.int64) * num_sets)
-    kind = nth // (num_layers.to(tl.int64) * num_sets)
-    owner, layer, first, end = slice_of_program(num_slices, of_kind, num_layers, rows_per_set, BLOCK_ROWS)
+    """The sums of vectors over the rows of a slice."""
+    owner, layer, first, end, place = slice_of_program(num_slices, num_sets, num_layers, rows_per_set, BLOCK_ROWS)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     total = tl.zeros([BLOCK_M], x.dtype.element_ty)
     for block in tl.range(first, end):
         of_set = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
-        at = (kind * num_layers + layer) * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
+        at = layer * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
         mask = (of_set < rows_per_set)[:, None] & (m < M)[None, :]
         total += tl.sum(tl.load(x + at[:, None] * M + m[None, :], mask, 0), 0)
-    slice_ = tl.program_id(0).to(tl.int64) % num_slices
-    sums += (((slice_ * 4 + kind) * num_sets + owner) * num_layers + layer) * M
+    sums += place * M
     tl.store(sums + m, total, m < M)
 
 
@@ -123,7 +119,7 @@ def _plan(sizes: Sizes, device: torch.device) -> _Plan:
     block_rows = 16 if double else 32
     block_units = min(64, max(16, padded(fixed.units)))
     block_dim = min(32 if double else 64, max(16, padded(fixed.dim)))
-    precision = "ieee" if double or AMD else "tf32x3"
+    precision = "ieee" if double or launch.AMD else "tf32x3"  # AMD has none
     slices = min(ceil_div(sizes.rows_per_set, _LEAST_ROWS), ceil_div(_PROGRAMS, of_layers))
     counts = sizes.rows, sizes.rows_per_set, sizes.layers, sizes.sets, slices
 
@@ -140,7 +136,7 @@ def _plan(sizes: Sizes, device: torch.device) -> _Plan:
     square = min(block_dim, block_units)
     vectors = Launch(
         sylvester_sums_kernel,
-        (4 * of_layers * slices, ceil_div(fixed.units, block_units)),
+        (of_layers * slices, ceil_div(fixed.units, block_units)),
         *(*counts, fixed.units, 32, block_units),
         num_warps=2,
     )
@@ -169,7 +165,5 @@ def launch_sums(call: Call, room: Room, passed: Tensor, to: Gradients) -> None:
     put(plan.r, to.dr, of_r, h, p, of_a)
     if not call.sizes.fixed.packed:
         put(plan.r_tilde, to.dr_tilde, of_a, p, of_a, p)
-    vectors = call.z.new_empty((4, *to.db.shape))
-    put(plan.vectors, vectors, room.vectors)
-    for out, of_vector in zip((to.dd, to.dd_tilde, to.db, to.ds), vectors, strict=True):
-        out.copy_(of_vector)
+    for out, of_rows in zip((to.dd, to.dd_tilde, to.db, to.ds), room.vectors, strict=True):
+        put(plan.vectors, out, of_rows)
