@@ -51,6 +51,13 @@ TRITON_LOOPS = {
     "compact_forward_kernel": Signature(("chunks",), "MUFU", STEPS_OF_CHUNK),
     "compact_backward_kernel": Signature(("chunks",), "MUFU", STEPS_OF_CHUNK),
     "compact_gradients_kernel": Signature(("rows",), "MUFU"),
+    "sylvester_forward_kernel": Signature(("layers",), "MUFU"),
+    "sylvester_inverse_kernel": Signature(("units",), "MUFU"),
+    "sylvester_passed_kernel": Signature(("layers",), "MUFU"),
+    "sylvester_backward_kernel": Signature(("layers",), "MUFU"),
+    "sylvester_inverse_backward_kernel": Signature(("layers",), "MUFU"),
+    "sylvester_products_kernel": Signature(("rows",), "HMMA"),
+    "sylvester_sums_kernel": Signature(("rows",), "LDG"),
 }
 
 

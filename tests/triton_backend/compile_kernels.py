@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is 
 
 from vvae_fast.spec import FlowSpec
 from vvae_fast.triton import _heuristics, direct_backward, launch, planar
+from vvae_fast.triton.sylvester import operators as sylvester
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -67,10 +68,14 @@ def resources(compiled) -> dict[str, int]:
 
 def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype: str, *formulas) -> list[tuple]:
     """What forward and backward of one problem launch in the form "direct" or "compact"; for "inverse" what the inverse
-    and its backward do, which are direct. `formulas` are those of `FlowSpec`."""
+    and its backward do, which are direct. `formulas` are those of `FlowSpec`. "sylvester" and "sylvester_inverse" have
+    L layers for K, and M and the kind in place of the formulas."""
     _heuristics.is_compact = lambda *problem: form == "compact"
     found = []
     launch.Launch.__call__ = lambda of, *tensors: found.append((of.kernel, (*tensors, *of.arguments), of.options))
+    if form.startswith("sylvester"):
+        run_sylvester(form, rows, dim, num_steps, num_sets, dtype, *formulas)
+        return found
     sets = (num_sets,) if num_sets > 1 else ()
     new = {"dtype": getattr(torch, dtype), "device": "meta"}
     z, u, b = (
@@ -86,6 +91,23 @@ def record(form: str, rows: int, dim: int, num_steps: int, num_sets: int, dtype:
     z_K, log_det, a = planar.planar_forward(z, u, u, b, formulas, True)
     planar.planar_backward(z_K, log_det, z, u, u, b, a, formulas)
     return found
+
+
+def run_sylvester(
+    form: str, rows: int, dim: int, layers: int, num_sets: int, dtype: str, units: int, kind: str
+) -> None:
+    """A Sylvester flow, or its inverse, and the backward; `kind` is "orthogonal", "triangular" or "packed", which is
+    orthogonal with packed parameters."""
+    new = {"dtype": getattr(torch, dtype), "device": "meta"}
+    z, vector = torch.empty(rows, dim, **new), torch.empty(num_sets, layers, units, **new)
+    square = torch.empty(num_sets, layers, units, units, **new)
+    columns = None if kind == "triangular" else torch.empty(num_sets, layers, units, dim, **new)
+    params = columns, square, None if kind == "packed" else square, vector, vector, vector, vector
+    there, back = sylvester.sylvester_forward, sylvester.sylvester_backward
+    if form == "sylvester_inverse":
+        there, back = sylvester.sylvester_inverse, sylvester.sylvester_inverse_backward
+    z_out, log_det, saved = there(z, *params, 0, 0.2, True)
+    back(z_out, log_det, z, *params, saved, 0, 0.2)
 
 
 def main(target: list, cases: list, folder: Path | None) -> None:

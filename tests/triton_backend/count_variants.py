@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, not what is 
 
 from vvae_fast.spec import FlowSpec
 from vvae_fast.triton import planar
+from vvae_fast.triton.sylvester import operators as sylvester
 
 
 class Launcher:
@@ -59,10 +60,26 @@ def forward_and_backward(rows: int, dim: int, num_steps: int, amortized: bool, i
         back(z_K, log_det, z, u, u, b, a, formulas)
 
 
+def sylvester_forward_and_backward(rows: int, dim: int, layers: int, amortized: bool, inverse: bool = False) -> None:
+    """Of layers of dim / 2 units."""
+    sets, units = rows if amortized else 1, dim // 2
+    square, vector = torch.zeros(sets, layers, units, units), torch.zeros(sets, layers, units)
+    params = torch.zeros(sets, layers, units, dim), square, square, vector, vector, vector, vector
+    there, back = sylvester.sylvester_forward, sylvester.sylvester_backward
+    if inverse:
+        there, back = sylvester.sylvester_inverse, sylvester.sylvester_inverse_backward
+    z = torch.zeros(rows, dim)
+    z_out, log_det, saved = there(z, *params, 0, 0.2, True)
+    back(z_out, log_det, z, *params, saved, 0, 0.2)
+
+
 def main(problems: list) -> None:
     driver.set_active(fake_driver())
     for problem in problems:
-        forward_and_backward(*problem)
+        if problem[0] == "sylvester":
+            sylvester_forward_and_backward(*problem[1:])
+        else:
+            forward_and_backward(*problem)
     counts = Counter()
     for name, module in sys.modules.items():
         if name.startswith("vvae_fast.triton."):

@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from compiled import TRITON_TARGETS, compile_triton, table_of
-from triton_cases import cases, of_report
+from triton_cases import cases, of_report, spills_some
 
 from benchmarks.sass import sass_report, sass_tables
 
 pytestmark = pytest.mark.long
 LEAST_SHARED_MEMORY = 64 * 1024  # bytes a program; what every one of the targets has
+MOST_SPILLED = 512  # bytes a thread, of the largest Sylvester flows' adjoints
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,12 @@ def test_kernels_fit(compiled, target):
     rows = compiled[target]
     compact = {f"compact_{name}_kernel" for name in ("forward", "backward", "gradients", "finish")}
     direct = {"direct_forward_kernel", "direct_backward_kernel", "add_partials_kernel"}
-    assert {row["kernel"] for row in rows} == (direct if target == "gfx942" else direct | compact)
-    assert [row for row in rows if row["spilled"] or row["shared"] > LEAST_SHARED_MEMORY] == []
+    passes = ("forward", "inverse", "passed", "backward", "inverse_backward", "products", "sums")
+    always = direct | {f"sylvester_{name}_kernel" for name in passes}
+    assert {row["kernel"] for row in rows} == (always if target == "gfx942" else always | compact)
+    assert [row for row in rows if row["shared"] > LEAST_SHARED_MEMORY] == []
+    spilled = [row for row in rows if row["spilled"]]
+    assert [row for row in spilled if row["spilled"] > MOST_SPILLED or not spills_some(tuple(row["case"]))] == []
     assert all(0 < row["registers"] <= 512 for row in rows)  # the registers were read
 
 
@@ -70,3 +75,10 @@ def test_batch_size_and_steps_compile_nothing_new():
     assert set(variants(problems).values()) == {1}
     problems = [(rows, 40, num_steps, False, True) for rows, num_steps in ((128, 80), (33, 16), (33, 2))]
     assert set(variants(problems).values()) == {1}
+    for inverse in (False, True):
+        problems = [("sylvester", rows, 32, layers, False, inverse) for rows, layers in ((128, 4), (33, 3), (3, 2))]
+        counts = variants(problems)
+        assert max(counts.values()) == 2  # of products of two widths
+        assert [name for name, count in counts.items() if count > 1] == ["sylvester_products_kernel"]
+        problems = [("sylvester", rows, 32, layers, True, inverse) for rows, layers in ((128, 4), (33, 3), (3, 2))]
+        assert set(variants(problems).values()) == {1}

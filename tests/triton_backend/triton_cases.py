@@ -29,12 +29,40 @@ def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:
         others = [("log_softplus", activation, 0.2, 1e-4) for activation in ("leaky_relu", "elu", "sigmoid", "linear")]
         found |= {("direct", 128, 40, 16, 1, "float32", *formulas) for formulas in others}
         found.add(("compact", 4096, 64, 32, 1, "float32", "log_softplus", "sigmoid", 0.2, 1e-4))
-    return sorted(found)
+    return sorted(found) + sylvester_cases(target)
+
+
+def sylvester_cases(target: str) -> list[tuple]:
+    """(form, rows, D, L, parameter sets, dtype, M, kind), such that sm_90 has every number of warps."""
+    found = []
+    for form in ("sylvester", "sylvester_inverse"):
+        found.append((form, 128, 64, 4, 128, "float32", 16, "packed"))
+        found.append((form, 4096, 64, 4, 1, "float32", 16, "orthogonal"))
+        found.append((form, 128, 64, 4, 128, "float32", 64, "triangular"))
+        if target != "sm_90":
+            continue
+        found += [(form, 4096, 64, 4, 1, "float64", 16, "packed"), (form, 1000, 2, 4, 1000, "float32", 2, "orthogonal")]
+        for dim, units in ((8, 4), (32, 32), *LARGEST_SYLVESTER["float32"]):
+            found.append((form, 256, dim, 4, 128, "float32", units, "orthogonal"))
+        found += [(form, 128, dim, 4, 128, "float64", units, "packed") for dim, units in LARGEST_SYLVESTER["float64"]]
+    return found
+
+
+# (D, M) whose matrices take all of a program's registers: the adjoint and, in float64, the inverse spill some.
+LARGEST_SYLVESTER = {"float32": ((128, 64),), "float64": ((64, 64),)}
+
+
+def spills_some(case: tuple) -> bool:
+    """Whether a kernel of the problem may spill registers."""
+    form, _, dim, _, _, dtype, *rest = case
+    return form.startswith("sylvester") and (dim, rest[0]) in LARGEST_SYLVESTER[dtype]
 
 
 def of_report(case: tuple) -> bool:
     """Whether the cost report has the problem: each kernel on short, usual and long rows."""
     form, rows, dim, _, _, dtype, *formulas = case
+    if form.startswith("sylvester"):
+        return dtype == "float32" and dim == 64
     if formulas or dtype == "float64":
         return False
     if form == "compact":

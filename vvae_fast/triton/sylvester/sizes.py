@@ -51,5 +51,5 @@ def numbers(dim: int, units: int) -> int:
 def block(dim: int, units: int, dtype: torch.dtype) -> tuple[Block, int]:
     """And the warps of a program."""
     of_warp, of_row = _WARP * _of_thread(dtype), numbers(dim, units)
-    rows = min(_MOST_ROWS, max(1, of_warp // of_row))
+    rows = min(_MOST_ROWS, max(1, of_warp // (2 * of_row)))  # half as many numbers: vectors of many rows take registers
     return Block(rows, padded(units), padded(dim)), max(1, of_row // of_warp)

@@ -59,7 +59,7 @@ def sylvester_products_kernel(
     j = tl.program_id(1) % tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
     above = tl.zeros([BLOCK_HEIGHT, BLOCK_WIDTH], dtype)
     below = tl.zeros([BLOCK_HEIGHT, BLOCK_WIDTH], dtype)
-    for block in tl.range(first, end):
+    for block in tl.range(first, end, num_stages=2):
         of_set = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         at = layer * rows + of_set * num_sets + owner  # [BLOCK_ROWS]
         inside = of_set < rows_per_set
@@ -117,7 +117,7 @@ def _plan(sizes: Sizes, device: torch.device) -> _Plan:
     fixed, of_layers = sizes.fixed, sizes.sets * sizes.layers
     double = sizes.dtype == torch.float64
     block_rows = 16 if double else 32
-    block_units = min(64, max(16, padded(fixed.units)))
+    block_units = min(32, max(16, padded(fixed.units)))
     block_dim = min(32 if double else 64, max(16, padded(fixed.dim)))
     precision = "ieee" if double or launch.AMD else "tf32x3"  # AMD has none
     slices = min(ceil_div(sizes.rows_per_set, _LEAST_ROWS), ceil_div(_PROGRAMS, of_layers))
