@@ -1,6 +1,9 @@
 """What of Triton is compiled for GPUs that are not here: problems that ask for every kernel the table can choose."""
 
+import torch
+
 from vvae_fast.triton import _table
+from vvae_fast.triton.sylvester import sizes
 
 
 def cases(target: str) -> list[tuple[str, int, int, int, int, str]]:
@@ -42,20 +45,17 @@ def sylvester_cases(target: str) -> list[tuple]:
         if target != "sm_90":
             continue
         found += [(form, 4096, 64, 4, 1, "float64", 16, "packed"), (form, 1000, 2, 4, 1000, "float32", 2, "orthogonal")]
-        for dim, units in ((8, 4), (32, 32), *LARGEST_SYLVESTER["float32"]):
+        for dim, units in ((8, 4), (32, 32), (128, 64), (256, 32)):
             found.append((form, 256, dim, 4, 128, "float32", units, "orthogonal"))
-        found += [(form, 128, dim, 4, 128, "float64", units, "packed") for dim, units in LARGEST_SYLVESTER["float64"]]
+        found.append((form, 128, 64, 4, 128, "float64", 64, "packed"))
     return found
 
 
-# (D, M) whose matrices take all of a program's registers: the adjoint and, in float64, the inverse spill some.
-LARGEST_SYLVESTER = {"float32": ((128, 64),), "float64": ((64, 64),)}
-
-
 def spills_some(case: tuple) -> bool:
-    """Whether a kernel of the problem may spill registers."""
+    """Whether a kernel of the problem may spill registers: those of the largest Sylvester flows, whose matrices take
+    all that a program has."""
     form, _, dim, _, _, dtype, *rest = case
-    return form.startswith("sylvester") and (dim, rest[0]) in LARGEST_SYLVESTER[dtype]
+    return form.startswith("sylvester") and sizes.numbers(dim, rest[0]) == sizes.most_numbers(getattr(torch, dtype))
 
 
 def of_report(case: tuple) -> bool:

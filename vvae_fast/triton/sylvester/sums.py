@@ -50,8 +50,8 @@ def sylvester_products_kernel(
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Over the rows of a slice: x y^T + u v^T where KIND is "whole". x y^T above the diagonal where it is "upper", and
-    u v^T below it where it is "packed"; else zeros."""
+    """Adds x y^T + u v^T over the rows of a slice where KIND is "whole". Where it is "upper", x y^T above the diagonal
+    and zeros elsewhere; where it is "packed", also u v^T below the diagonal."""
     dtype: tl.constexpr = x.dtype.element_ty
     owner, layer, first, end, place = slice_of_program(num_slices, num_sets, num_layers, rows_per_set, BLOCK_ROWS)
     tiles: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
@@ -154,9 +154,9 @@ def launch_sums(call: Call, room: Room, passed: Tensor, to: Gradients) -> None:
     plan = _plan(call.sizes, call.z.device)
     of_a, (of_r, h, p, x, dp) = room.vectors[2], room.parts
 
-    def put(launch: Launch, out: Tensor, *of_rows: Tensor) -> None:
+    def put(add: Launch, out: Tensor, *of_rows: Tensor) -> None:
         sums = out.new_empty((plan.slices, *out.shape)) if plan.slices > 1 else out
-        launch(*of_rows, sums)
+        add(*of_rows, sums)
         if plan.slices > 1:
             torch.sum(sums, 0, out=out)
 
