@@ -74,14 +74,14 @@ def sylvester_backward_kernel(
     d_tilde += owner * d_tilde_set + layer * M
     b += owner * b_set + layer * M
     s += owner * s_set + layer * M
+    unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
 
     g = tl.load(grad_z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     lambda_ = tl.load(grad_log_det + row, inside, 0)[:, None]  # [R, 1]
     for _ in tl.range(num_layers):
-        unit, there = units_of(layer, FIXED, BLOCK)  # [M]
-        of_r = into(g, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)  # [R, M]
+        of_r = into(g, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)  # [R, M]
         p = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
         d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
         r_tilde_l = load_r_tilde(r, r_tilde, unit, owned, there, FIXED)  # [S, M, M]
@@ -130,7 +130,7 @@ def sylvester_backward_kernel(
             OWN,
         )
         # Loaded once more: registers hold no three matrices.
-        g += out_of(dp, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
+        g += out_of(dp, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer -= 1
         columns -= M * FIXED.dim
         r -= M * M

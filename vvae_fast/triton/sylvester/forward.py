@@ -62,15 +62,15 @@ def sylvester_forward_kernel(
     b += owner * b_set
     s += owner * s_set
     saved += row * M  # [R]
+    unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
 
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     sum_of_logs = tl.zeros([BLOCK.rows], z.dtype.element_ty)  # [R]
     for layer in tl.range(num_layers):
-        unit, there = units_of(layer, FIXED, BLOCK)  # [M]
         q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
-        p = into(z_l, q, FIXED)  # [R, M]
+        p = into(z_l, q, layer, FIXED, BLOCK)  # [R, M]
         if SAVE:
             tl.store(saved[:, None] + unit[None, :], p, inside[:, None] & there[None, :])
         d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
@@ -80,7 +80,7 @@ def sylvester_forward_kernel(
         c, s_l = d_l * d_tilde_l, load_units(s, unit, owned, there, 1)  # [S, M]
         sum_of_logs += tl.sum(log_abs_determinant(h, h_prime, c, s_l, 0.0, F), 1)
         x = dots(load_triangle(r, unit, owned, there, FIXED, True), h) + d_l * h  # [R, M]
-        z_l += out_of(x, q, FIXED)
+        z_l += out_of(x, q, layer, FIXED, BLOCK)
         columns += M * FIXED.dim
         r += M * M
         r_tilde += M * M

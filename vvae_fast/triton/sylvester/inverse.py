@@ -65,16 +65,17 @@ def sylvester_inverse_kernel(
     b += owner * b_set + layer * M
     s += owner * s_set + layer * M
     saved += (layer * rows + row) * M  # [R]
+    unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
 
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     sum_of_logs = tl.zeros([BLOCK.rows], z.dtype.element_ty)  # [R]
     for _ in tl.range(num_layers):
-        unit, there = units_of(layer, FIXED, BLOCK)  # [M]
         q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
         d_l, d_tilde_l = load_units(d, unit, owned, there, 0), load_units(d_tilde, unit, owned, there, 0)  # [S, M]
-        of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, into(z_l, q, FIXED), FIXED)
+        p = into(z_l, q, layer, FIXED, BLOCK)  # [R, M]
+        of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, p, FIXED)  # [R, M]
         rhs = of_p + load_units(b, unit, owned, there, 0)  # [R, M]
         a, x = tl.zeros_like(rhs), tl.zeros_like(rhs)  # [R, M], x is R h of the units behind m
         for nth in tl.range(M):
@@ -95,7 +96,7 @@ def sylvester_inverse_kernel(
         h, h_prime = activate(a, F)  # [R, M]
         s_l = load_units(s, unit, owned, there, 1)  # [S, M]
         sum_of_logs -= tl.sum(log_abs_determinant(h, h_prime, d_l * d_tilde_l, s_l, 0.0, F), 1)
-        z_l -= out_of(x, q, FIXED)
+        z_l -= out_of(x, q, layer, FIXED, BLOCK)
         layer -= 1
         columns -= M * FIXED.dim
         r -= M * M

@@ -71,6 +71,7 @@ def sylvester_inverse_backward_kernel(
     d += owner * d_set
     d_tilde += owner * d_tilde_set
     s += owner * s_set
+    unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
     passed += rows_at(row, FIXED.dim, col)  # [R, D]
@@ -79,9 +80,8 @@ def sylvester_inverse_backward_kernel(
     lambda_ = tl.load(grad_log_det + row, inside, 0)[:, None]  # [R, 1]
     layer = num_layers.to(tl.int64) * 0
     for _ in tl.range(num_layers):
-        unit, there = units_of(layer, FIXED, BLOCK)  # [M]
         q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
-        p = into(tl.load(passed, mask, 0), q, FIXED)  # [R, M]
+        p = into(tl.load(passed, mask, 0), q, layer, FIXED, BLOCK)  # [R, M]
         passed += rows.to(tl.int64) * FIXED.dim
         z_l = tl.load(passed, mask, 0)  # [R, D], behind the layer
         a = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
@@ -90,7 +90,7 @@ def sylvester_inverse_backward_kernel(
         c = d_l * d_tilde_l  # [S, M]
         inverse = 1 / determinant(h, h_prime, c, load_units(s, unit, owned, there, 1), F)  # [R, M]
         r_l = load_triangle(r, unit, owned, there, FIXED, True)  # [S, M, M]
-        of_g = into(g, q, FIXED)  # [R, M]
+        of_g = into(g, q, layer, FIXED, BLOCK)  # [R, M]
         e = combine(r_l, of_g) + d_l * of_g  # [R, M]
         # mu but for the sum in (64), which is times slope
         of_a = (-e * h_prime - lambda_ * (c * h_second(h, h_prime, F) * inverse)) * inverse  # [R, M]
@@ -140,7 +140,7 @@ def sylvester_inverse_backward_kernel(
             OWN,
         )
         # Loaded once more: registers hold no three matrices.
-        g += out_of(v, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
+        g += out_of(v, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer += 1
         columns += M * FIXED.dim
         r += M * M

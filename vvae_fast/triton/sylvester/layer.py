@@ -2,7 +2,7 @@
 
 Shapes: vectors [R, M] or [R, D], matrices [S, M, M] or [S, M, D], where S = 1 where parameters are shared, else R. M
 and D stand for the powers of two that hold them; what is behind the last unit or column is 0. A lane of M is a unit of
-the layer. The triangular kind's odd layers take z in reverse order: there the units are in reverse order, not z.
+the layer.
 """
 
 import triton
@@ -21,14 +21,10 @@ def rows_of_program(rows, num_sets, FIXED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def units_of(layer, FIXED: tl.constexpr, BLOCK: tl.constexpr):
+def units_of(FIXED: tl.constexpr, BLOCK: tl.constexpr):
     """The units [M] of the lanes, and which lanes have one."""
-    lane = tl.arange(0, BLOCK.units)
-    there = lane < FIXED.units
-    if FIXED.columns:
-        return lane, there
-    else:
-        return tl.where(layer % 2 == 1, FIXED.units - 1 - lane, lane), there
+    unit = tl.arange(0, BLOCK.units)
+    return unit, unit < FIXED.units
 
 
 @triton.jit
@@ -102,21 +98,29 @@ def combine(matrix, x):
 
 
 @triton.jit
-def into(z, columns, FIXED: tl.constexpr):
-    """Q^T z [R, M]."""
-    if FIXED.columns:
-        return dots(columns, z)
-    else:
-        return z
+def turned(x, layer, FIXED: tl.constexpr, BLOCK: tl.constexpr):
+    """x [R, D], in reverse order in odd layers."""
+    lane = tl.arange(0, BLOCK.dim)  # [D]
+    at = tl.where((layer % 2 == 1) & (lane < FIXED.dim), FIXED.dim - 1 - lane, lane)
+    return tl.gather(x, tl.broadcast_to(at[None, :], [BLOCK.rows, BLOCK.dim]), 1)
 
 
 @triton.jit
-def out_of(x, columns, FIXED: tl.constexpr):
+def into(z, columns, layer, FIXED: tl.constexpr, BLOCK: tl.constexpr):
+    """Q^T z [R, M]; the triangular kind's odd layers take z in reverse order."""
+    if FIXED.columns:
+        return dots(columns, z)
+    else:
+        return turned(z, layer, FIXED, BLOCK)
+
+
+@triton.jit
+def out_of(x, columns, layer, FIXED: tl.constexpr, BLOCK: tl.constexpr):
     """Q x [R, D]."""
     if FIXED.columns:
         return combine(columns, x)
     else:
-        return x
+        return turned(x, layer, FIXED, BLOCK)
 
 
 @triton.jit

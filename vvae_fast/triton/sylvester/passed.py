@@ -63,6 +63,7 @@ def sylvester_passed_kernel(
     d_tilde += owner * d_tilde_set + layer * M
     b += owner * b_set + layer * M
     saved += (layer * rows + row) * M  # [R]
+    unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
     passed += rows_at(row, FIXED.dim, col)  # [R, D]
@@ -72,7 +73,6 @@ def sylvester_passed_kernel(
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     for _ in tl.range(num_layers):
         tl.store(passed, z_l, mask)
-        unit, there = units_of(layer, FIXED, BLOCK)  # [M]
         a = tl.load(saved[:, None] + unit[None, :], inside[:, None] & there[None, :], 0)  # [R, M]
         if not INVERSE:
             d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
@@ -80,7 +80,7 @@ def sylvester_passed_kernel(
             a = of_p + load_units(b, unit, owned, there, 0)
         h = activate(a, F)[0]  # [R, M]
         x = dots(load_triangle(r, unit, owned, there, FIXED, True), h) + load_units(d, unit, owned, there, 0) * h
-        z_l += sign * out_of(x, load_columns(columns, unit, owned, there, FIXED, BLOCK), FIXED)
+        z_l += sign * out_of(x, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer += sign
         columns += sign * M * FIXED.dim
         r += sign * M * M
