@@ -39,7 +39,8 @@ def _of_thread(dtype: torch.dtype) -> int:
 
 
 def most_numbers(dtype: torch.dtype) -> int:
-    """Of a row's matrix, M x D in powers of two: what the registers of a program hold."""
+    """Of a row's matrix, M x D in powers of two: what the registers of a program hold. Kernels of flows with so many
+    spill some."""
     return _MOST_WARPS * _WARP * _of_thread(dtype)
 
 
