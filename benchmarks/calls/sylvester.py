@@ -1,14 +1,16 @@
-"""What an amortized Sylvester flow costs on the CPU: python -m benchmarks.calls.sylvester [rounds]
+"""What an amortized Sylvester flow costs: python -m benchmarks.calls.sylvester [rounds] [cpu or cuda]
 
 First the flow alone, forward + backward, B = 100, D = 64, float32, one thread, Q, R, R~ and b given for each row:
 
 - loop: plain PyTorch as the family's published code is written, a loop over the layers with batched products;
 - vvae_fast: `sylvester_flow`; packed: the same from one matrix for R and R~, as `AmortizedSylvesterFlow` calls it;
+- reference: `sylvester_flow` by PyTorch's matrix products, on a GPU alone, to compare with the kernels;
 - planar: `planar_flow` of L M steps, which is the same map, and reads and writes u and w of L M D numbers each.
 
 All give the same z and log_det, which is checked before anything is timed. Then a step of a VAE by van den Berg et
 al.'s protocol, gated convolutions with 64 latents, B = 100, two threads, fused Adam: each family against no flow.
 Contestants take turns; printed are medians over the rounds and the median ratio of a round.
+On a GPU a call ends when its kernels have.
 """
 
 import functools
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Callable[[], nn.Module | None]] = {
 
 def loop(z: Tensor, q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """z [B, D] and log_det [B] for q [B, L, D, M], r, r_tilde [B, L, M, M] and b [B, L, M]."""
-    z, log_det = z[:, None], torch.zeros(len(z))
+    z, log_det = z[:, None], z.new_zeros(len(z))
     for layer in range(r.shape[1]):
         upper, upper_tilde = r[:, layer], r_tilde[:, layer]
         turned = q is None and layer % 2
@@ -71,7 +73,7 @@ def loop(z: Tensor, q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> 
 def as_planar(q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, w [B, L M, D] and b [B, L M] of the same map, docs/math.md (57)."""
     if q is None:
-        q = torch.eye(DIM).expand(*r.shape).clone()
+        q = torch.eye(DIM, device=r.device).expand(*r.shape).clone()
         q[:, 1::2] = q[:, 1::2].flip(-2)
     u, w = (q @ r).mT, (q @ r_tilde.mT).mT
     return u.flatten(1, 2).contiguous(), w.flatten(1, 2).contiguous(), b.flatten(1, 2)
@@ -80,18 +82,25 @@ def as_planar(q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> tuple[
 def both_passes(
     flow: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor | None], grads: tuple[Tensor, Tensor]
 ) -> object:
-    return torch.autograd.grad(flow(*leaves), [t for t in leaves if t is not None], grads)
+    gradients = torch.autograd.grad(flow(*leaves), [t for t in leaves if t is not None], grads)
+    if grads[0].is_cuda:
+        torch.cuda.synchronize()
+    return gradients
 
 
-def time_flows(rounds: int) -> None:
+def time_flows(rounds: int, device: torch.device) -> None:
     quiet()
-    print("The flow alone, forward + backward, B = 100, D = 64, one thread")
+    print(f"The flow alone, forward + backward, B = 100, D = 64, {_where(device, 'one thread')}")
     for title, (layers, units, with_q) in CASES.items():
         torch.manual_seed(0)
-        z = torch.randn(ROWS, DIM)
-        q = torch.linalg.qr(torch.randn(ROWS, layers, DIM, units))[0].mT.contiguous().mT if with_q else None
-        r, r_tilde = (torch.randn(ROWS, layers, units, units).triu() / units for _ in range(2))
-        b = torch.randn(ROWS, layers, units)
+        z = torch.randn(ROWS, DIM, device=device)
+        q = (
+            torch.linalg.qr(torch.randn(ROWS, layers, DIM, units, device=device))[0].mT.contiguous().mT
+            if with_q
+            else None
+        )
+        r, r_tilde = (torch.randn(ROWS, layers, units, units, device=device).triu() / units for _ in range(2))
+        b = torch.randn(ROWS, layers, units, device=device)
         mixed = r.triu(1) + r_tilde.triu(1).mT
         d, d_tilde = (t.diagonal(dim1=-2, dim2=-1).contiguous() for t in (r, r_tilde))
         flows: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor | None, ...]]] = {
@@ -100,7 +109,9 @@ def time_flows(rounds: int) -> None:
             "planar": (functools.partial(planar_flow, constraint="none"), (z, *as_planar(q, r, r_tilde, b))),
             "loop": (loop, (z, q, r, r_tilde, b)),
         }
-        grads = torch.randn(ROWS, DIM), torch.randn(ROWS)
+        if device.type == "cuda":
+            flows["reference"] = functools.partial(sylvester_flow, backend="reference"), (z, q, r, r_tilde, b)
+        grads = torch.randn(ROWS, DIM, device=device), torch.randn(ROWS, device=device)
         calls = {}
         for name, (flow, tensors) in flows.items():
             for ours, theirs in zip(flow(*tensors), loop(z, q, r, r_tilde, b), strict=True):
@@ -119,20 +130,24 @@ def time_flows(rounds: int) -> None:
         )
 
 
-def time_steps(rounds: int) -> None:
+def time_steps(rounds: int, device: torch.device) -> None:
     quiet(2)
-    print("A step of the VAE of gated convolutions, 64 latents, B = 100, two threads, against no flow")
-    x = torch.rand(ROWS, 1, 28, 28)
+    where = _where(device, "two threads")
+    print(f"A step of the VAE of gated convolutions, 64 latents, B = 100, {where}, against no flow")
+    x = torch.rand(ROWS, 1, 28, 28, device=device)
     calls = {}
     for title, make in FAMILIES.items():
         torch.manual_seed(0)
         vae = VAE(gated_conv_encoder(), gated_conv_decoder(DIM, 1), DIM, make(), feature_dim=CONV_FEATURES)
+        vae.to(device)
         optimizer = torch.optim.Adam(vae.parameters(), fused=True)
 
         def step(vae: VAE = vae, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad()
             (-vae.elbo(x).mean()).backward()
             optimizer.step()
+            if x.is_cuda:
+                torch.cuda.synchronize()
 
         calls[title] = step
     times = in_turn(calls, rounds)
@@ -140,11 +155,16 @@ def time_steps(rounds: int) -> None:
         print(f"  {title}: {1e3 * statistics.median(kept):.1f} ms, {ratio(times, title, 'no flow'):.2f}x", flush=True)
 
 
+def _where(device: torch.device, threads: str) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+
+
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    device = torch.device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
     print(f"torch {torch.__version__}")
-    time_flows(rounds)
-    time_steps(rounds)
+    time_flows(rounds, device)
+    time_steps(rounds, device)
 
 
 if __name__ == "__main__":
