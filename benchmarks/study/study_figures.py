@@ -43,8 +43,8 @@ def ranks(results: Results) -> list[str]:
 
 
 def _draw_ranks(results: Results) -> Figure:
-    """NLL against parameters, and against seconds of an epoch if they were measured: a line for each rank, a point for
-    each K."""
+    """NLL against parameters, and against seconds of an epoch if they were measured: a line for each family, a point
+    for each length."""
     costs = {"parameters": lambda model: results.runs[model][0]["num_parameters"]}
     if all(results.seconds(model, OURS) for family in ranks(results) for model in results.flows(family)):
         costs["seconds of an epoch"] = lambda model: results.seconds(model, OURS)
@@ -59,7 +59,7 @@ def _draw_ranks(results: Results) -> Figure:
             x = [of(model) for model in models]
             axes.errorbar(x, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=2, label=family)
             for model, place in zip(models, zip(x, means, strict=True), strict=True):
-                label = f"K = {model.num_steps}"
+                label = model.length
                 axes.annotate(label, place, (4, 4), textcoords="offset points", fontsize="x-small", color=color)
         axes.set(xscale="log", xlabel=cost, ylabel="NLL, nats")
     figure.axes[0].legend(fontsize="small")
@@ -95,7 +95,12 @@ def _draw_lengths(results: Results) -> Figure:
     for axes, keys, title in ((left, ("neg_elbo", "nll"), "-ELBO and NLL"), (right, ("gap",), "gap = -ELBO - NLL")):
         for key in keys:
             _draw_score(axes, results, key, named=axes is right or key == "nll")
-        axes.set(xscale="log", xlabel="K, steps of the flow", ylabel="nats", title=title)
+        axes.set(
+            xscale="log",
+            xlabel="K, steps of the flow" if results.is_planar else "steps or layers of the flow",
+            ylabel="nats",
+            title=title,
+        )
         lengths = sorted({model.num_steps for model in results.runs if model.kind != VANILLA})
         axes.set_xticks(lengths, [str(k) for k in lengths])
         axes.minorticks_off()

@@ -24,6 +24,7 @@ PUBLISHED = FOLDER / "published.yaml"
 COLUMNS = ["model", "K", "-ELBO", "NLL", "gap", "KL", "active units", "parameters", "s / epoch", PLAIN, REFERENCE]
 TITLES = {
     "digits": "Digits",
+    "mnist_families_cpu": "MNIST, families of flows",
     "mnist_mlp_cpu": "MNIST, at a budget for two CPU cores",
     "mnist_gaps_cpu": "MNIST, where the gain comes from",
     "mnist_rank_cpu": "MNIST, ranks of the amortized flow's head",
@@ -81,6 +82,7 @@ def section(results: Results, published: list[dict]) -> str:
     config = f"configs/{config_of(name).relative_to(CONFIGS)}"
     machine = results.environment
     where = machine["gpu"] or f"{machine['processor']}, torch {machine['torch']}"
+    each = "rank" if results.is_planar else "family"
     parts = [
         f"## {TITLES.get(name, name)}",
         f"Protocol, [{config}](../{config}): {results.study.protocol}. Seeds {seeds}. {where}.",
@@ -89,7 +91,11 @@ def section(results: Results, published: list[dict]) -> str:
         f"package's flow; {PLAIN}: with the fastest Python loop over the flow's steps instead; {REFERENCE}: with this "
         "package's own loop. " + timing(results),
         f"![-ELBO, NLL and gap against K](results/{name}.svg)",
-        *([f"![NLL of each rank against its cost](results/{name}_ranks.svg)"] if study_figures.ranks(results) else []),
+        *(
+            [f"![NLL of each {each} against its cost](results/{name}_ranks.svg)"]
+            if study_figures.ranks(results)
+            else []
+        ),
         *study_gaps.section(results),
         findings(results),
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vvae_fast.train.run.runconfig import LATER, VANILLA
+from vvae_fast.train.run.runconfig import LATER, PLANAR, VANILLA
 from vvae_fast.train.study.compare import RESULTS, VANILLA_MODEL, Model
 from vvae_fast.train.study.spread import Spread
 from vvae_fast.train.study.studies import Study, load_study
@@ -53,13 +53,19 @@ class Results:
 
     @property
     def families(self) -> list[str]:
-        """The families of flows, amortized ones first, by rank."""
-        flows = sorted((model for model in self.runs if model.kind != VANILLA), key=lambda x: (x.kind, x.rank))
-        return list(dict.fromkeys(model.family for model in flows))
+        """The families of flows, amortized ones first, by rank, and others than planar ones last."""
+        flows = [model for model in self.runs if model.kind != VANILLA]
+        flows.sort(key=lambda model: (model.kind, model.rank, model.flow != PLANAR))
+        return list(dict.fromkeys(model.series for model in flows))
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether all its flows are planar."""
+        return all(model.flow == PLANAR for model in self.runs)
 
     def flows(self, family: str) -> list[Model]:
         """The models of a family, the shortest flow first."""
-        return sorted((model for model in self.runs if model.family == family), key=lambda model: model.num_steps)
+        return sorted((model for model in self.runs if model.series == family), key=lambda model: model.num_steps)
 
     def has_seconds(self, backend: str) -> bool:
         """Whether any seconds were measured with this backend."""

@@ -3,7 +3,7 @@
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study import study_gaps
 from benchmarks.study.study_results import OURS, VANILLA_MODEL, Results
-from vvae_fast.train.run.runconfig import AMORTIZED, UNMATCHED
+from vvae_fast.train.run.runconfig import AMORTIZED, PLANAR, UNMATCHED
 from vvae_fast.train.study.compare import Model
 from vvae_fast.train.study.spread import CLEAR, Spread
 
@@ -14,7 +14,7 @@ def introduction(studies: list[Results]) -> str:
 
 The vanilla VAE has a diagonal Gaussian posterior. The other models move its samples through K planar steps
 (Rezende & Mohamed 2015). The parameters of the steps are shared by all data points, or the encoder computes them for
-each data point (amortized). The studies here are {", ".join(names)} and {last};
+each data point (amortized).{_of_others(studies)} The studies here are {", ".join(names)} and {last};
 [study.md](study.md) says how to run them. Figure 3 of Rezende & Mohamed, flows on four energies, is in
 [density.md](density.md).
 
@@ -35,6 +35,12 @@ hand, except those that others published, in `published.yaml`.
   differences."""
 
 
+def _of_others(studies: list[Results]) -> str:
+    """The studies with other flows, where there are any."""
+    names = " and ".join(f"`{results.study.name}`" for results in studies if not results.is_planar)
+    return f" In {names} some are Sylvester or Householder flows; L layers of M units stand under K." if names else ""
+
+
 def findings(results: Results) -> str:
     """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
     parts = [_family_sentence(results, family) for family in results.families]
@@ -47,9 +53,9 @@ def findings(results: Results) -> str:
 def _family_sentence(results: Results, family: str) -> str:
     models = results.flows(family)
     nlls = {model: results.difference(model, "nll") for model in models}
-    listed = "; ".join(f"K = {model.num_steps}: {nll.text(sign=True)}" for model, nll in nlls.items())
+    listed = "; ".join(f"{model.length}: {nll.text(sign=True)}" for model, nll in nlls.items())
     said = verdict(list(nlls.values()))
-    return f"**{family.capitalize()} flows {said}.** NLL less the vanilla VAE's, in nats: {listed}."
+    return f"**{family[0].upper() + family[1:]} flows {said}.** NLL less the vanilla VAE's, in nats: {listed}."
 
 
 def verdict(differences: list[Spread]) -> str:
@@ -78,8 +84,9 @@ def best(results: Results, family: str) -> Model:
 def _where_the_gain_is(results: Results) -> str:
     model = best(results, AMORTIZED)
     neg_elbo, nll, gap = (results.difference(model, key) for key in ("neg_elbo", "nll", "gap"))
+    kind = "" if results.is_planar else "planar "
     return (
-        f"The best amortized flow, K = {model.num_steps}, changes -ELBO by {neg_elbo.text(sign=True)} nats: "
+        f"The best amortized {kind}flow, {model.length}, changes -ELBO by {neg_elbo.text(sign=True)} nats: "
         f"{nll.text(sign=True)} in the NLL, {gap.text(sign=True)} in the bound's gap, "
         f"which is {results.score(VANILLA_MODEL, 'gap').text()} without a flow. How much of it comes from a better "
         "model is not measured: better inference lowers this NLL too."
@@ -116,7 +123,7 @@ def _cost(results: Results) -> str:
         model = results.flows(family)[-1]
         ours, loop = (results.seconds(model, backend) for backend in (OURS, PLAIN))
         beside = f" ({loop / vanilla:.1f} times with the {PLAIN})" if loop else ""
-        parts.append(f"{family} K = {model.num_steps} {ours / vanilla:.2f} times as long{beside}")
+        parts.append(f"{family} {model.length} {ours / vanilla:.2f} times as long{beside}")
     return f"An epoch takes, compared with the vanilla VAE: {'; '.join(parts)}."
 
 
@@ -178,6 +185,7 @@ def _of_families(results: Results) -> str:
         model = best(results, family)
         said = verdict([results.difference(flow, "nll") for flow in results.flows(family)])
         nll = results.difference(model, "nll").text(sign=True)
-        parts.append(f"{family} planar flows {said}; their best, K = {model.num_steps}, changes the NLL by {nll} nats")
+        of = f"{family} planar" if model.flow == PLANAR else family
+        parts.append(f"{of} flows {said}; their best, {model.length}, changes the NLL by {nll} nats")
     parts += filter(None, [study_gaps.conclusion(results)])
     return ". ".join(part[0].upper() + part[1:] for part in parts)

@@ -101,6 +101,21 @@ def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
     assert "_ranks.svg" not in study_report.section(results, [])
 
 
+def test_flows_that_are_not_planar_are_families_of_their_own():
+    (results,) = (found for found in STUDIES if found.study.name == "mnist_families_cpu")
+    triangular, orthogonal = "amortized triangular Sylvester", "amortized orthogonal Sylvester M=16"
+    assert results.families == ["amortized", orthogonal, triangular, "amortized Householder"]
+    assert [model.flow for model in results.flows("amortized")] == ["planar", "planar"]
+    assert [model.length for model in results.flows(triangular)] == ["L = 2", "L = 4"]
+    text = study_text.findings(results)
+    for family in ("**Amortized flows", "**Amortized orthogonal Sylvester M=16 flows", "**Amortized Householder flows"):
+        assert text.count(f"{family} ") == 1
+    assert "The best amortized planar flow, K = 80," in text
+    assert "Amortized triangular Sylvester flows" in study_text.conclusions([results])
+    assert "![NLL of each family against its cost]" in study_report.section(results, [])
+    assert "In `mnist_families_cpu` some are Sylvester" in study_text.introduction([*STUDIES[:1], results])
+
+
 def test_a_matched_vanilla_vae_is_compared_with_its_flow(tmp_path):
     (results,) = (found for found in STUDIES if found.study.name == "mnist_mlp_cpu")
     wide, flow, vanilla = Model("vanilla", 0, matched=16), Model("amortized", 16), study_results.VANILLA_MODEL

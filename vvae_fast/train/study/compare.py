@@ -82,6 +82,16 @@ class Model:
         return f"{self.flow.removeprefix(SYLVESTER)} Sylvester{units}"
 
     @property
+    def series(self) -> str:
+        """What models share that differ in length alone: "amortized", "amortized triangular Sylvester"."""
+        return self.family if self.flow == PLANAR else f"{self.family} {self.flow_words}"
+
+    @property
+    def length(self) -> str:
+        """As in "K = 16", or "L = 4" of a Sylvester flow."""
+        return length(self.flow, self.num_steps, " = ")
+
+    @property
     def title(self) -> str:
         matched = "" if self.matched == UNMATCHED else f", matched to K = {self.matched}"
         return f"vanilla VAE{matched}" if self.kind == VANILLA else f"{self.family} {self.flow_words}"
