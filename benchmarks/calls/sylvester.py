@@ -33,6 +33,7 @@ from vvae_fast import (
 from vvae_fast.nn.gated import CONV_FEATURES, gated_conv_decoder, gated_conv_encoder
 from vvae_fast.sylvester import packed_sylvester_flow
 
+Calls = dict[str, Callable[[], object]]
 ROWS, DIM = 100, 64
 CASES = {  # L, M, whether there is a Q
     "orthogonal, L = 16, M = 16": (16, 16, True),
@@ -73,7 +74,7 @@ def loop(z: Tensor, q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> 
 def as_planar(q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, w [B, L M, D] and b [B, L M] of the same map, docs/math.md (57)."""
     if q is None:
-        q = torch.eye(DIM, device=r.device).expand(*r.shape).clone()
+        q = torch.eye(DIM).expand(*r.shape).clone()
         q[:, 1::2] = q[:, 1::2].flip(-2)
     u, w = (q @ r).mT, (q @ r_tilde.mT).mT
     return u.flatten(1, 2).contiguous(), w.flatten(1, 2).contiguous(), b.flatten(1, 2)
@@ -82,44 +83,44 @@ def as_planar(q: Tensor | None, r: Tensor, r_tilde: Tensor, b: Tensor) -> tuple[
 def both_passes(
     flow: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor | None], grads: tuple[Tensor, Tensor]
 ) -> object:
-    gradients = torch.autograd.grad(flow(*leaves), [t for t in leaves if t is not None], grads)
-    if grads[0].is_cuda:
-        torch.cuda.synchronize()
-    return gradients
+    return torch.autograd.grad(flow(*leaves), [t for t in leaves if t is not None], grads)
+
+
+def calls_of_flows(layers: int, units: int, with_q: bool, on_gpu: bool) -> Calls:
+    """Forward + backward of each contestant, which agrees with the loop."""
+    torch.manual_seed(0)
+    z = torch.randn(ROWS, DIM)
+    q = torch.linalg.qr(torch.randn(ROWS, layers, DIM, units))[0].mT.contiguous().mT if with_q else None
+    r, r_tilde = (torch.randn(ROWS, layers, units, units).triu() / units for _ in range(2))
+    b = torch.randn(ROWS, layers, units)
+    mixed = r.triu(1) + r_tilde.triu(1).mT
+    d, d_tilde = (t.diagonal(dim1=-2, dim2=-1).contiguous() for t in (r, r_tilde))
+    flows: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor | None, ...]]] = {
+        "vvae_fast": (sylvester_flow, (z, q, r, r_tilde, b)),
+        "packed": (packed_sylvester_flow, (z, q, mixed, d, d_tilde, b)),
+        "planar": (functools.partial(planar_flow, constraint="none"), (z, *as_planar(q, r, r_tilde, b))),
+        "loop": (loop, (z, q, r, r_tilde, b)),
+    }
+    if on_gpu:
+        flows["reference"] = functools.partial(sylvester_flow, backend="reference"), (z, q, r, r_tilde, b)
+    grads = torch.randn(ROWS, DIM), torch.randn(ROWS)
+    calls = {}
+    for name, (flow, tensors) in flows.items():
+        for ours, theirs in zip(flow(*tensors), loop(z, q, r, r_tilde, b), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
+        calls[name] = functools.partial(both_passes, flow, leaves, grads)
+    return calls
 
 
 def time_flows(rounds: int, device: torch.device) -> None:
     quiet()
-    print(f"The flow alone, forward + backward, B = 100, D = 64, {_where(device, 'one thread')}")
-    for title, (layers, units, with_q) in CASES.items():
-        torch.manual_seed(0)
-        z = torch.randn(ROWS, DIM, device=device)
-        q = (
-            torch.linalg.qr(torch.randn(ROWS, layers, DIM, units, device=device))[0].mT.contiguous().mT
-            if with_q
-            else None
-        )
-        r, r_tilde = (torch.randn(ROWS, layers, units, units, device=device).triu() / units for _ in range(2))
-        b = torch.randn(ROWS, layers, units, device=device)
-        mixed = r.triu(1) + r_tilde.triu(1).mT
-        d, d_tilde = (t.diagonal(dim1=-2, dim2=-1).contiguous() for t in (r, r_tilde))
-        flows: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor | None, ...]]] = {
-            "vvae_fast": (sylvester_flow, (z, q, r, r_tilde, b)),
-            "packed": (packed_sylvester_flow, (z, q, mixed, d, d_tilde, b)),
-            "planar": (functools.partial(planar_flow, constraint="none"), (z, *as_planar(q, r, r_tilde, b))),
-            "loop": (loop, (z, q, r, r_tilde, b)),
-        }
-        if device.type == "cuda":
-            flows["reference"] = functools.partial(sylvester_flow, backend="reference"), (z, q, r, r_tilde, b)
-        grads = torch.randn(ROWS, DIM, device=device), torch.randn(ROWS, device=device)
-        calls = {}
-        for name, (flow, tensors) in flows.items():
-            for ours, theirs in zip(flow(*tensors), loop(z, q, r, r_tilde, b), strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-            leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
-
-            calls[name] = functools.partial(both_passes, flow, leaves, grads)
-        times = in_turn(calls, rounds)
+    on_gpu = device.type == "cuda"
+    print(f"The flow alone, forward + backward, B = 100, D = 64, {_where(on_gpu, 'one thread')}")
+    for title, case in CASES.items():
+        with device:  # where tensors are made; not while they are timed, for it looks on at every call
+            calls = calls_of_flows(*case, on_gpu)
+        times = in_turn(_to_the_end(calls, on_gpu), rounds)
         shown = ", ".join(f"{name} {1e3 * statistics.median(kept):.2f} ms" for name, kept in times.items())
         print(f"  {title}: {shown}")
         slower, slower_packed = (ratio(times, "loop", ours) for ours in ("vvae_fast", "packed"))
@@ -130,33 +131,47 @@ def time_flows(rounds: int, device: torch.device) -> None:
         )
 
 
-def time_steps(rounds: int, device: torch.device) -> None:
-    quiet(2)
-    where = _where(device, "two threads")
-    print(f"A step of the VAE of gated convolutions, 64 latents, B = 100, {where}, against no flow")
-    x = torch.rand(ROWS, 1, 28, 28, device=device)
+def calls_of_steps() -> Calls:
+    """A training step of the VAE with each family."""
+    x = torch.rand(ROWS, 1, 28, 28)
     calls = {}
     for title, make in FAMILIES.items():
         torch.manual_seed(0)
         vae = VAE(gated_conv_encoder(), gated_conv_decoder(DIM, 1), DIM, make(), feature_dim=CONV_FEATURES)
-        vae.to(device)
         optimizer = torch.optim.Adam(vae.parameters(), fused=True)
 
         def step(vae: VAE = vae, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad()
             (-vae.elbo(x).mean()).backward()
             optimizer.step()
-            if x.is_cuda:
-                torch.cuda.synchronize()
 
         calls[title] = step
-    times = in_turn(calls, rounds)
+    return calls
+
+
+def time_steps(rounds: int, device: torch.device) -> None:
+    quiet(2)
+    on_gpu = device.type == "cuda"
+    where = _where(on_gpu, "two threads")
+    print(f"A step of the VAE of gated convolutions, 64 latents, B = 100, {where}, against no flow")
+    with device:
+        calls = calls_of_steps()
+    times = in_turn(_to_the_end(calls, on_gpu), rounds)
     for title, kept in times.items():
         print(f"  {title}: {1e3 * statistics.median(kept):.1f} ms, {ratio(times, title, 'no flow'):.2f}x", flush=True)
 
 
-def _where(device: torch.device, threads: str) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+def _where(on_gpu: bool, threads: str) -> str:
+    return torch.cuda.get_device_name() if on_gpu else threads
+
+
+def _to_the_end(calls: Calls, on_gpu: bool) -> Calls:
+    """Calls that return when their kernels have."""
+
+    def waiting(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (call(), torch.cuda.synchronize())
+
+    return {name: waiting(call) for name, call in calls.items()} if on_gpu else calls
 
 
 def main() -> None:

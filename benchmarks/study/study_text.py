@@ -3,7 +3,7 @@
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study import study_gaps
 from benchmarks.study.study_results import OURS, VANILLA_MODEL, Results
-from vvae_fast.train.run.runconfig import AMORTIZED, PLANAR, UNMATCHED
+from vvae_fast.train.run.runconfig import AMORTIZED, UNMATCHED
 from vvae_fast.train.study.compare import Model
 from vvae_fast.train.study.spread import CLEAR, Spread
 
@@ -185,7 +185,6 @@ def _of_families(results: Results) -> str:
         model = best(results, family)
         said = verdict([results.difference(flow, "nll") for flow in results.flows(family)])
         nll = results.difference(model, "nll").text(sign=True)
-        of = f"{family} planar" if model.flow == PLANAR else family
-        parts.append(f"{of} flows {said}; their best, {model.length}, changes the NLL by {nll} nats")
+        parts.append(f"{model.title} flows {said}; their best, {model.length}, changes the NLL by {nll} nats")
     parts += filter(None, [study_gaps.conclusion(results)])
     return ". ".join(part[0].upper() + part[1:] for part in parts)

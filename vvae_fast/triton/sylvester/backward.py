@@ -67,13 +67,13 @@ def sylvester_backward_kernel(
     M: tl.constexpr = FIXED.units
     row, inside, owner, owned = rows_of_program(rows, num_sets, FIXED, BLOCK)  # [R], [S]
     layer = num_layers.to(tl.int64) - 1
-    columns += owner * columns_set + layer * M * FIXED.dim  # [S]
-    r += owner * r_set + layer * M * M
-    r_tilde += owner * r_tilde_set + layer * M * M
-    d += owner * d_set + layer * M
-    d_tilde += owner * d_tilde_set + layer * M
-    b += owner * b_set + layer * M
-    s += owner * s_set + layer * M
+    columns += owner * columns_set  # [S]
+    r += owner * r_set
+    r_tilde += owner * r_tilde_set
+    d += owner * d_set
+    d_tilde += owner * d_tilde_set
+    b += owner * b_set
+    s += owner * s_set
     unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
@@ -81,16 +81,16 @@ def sylvester_backward_kernel(
     g = tl.load(grad_z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     lambda_ = tl.load(grad_log_det + row, inside, 0)[:, None]  # [R, 1]
     for _ in tl.range(num_layers):
-        of_r = into(g, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)  # [R, M]
+        of_r = into(g, load_columns(columns, layer, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)  # [R, M]
         p = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
-        d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
-        r_tilde_l = load_r_tilde(r, r_tilde, unit, owned, there, FIXED)  # [S, M, M]
-        a = times_r_tilde(r_tilde_l, d_tilde_l, p, FIXED) + load_units(b, unit, owned, there, 0)  # [R, M]
+        d_tilde_l = load_units(d_tilde, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        r_tilde_l = load_r_tilde(r, r_tilde, layer, unit, owned, there, FIXED)  # [S, M, M]
+        a = times_r_tilde(r_tilde_l, d_tilde_l, p, FIXED) + load_units(b, layer, unit, owned, there, 0, FIXED)  # [R, M]
         h, h_prime = activate(a, F)  # [R, M]
-        d_l = load_units(d, unit, owned, there, 0)  # [S, M]
-        r_l = load_triangle(r, unit, owned, there, FIXED, True)  # [S, M, M]
+        d_l = load_units(d, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        r_l = load_triangle(r, layer, unit, owned, there, FIXED, True)  # [S, M, M]
         e = combine(r_l, of_r) + d_l * of_r  # [R, M]
-        s_l = load_units(s, unit, owned, there, 1)  # [S, M]
+        s_l = load_units(s, layer, unit, owned, there, 1, FIXED)  # [S, M]
         of_a, of_s = step_adjoint(e, lambda_, h, h_prime, d_l * d_tilde_l, s_l, 1.0, F)  # [R, M]
         dp = times_r_tilde_transposed(r_tilde_l, d_tilde_l, of_a, FIXED)  # [R, M]
         x, z_l = h, g
@@ -130,15 +130,8 @@ def sylvester_backward_kernel(
             OWN,
         )
         # Loaded once more: registers hold no three matrices.
-        g += out_of(dp, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
+        g += out_of(dp, load_columns(columns, layer, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer -= 1
-        columns -= M * FIXED.dim
-        r -= M * M
-        r_tilde -= M * M
-        d -= M
-        d_tilde -= M
-        b -= M
-        s -= M
     tl.store(dz + rows_at(row, FIXED.dim, col), g, mask)
 
 

@@ -61,34 +61,27 @@ def sylvester_forward_kernel(
     d_tilde += owner * d_tilde_set
     b += owner * b_set
     s += owner * s_set
-    saved += row * M  # [R]
     unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
 
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     sum_of_logs = tl.zeros([BLOCK.rows], z.dtype.element_ty)  # [R]
-    for layer in tl.range(num_layers):
-        q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
+    layer = num_layers.to(tl.int64) * 0
+    for _ in tl.range(num_layers):
+        q = load_columns(columns, layer, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
         p = into(z_l, q, layer, FIXED, BLOCK)  # [R, M]
         if SAVE:
-            tl.store(saved[:, None] + unit[None, :], p, inside[:, None] & there[None, :])
-        d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
-        of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, p, FIXED)  # [R, M]
-        h, h_prime = activate(of_p + load_units(b, unit, owned, there, 0), F)  # [R, M]
-        d_l = load_units(d, unit, owned, there, 0)  # [S, M]
-        c, s_l = d_l * d_tilde_l, load_units(s, unit, owned, there, 1)  # [S, M]
+            tl.store(saved + rows_at(layer * rows + row, M, unit), p, inside[:, None] & there[None, :])
+        d_tilde_l = load_units(d_tilde, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        of_p = times_r_tilde(load_r_tilde(r, r_tilde, layer, unit, owned, there, FIXED), d_tilde_l, p, FIXED)  # [R, M]
+        h, h_prime = activate(of_p + load_units(b, layer, unit, owned, there, 0, FIXED), F)  # [R, M]
+        d_l = load_units(d, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        c, s_l = d_l * d_tilde_l, load_units(s, layer, unit, owned, there, 1, FIXED)  # [S, M]
         sum_of_logs += tl.sum(log_abs_determinant(h, h_prime, c, s_l, 0.0, F), 1)
-        x = dots(load_triangle(r, unit, owned, there, FIXED, True), h) + d_l * h  # [R, M]
+        x = dots(load_triangle(r, layer, unit, owned, there, FIXED, True), h) + d_l * h  # [R, M]
         z_l += out_of(x, q, layer, FIXED, BLOCK)
-        columns += M * FIXED.dim
-        r += M * M
-        r_tilde += M * M
-        d += M
-        d_tilde += M
-        b += M
-        s += M
-        saved += rows.to(tl.int64) * M
+        layer += 1
     tl.store(z_L + rows_at(row, FIXED.dim, col), z_l, mask)
     tl.store(log_det + row, sum_of_logs, inside)
 

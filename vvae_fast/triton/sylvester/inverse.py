@@ -57,14 +57,13 @@ def sylvester_inverse_kernel(
     M: tl.constexpr = FIXED.units
     row, inside, owner, owned = rows_of_program(rows, num_sets, FIXED, BLOCK)  # [R], [S]
     layer = num_layers.to(tl.int64) - 1
-    columns += owner * columns_set + layer * M * FIXED.dim  # [S]
-    r += owner * r_set + layer * M * M
-    r_tilde += owner * r_tilde_set + layer * M * M
-    d += owner * d_set + layer * M
-    d_tilde += owner * d_tilde_set + layer * M
-    b += owner * b_set + layer * M
-    s += owner * s_set + layer * M
-    saved += (layer * rows + row) * M  # [R]
+    columns += owner * columns_set  # [S]
+    r += owner * r_set
+    r_tilde += owner * r_tilde_set
+    d += owner * d_set
+    d_tilde += owner * d_tilde_set
+    b += owner * b_set
+    s += owner * s_set
     unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
@@ -72,40 +71,34 @@ def sylvester_inverse_kernel(
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     sum_of_logs = tl.zeros([BLOCK.rows], z.dtype.element_ty)  # [R]
     for _ in tl.range(num_layers):
-        q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
-        d_l, d_tilde_l = load_units(d, unit, owned, there, 0), load_units(d_tilde, unit, owned, there, 0)  # [S, M]
+        q = load_columns(columns, layer, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
+        d_l = load_units(d, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        d_tilde_l = load_units(d_tilde, layer, unit, owned, there, 0, FIXED)  # [S, M]
         p = into(z_l, q, layer, FIXED, BLOCK)  # [R, M]
-        of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, p, FIXED)  # [R, M]
-        rhs = of_p + load_units(b, unit, owned, there, 0)  # [R, M]
+        of_p = times_r_tilde(load_r_tilde(r, r_tilde, layer, unit, owned, there, FIXED), d_tilde_l, p, FIXED)  # [R, M]
+        rhs = of_p + load_units(b, layer, unit, owned, there, 0, FIXED)  # [R, M]
         a, x = tl.zeros_like(rhs), tl.zeros_like(rhs)  # [R, M], x is R h of the units behind m
         for nth in tl.range(M):
             m = M - 1 - nth
             here = (unit == m)[None, :]  # [1, M]
-            coupling = load_r_tilde_row(r, r_tilde, m, unit, owned, there, FIXED)  # [S, M]
+            coupling = load_r_tilde_row(r, r_tilde, layer, m, unit, owned, there, FIXED)  # [S, M]
             right = tl.sum(tl.where(here, rhs - d_tilde_l * x, -coupling * x), 1)  # [R]
-            s_m = tl.load(s + m, owned, 1)  # [S]
-            d_m = tl.load(d + m, owned, 0)  # [S]
-            c_m = d_m * tl.load(d_tilde + m, owned, 0)  # [S]
+            at = layer * M + m
+            s_m = tl.load(s + at, owned, 1)  # [S]
+            d_m = tl.load(d + at, owned, 0)  # [S]
+            c_m = d_m * tl.load(d_tilde + at, owned, 0)  # [S]
             root = solve(tl.where(s_m > 0, right, float("nan")), c_m, s_m, F)  # [R], NaN where there is no inverse
             h_m = activate(root, F)[0]  # [R]
-            of_h = tl.where(here, d_m[:, None], load_r_column(r, m, unit, owned, there, FIXED))  # [S, M]
+            of_h = tl.where(here, d_m[:, None], load_r_column(r, layer, m, unit, owned, there, FIXED))  # [S, M]
             x += of_h * h_m[:, None]
             a = tl.where(here, root[:, None], a)
         if SAVE:
-            tl.store(saved[:, None] + unit[None, :], a, inside[:, None] & there[None, :])
+            tl.store(saved + rows_at(layer * rows + row, M, unit), a, inside[:, None] & there[None, :])
         h, h_prime = activate(a, F)  # [R, M]
-        s_l = load_units(s, unit, owned, there, 1)  # [S, M]
+        s_l = load_units(s, layer, unit, owned, there, 1, FIXED)  # [S, M]
         sum_of_logs -= tl.sum(log_abs_determinant(h, h_prime, d_l * d_tilde_l, s_l, 0.0, F), 1)
         z_l -= out_of(x, q, layer, FIXED, BLOCK)
         layer -= 1
-        columns -= M * FIXED.dim
-        r -= M * M
-        r_tilde -= M * M
-        d -= M
-        d_tilde -= M
-        b -= M
-        s -= M
-        saved -= rows.to(tl.int64) * M
     tl.store(z_0 + rows_at(row, FIXED.dim, col), z_l, mask)
     tl.store(log_det + row, sum_of_logs, inside)
 

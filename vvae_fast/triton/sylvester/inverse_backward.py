@@ -74,22 +74,22 @@ def sylvester_inverse_backward_kernel(
     unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
-    passed += rows_at(row, FIXED.dim, col)  # [R, D]
 
     g = tl.load(grad_z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     lambda_ = tl.load(grad_log_det + row, inside, 0)[:, None]  # [R, 1]
     layer = num_layers.to(tl.int64) * 0
     for _ in tl.range(num_layers):
-        q = load_columns(columns, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
-        p = into(tl.load(passed, mask, 0), q, layer, FIXED, BLOCK)  # [R, M]
-        passed += rows.to(tl.int64) * FIXED.dim
-        z_l = tl.load(passed, mask, 0)  # [R, D], behind the layer
+        q = load_columns(columns, layer, unit, owned, there, FIXED, BLOCK)  # [S, M, D]
+        z_before = tl.load(passed + rows_at(layer * rows + row, FIXED.dim, col), mask, 0)  # [R, D]
+        p = into(z_before, q, layer, FIXED, BLOCK)  # [R, M]
+        z_l = tl.load(passed + rows_at((layer + 1) * rows + row, FIXED.dim, col), mask, 0)  # [R, D], behind the layer
         a = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
         h, h_prime = activate(a, F)  # [R, M]
-        d_l, d_tilde_l = load_units(d, unit, owned, there, 0), load_units(d_tilde, unit, owned, there, 0)  # [S, M]
+        d_l = load_units(d, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        d_tilde_l = load_units(d_tilde, layer, unit, owned, there, 0, FIXED)  # [S, M]
         c = d_l * d_tilde_l  # [S, M]
-        inverse = 1 / determinant(h, h_prime, c, load_units(s, unit, owned, there, 1), F)  # [R, M]
-        r_l = load_triangle(r, unit, owned, there, FIXED, True)  # [S, M, M]
+        inverse = 1 / determinant(h, h_prime, c, load_units(s, layer, unit, owned, there, 1, FIXED), F)  # [R, M]
+        r_l = load_triangle(r, layer, unit, owned, there, FIXED, True)  # [S, M, M]
         of_g = into(g, q, layer, FIXED, BLOCK)  # [R, M]
         e = combine(r_l, of_g) + d_l * of_g  # [R, M]
         # mu but for the sum in (64), which is times slope
@@ -98,12 +98,12 @@ def sylvester_inverse_backward_kernel(
         mu, v = tl.zeros_like(of_a), tl.zeros_like(of_a)  # [R, M], v is R~^T mu of the units before m
         for m in tl.range(M):
             here = (unit == m)[None, :]  # [1, M]
-            coupling = tl.where(here, d_l, load_r_column(r, m, unit, owned, there, FIXED))  # [S, M]
+            coupling = tl.where(here, d_l, load_r_column(r, layer, m, unit, owned, there, FIXED))  # [S, M]
             of_m = tl.sum(coupling * v, 1)  # [R]
             mu_m = tl.sum(tl.where(here, of_a - slope * of_m[:, None], 0), 1)[:, None]  # [R, 1]
             mu = tl.where(here, mu_m, mu)
-            of_mu = tl.where(here, d_tilde_l, load_r_tilde_row(r, r_tilde, m, unit, owned, there, FIXED))  # [S, M]
-            v += of_mu * mu_m
+            of_mu = load_r_tilde_row(r, r_tilde, layer, m, unit, owned, there, FIXED)  # [S, M]
+            v += tl.where(here, d_tilde_l, of_mu) * mu_m
         of_r = -(of_g + v)  # [R, M]
         mu_h = mu * h  # [R, M]
         x = -(dots(r_l, h) + d_l * h)  # [R, M]
@@ -140,14 +140,8 @@ def sylvester_inverse_backward_kernel(
             OWN,
         )
         # Loaded once more: registers hold no three matrices.
-        g += out_of(v, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
+        g += out_of(v, load_columns(columns, layer, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer += 1
-        columns += M * FIXED.dim
-        r += M * M
-        r_tilde += M * M
-        d += M
-        d_tilde += M
-        s += M
     tl.store(dz + rows_at(row, FIXED.dim, col), g, mask)
 
 

@@ -28,8 +28,9 @@ def units_of(FIXED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_units(x, unit, owned, there, other):
-    """[S, M] of a layer's vector, to which x [S] points."""
+def load_units(x, layer, unit, owned, there, other, FIXED: tl.constexpr):
+    """A layer's vector [S, M]; x [S], here and below, points to the first layer's."""
+    x += layer * FIXED.units
     return tl.load(x[:, None] + unit[None, :], owned[:, None] & there[None, :], other)
 
 
@@ -41,43 +42,47 @@ def triangle(unit, there, UPPER: tl.constexpr):
 
 
 @triton.jit
-def load_triangle(x, unit, owned, there, FIXED: tl.constexpr, UPPER: tl.constexpr):
-    """[S, M, M] of a layer's matrix, to which x [S] points, above its diagonal or below it."""
+def load_triangle(x, layer, unit, owned, there, FIXED: tl.constexpr, UPPER: tl.constexpr):
+    """A layer's matrix above its diagonal or below it [S, M, M]."""
+    x += layer * FIXED.units * FIXED.units
     at = unit[:, None] * FIXED.units + unit[None, :]  # [M, M]
     mask = owned[:, None, None] & triangle(unit, there, UPPER)[None, :, :]
     return tl.load(x[:, None, None] + at[None, :, :], mask, 0)
 
 
 @triton.jit
-def load_r_tilde(r, r_tilde, unit, owned, there, FIXED: tl.constexpr):
+def load_r_tilde(r, r_tilde, layer, unit, owned, there, FIXED: tl.constexpr):
     """R~ above its diagonal [S, M, M], transposed where it is packed."""
     if FIXED.packed:
-        return load_triangle(r, unit, owned, there, FIXED, False)
+        return load_triangle(r, layer, unit, owned, there, FIXED, False)
     else:
-        return load_triangle(r_tilde, unit, owned, there, FIXED, True)
+        return load_triangle(r_tilde, layer, unit, owned, there, FIXED, True)
 
 
 @triton.jit
-def load_r_column(r, m, unit, owned, there, FIXED: tl.constexpr):
+def load_r_column(r, layer, m, unit, owned, there, FIXED: tl.constexpr):
     """R's column m above the diagonal [S, M]."""
+    r += layer * FIXED.units * FIXED.units
     return tl.load(r[:, None] + (unit * FIXED.units + m)[None, :], owned[:, None] & (there & (unit < m))[None, :], 0)
 
 
 @triton.jit
-def load_r_tilde_row(r, r_tilde, m, unit, owned, there, FIXED: tl.constexpr):
+def load_r_tilde_row(r, r_tilde, layer, m, unit, owned, there, FIXED: tl.constexpr):
     """R~'s row m behind the diagonal [S, M]."""
+    first = layer * FIXED.units * FIXED.units
     mask = owned[:, None] & (there & (unit > m))[None, :]
     if FIXED.packed:
-        return tl.load(r[:, None] + (unit * FIXED.units + m)[None, :], mask, 0)
+        return tl.load((r + first)[:, None] + (unit * FIXED.units + m)[None, :], mask, 0)
     else:
-        return tl.load(r_tilde[:, None] + (m * FIXED.units + unit)[None, :], mask, 0)
+        return tl.load((r_tilde + first)[:, None] + (m * FIXED.units + unit)[None, :], mask, 0)
 
 
 @triton.jit
-def load_columns(x, unit, owned, there, FIXED: tl.constexpr, BLOCK: tl.constexpr):
-    """Q's columns [S, M, D], to whose layer x [S] points; nothing of the triangular kind."""
+def load_columns(x, layer, unit, owned, there, FIXED: tl.constexpr, BLOCK: tl.constexpr):
+    """Q's columns [S, M, D]; nothing of the triangular kind."""
     if FIXED.columns:
         col = tl.arange(0, BLOCK.dim)  # [D]
+        x += layer * FIXED.units * FIXED.dim
         at = unit[:, None] * FIXED.dim + col[None, :]  # [M, D]
         mask = there[:, None] & (col < FIXED.dim)[None, :]
         return tl.load(x[:, None, None] + at[None, :, :], owned[:, None, None] & mask[None, :, :], 0)

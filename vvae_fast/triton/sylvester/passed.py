@@ -54,43 +54,33 @@ def sylvester_passed_kernel(
     has written."""
     M: tl.constexpr = FIXED.units
     sign: tl.constexpr = -1 if INVERSE else 1  # in which the layers are taken
+    before: tl.constexpr = 1 if INVERSE else 0  # from a layer to the z that it takes
     row, inside, owner, owned = rows_of_program(rows, num_sets, FIXED, BLOCK)  # [R], [S]
     layer = num_layers.to(tl.int64) - 1 if INVERSE else num_layers.to(tl.int64) * 0
-    columns += owner * columns_set + layer * M * FIXED.dim  # [S]
-    r += owner * r_set + layer * M * M
-    r_tilde += owner * r_tilde_set + layer * M * M
-    d += owner * d_set + layer * M
-    d_tilde += owner * d_tilde_set + layer * M
-    b += owner * b_set + layer * M
-    saved += (layer * rows + row) * M  # [R]
+    columns += owner * columns_set  # [S]
+    r += owner * r_set
+    r_tilde += owner * r_tilde_set
+    d += owner * d_set
+    d_tilde += owner * d_tilde_set
+    b += owner * b_set
     unit, there = units_of(FIXED, BLOCK)  # [M]
     col = tl.arange(0, BLOCK.dim)  # [D]
     mask = inside[:, None] & (col < FIXED.dim)[None, :]  # [R, D]
-    passed += rows_at(row, FIXED.dim, col)  # [R, D]
-    if INVERSE:
-        passed += num_layers.to(tl.int64) * rows * FIXED.dim
 
     z_l = tl.load(z + rows_at(row, FIXED.dim, col), mask, 0)  # [R, D]
     for _ in tl.range(num_layers):
-        tl.store(passed, z_l, mask)
-        a = tl.load(saved[:, None] + unit[None, :], inside[:, None] & there[None, :], 0)  # [R, M]
+        tl.store(passed + rows_at((layer + before) * rows + row, FIXED.dim, col), z_l, mask)
+        a = tl.load(saved + rows_at(layer * rows + row, M, unit), inside[:, None] & there[None, :], 0)  # [R, M]
         if not INVERSE:
-            d_tilde_l = load_units(d_tilde, unit, owned, there, 0)  # [S, M]
-            of_p = times_r_tilde(load_r_tilde(r, r_tilde, unit, owned, there, FIXED), d_tilde_l, a, FIXED)
-            a = of_p + load_units(b, unit, owned, there, 0)
+            d_tilde_l = load_units(d_tilde, layer, unit, owned, there, 0, FIXED)  # [S, M]
+            of_p = times_r_tilde(load_r_tilde(r, r_tilde, layer, unit, owned, there, FIXED), d_tilde_l, a, FIXED)
+            a = of_p + load_units(b, layer, unit, owned, there, 0, FIXED)
         h = activate(a, F)[0]  # [R, M]
-        x = dots(load_triangle(r, unit, owned, there, FIXED, True), h) + load_units(d, unit, owned, there, 0) * h
-        z_l += sign * out_of(x, load_columns(columns, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
+        d_l = load_units(d, layer, unit, owned, there, 0, FIXED)  # [S, M]
+        x = dots(load_triangle(r, layer, unit, owned, there, FIXED, True), h) + d_l * h  # [R, M]
+        z_l += sign * out_of(x, load_columns(columns, layer, unit, owned, there, FIXED, BLOCK), layer, FIXED, BLOCK)
         layer += sign
-        columns += sign * M * FIXED.dim
-        r += sign * M * M
-        r_tilde += sign * M * M
-        d += sign * M
-        d_tilde += sign * M
-        b += sign * M
-        saved += sign * rows.to(tl.int64) * M
-        passed += sign * rows.to(tl.int64) * FIXED.dim
-    tl.store(passed, z_l, mask)
+    tl.store(passed + rows_at((layer + before) * rows + row, FIXED.dim, col), z_l, mask)
 
 
 @planned
