@@ -16,7 +16,7 @@ from vvae_fast import VAE, AmortizedPlanarFlow, PlanarFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder
 
 LATENT, HIDDEN, BATCH, GPU_BATCH = 40, 400, 100, 512
-RANK = 32  # of a low-rank head
+RANKS = (32, 128)  # of low-rank heads
 ROUNDS, QUICK_ROUNDS = 21, 5  # the ratios are near 1 and machines are noisy: many short rounds
 GPU_ROUNDS = 9
 BLOCK_SECONDS = 0.08
@@ -76,15 +76,17 @@ def flows(backends: list[str]) -> dict[str, Callable[[], nn.Module | None]]:
         f"{REFERENCE} K=80": lambda: shared(reference_loop),
         "no-op amortized K=16": lambda: amortized(NO_OP),
         **{
-            f"vvae_fast {name} amortized K=16": partial(AmortizedPlanarFlow, LATENT, 16, HIDDEN, backend=name)
+            f"vvae_fast {name} amortized K={k}": partial(AmortizedPlanarFlow, LATENT, k, HIDDEN, backend=name)
             for name in backends
+            for k in (16, 80)
         },
         **{
-            f"vvae_fast {name} amortized K={k} rank {RANK}": partial(
-                AmortizedPlanarFlow, LATENT, k, HIDDEN, rank=RANK, backend=name
+            f"vvae_fast {name} amortized K={k} rank {rank}": partial(
+                AmortizedPlanarFlow, LATENT, k, HIDDEN, rank=rank, backend=name
             )
             for name in backends
             for k in (16, 80)
+            for rank in RANKS
         },
         f"{PLAIN} amortized K=16": lambda: amortized(plain_loop),
         f"{COMPILE} amortized K=16": lambda: amortized(compiled()),
