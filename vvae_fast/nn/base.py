@@ -17,9 +17,6 @@ from vvae_fast.spec import DEFAULT
 # Adam moves the flow by the sum of the features' sizes.
 _KNEE, _KNEE_SUM = 0.03, 3.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
-# From that rank on `head.down` starts so many times as large as an nn.Linear, so that Adam turns it slowly: from an
-# nn.Linear's size a step changes it by as much as it is. 128 directions need no turning, 8 or 32 do (docs/results.md).
-_ENOUGH_DIRECTIONS, _SLOW = 64, 16.0
 
 
 def unautocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -176,7 +173,7 @@ class AmortizedFlow(Flow):
 
     def _start(self, bias: Tensor, drawn: slice) -> None:
         """Sets the bias of the last layer, draws its weight's rows `drawn` like nn.Linear's, and sets the other rows
-        to zero. `head.down` starts like nn.Linear, or with a large rank larger, and those rows as much smaller."""
+        to zero; `head.down` starts like nn.Linear."""
         last = self._last()
         with torch.no_grad():
             last.bias.copy_(bias)
@@ -184,9 +181,6 @@ class AmortizedFlow(Flow):
             draw_like_linear(last.weight[drawn])
             if self.rank is not None:
                 draw_like_linear(self.head.down.weight)
-                size = _SLOW if self.rank >= _ENOUGH_DIRECTIONS else 1.0
-                self.head.down.weight.mul_(size)
-                last.weight.div_(size)
 
     def _packed(self, context: Tensor) -> Tensor:
         """The head's output [*params, outputs] for context [*params, F]."""

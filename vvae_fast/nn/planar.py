@@ -193,7 +193,7 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
         """Puts an identity flow's u, w and b into the head's bias. In the head's weight only b's rows are not zero.
 
         u_hat = 0 needs a u that fits w, but b is free: so the hyperplanes depend on the context from the start. With a
-        rank this holds for `head.up`; `head.down` starts like nn.Linear, and from rank 64 on 16 times as large.
+        rank this holds for `head.up`, and `head.down` starts like nn.Linear.
         """
         w = self._last().bias.new_empty((self.num_steps, self.dim)).normal_(std=self.dim**-0.5)
         b = torch.randn_like(w[:, 0])
