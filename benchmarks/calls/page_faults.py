@@ -10,12 +10,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 
-from benchmarks.flow.bench_training import GROUPS, flows, make_data, make_model
-from benchmarks.flow.measure import settle_allocator
+from benchmarks.flow.bench_training import GROUPS, flows, make_data, make_model, step_of
+from benchmarks.flow.measure import seconds_of, settle_allocator
 
 HEADS = (" rank 32", " rank 128", "")
 NAMES = ("vanilla", *(f"vvae_fast cpp amortized K={k}{head}" for k in (16, 80) for head in HEADS))
@@ -24,28 +23,16 @@ FRESH, SETTLED = "fresh", "settled"
 
 
 def train(name: str) -> tuple[float, float]:
-    """Median seconds and mean page faults of a step, in this process."""
+    """Median seconds and mean page faults of a step, in this process. Unlike `training_step` it checks nothing first,
+    which would free blocks."""
     torch.set_num_threads(2)
     device = torch.device("cpu")
-    model, x = make_model(flows(["cpp"])[name], device), make_data(device)
-    optimizer = torch.optim.Adam(model.parameters(), **dict(GROUPS[-1].options))
-
-    def step() -> float:
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        (-model.elbo(x).mean()).backward()
-        optimizer.step()
-        return time.perf_counter() - start
-
+    step = step_of(make_model(flows(["cpp"])[name], device), make_data(device), GROUPS[-1])
     for _ in range(WARM_UP):
         step()
-    before = _faults()
-    seconds = statistics.median(step() for _ in range(STEPS))
-    return seconds, (_faults() - before) / STEPS
-
-
-def _faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    seconds = statistics.median(seconds_of(step) for _ in range(STEPS))
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / STEPS
 
 
 def in_a_process(name: str, state: str) -> tuple[float, float]:

@@ -109,15 +109,9 @@ def in_graphs(group: Training, backends: list[str]) -> list[str]:
     return [] if group.rows == BATCH else [f"{name}{GRAPH}" for name in plain]
 
 
-@cache
-def training_step(name: str, group: Training, device: torch.device, backends: tuple[str, ...]) -> Callable[[], None]:
-    """One Adam step of a checked model; raises Refused if its loss or gradients differ from the reference's."""
-    flow, in_graph = flows(list(backends))[name.removesuffix(GRAPH)], name.endswith(GRAPH)
-    model, x = make_model(flow, device), make_data(device, group.rows)
-    if name.startswith(("vvae_fast", *LOOPED)):
-        with failures_refused():
-            check(model, x)
-    optimizer = torch.optim.Adam(model.parameters(), **dict(group.options), capturable=in_graph and x.is_cuda)
+def step_of(model: VAE, x: Tensor, group: Training, capturable: bool = False) -> Callable[[], Tensor]:
+    """A step of the group's optimizer, which returns the loss."""
+    optimizer = torch.optim.Adam(model.parameters(), **dict(group.options), capturable=capturable)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -126,6 +120,18 @@ def training_step(name: str, group: Training, device: torch.device, backends: tu
         optimizer.step()
         return loss.detach()
 
+    return step
+
+
+@cache
+def training_step(name: str, group: Training, device: torch.device, backends: tuple[str, ...]) -> Callable[[], None]:
+    """One Adam step of a checked model; raises Refused if its loss or gradients differ from the reference's."""
+    flow, in_graph = flows(list(backends))[name.removesuffix(GRAPH)], name.endswith(GRAPH)
+    model, x = make_model(flow, device), make_data(device, group.rows)
+    if name.startswith(("vvae_fast", *LOOPED)):
+        with failures_refused():
+            check(model, x)
+    step = step_of(model, x, group, capturable=in_graph and x.is_cuda)
     if not in_graph:
         return step
     with failures_refused():

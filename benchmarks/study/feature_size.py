@@ -56,21 +56,32 @@ def trained_nll(vae: VAE, config: RunConfig, dataset: Dataset) -> float:
     return -vae.log_likelihood(dataset.test, config.num_samples, generator=generator).mean().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options by which `load` finds the study."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="digits", help="of configs/")
     parser.add_argument("--root", type=Path, help="the folder of MNIST")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1], help="the largest pixels")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    return parser
+
+
+def load(arguments: argparse.Namespace) -> tuple[Dataset, list[RunConfig]]:
+    """The study's data, and the configuration of its vanilla VAE for each seed."""
     study = load_study(CONFIGS / f"{arguments.study}.yaml")
     dataset = load_dataset(study.settings["data"], arguments.root)
     base, vanilla = study.base(dataset), Model(VANILLA, 0)
+    return dataset, [vanilla.config(base, seed, dataset) for seed in range(arguments.seeds)]
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1], help="the largest pixels")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset, configs = load(arguments)
     for size in arguments.sizes:
         nll: dict[str, list[float]] = {}
         for name, normalise in FLOWS.items():
-            configs = [vanilla.config(base, seed, dataset) for seed in range(arguments.seeds)]
             nll[name] = [trained_nll(make(config, dataset, size, normalise), config, dataset) for config in configs]
             gains = [before - after for before, after in zip(nll["vanilla"], nll[name], strict=True)]
             gain = f", gain {Spread.of(gains).text()}" if normalise is not None else ""
