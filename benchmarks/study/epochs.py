@@ -28,7 +28,7 @@ from vvae_fast.train.data.sets import Dataset, load_dataset, make_loaders
 from vvae_fast.train.run import processes
 from vvae_fast.train.run.networks import build_optimizer, build_vae
 from vvae_fast.train.run.objective import free_energy
-from vvae_fast.train.run.runconfig import VANILLA, RunConfig
+from vvae_fast.train.run.runconfig import PLANAR, VANILLA, RunConfig
 from vvae_fast.train.study.compare import Model
 from vvae_fast.train.study.studies import load_study
 
@@ -78,7 +78,7 @@ def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int,
         (model, name): Contestant(model.config(base, base.seed, dataset), dataset, loop)
         for model in models
         for name, loop in LOOPS.items()
-        if model.kind != VANILLA or name == OURS  # the vanilla VAE has no flow to loop over
+        if name == OURS or (model.kind != VANILLA and model.flow == PLANAR)  # the loops are over planar steps
     }
     for contestant in contestants.values():
         contestant.block(num_steps)  # the first steps allocate memory, and compile on a GPU
@@ -92,7 +92,7 @@ def measure(base: RunConfig, dataset: Dataset, models: list[Model], rounds: int,
         times = [batches * seconds for seconds in contestant.medians]
         spread = {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
         about = {"model": model.kind, "num_steps": model.num_steps, "rank": model.rank}
-        about |= {"matched": model.matched, "backend": name}
+        about |= {"matched": model.matched, "flow": model.flow, "units": model.units, "backend": name}
         rows.append({**about, **spread})
     return {"rounds": rounds, "steps": num_steps, "environment": describe_environment(), "epochs": rows}
 
