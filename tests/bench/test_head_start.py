@@ -27,6 +27,25 @@ def test_a_line_for_each_head(monkeypatch, capsys):
     assert [line.partition(": NLL")[0] for line in lines] == [f"digits, {title}" for title in titles]
 
 
+def test_a_line_for_the_layer_norm(monkeypatch, capsys):
+    arguments = ["head_start", "--seeds", "1", "--rank", "8", "--times", "--layer-norm"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    normed = []
+
+    def trained(vae, config, dataset):
+        normed.append(vae.flow.layer_norm)
+        return 2.0
+
+    monkeypatch.setattr(head_start, "trained_nll", trained)
+    threads = torch.get_num_threads()
+    try:
+        head_start.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert normed == [True]
+    assert capsys.readouterr().out.startswith("digits, rank 8, layer norm: NLL 2.00")
+
+
 def test_only_the_start_of_down_differs():
     """The product of the two layers is the same, up to rounding."""
     study = feature_size.load_study(feature_size.CONFIGS / "digits.yaml")

@@ -112,9 +112,26 @@ def test_normalise_is_trained_continued_and_evaluated(data, tmp_path, capsys):
     assert not is_config({**recorded, "normalise": 1})
 
 
+def test_a_layer_norm_is_trained_continued_and_evaluated(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = small("--data", data, "--out", str(out), "--rank", "2", "--layer-norm")
+    assert main(command) == 0
+    run = load_run(out, data=data)
+    assert run.vae.flow.layer_norm
+    assert run.config.name == "amortized-K1-rank2-layer-norm-seed0"
+    assert main([*command, "--epochs", "2"]) == 0
+    said = one_line_and_exit_2(capsys, [*command[:-1], "--epochs", "2"])
+    assert "layer_norm is True there, False here" in said
+    recorded = json.loads((out / "config.json").read_text())
+    del recorded["layer_norm"]  # as a version wrote it that had none
+    assert is_config(recorded)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--layer-norm"], "--layer-norm is of a head with a rank, and there is no --rank; give one"),
+        (["--layer-norm", "--rank", "1"], "a layer norm wants a rank of at least 2, got 1; leave the layer norm out"),
         (["--normalise", "--model", "shared"], "--model is shared; leave --normalise out"),
         (["--rank", "2", "--model", "shared"], "--model is shared; leave --rank out"),
         (["--rank", "2", "--model", "vanilla"], "--model is vanilla; leave --rank out"),

@@ -3,14 +3,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
+from vvae_fast.train.data.sets import load_dataset
+from vvae_fast.train.run.networks import build_vae
 from vvae_fast.train.study.compare import COLUMNS, RECORD, Model, print_table
 from vvae_fast.train.study.spread import in_words
+from vvae_fast.train.study.studies import load_study
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PDFS = ("elbo.pdf", "posterior.pdf")
 PLOTS = ("elbo.png", "reconstructions.png", "samples.png", "posterior.png")
 
@@ -172,3 +178,17 @@ def test_sigkill_loses_no_finished_epoch(data, tmp_path):
     assert (killed / "vanilla-seed0" / "result.json").read_bytes() == finished
     scores = [[(run["neg_elbo"], run["nll"]) for run in records(out)] for out in (killed, whole)]
     assert scores[0] == scores[1]
+
+
+def test_layer_norm_is_a_setting_of_the_heads_with_a_rank(tmp_path):
+    text = (CONFIGS / "families" / "mnist_rank_layer_norm.yaml").read_text()
+    (tmp_path / "study.yaml").write_text(text)
+    study, dataset = load_study(tmp_path / "study.yaml"), load_dataset("digits")
+    configs = [model.config(study.base(dataset), 0, dataset) for model in study.models]
+    assert [config.layer_norm for config in configs] == [config.rank > 0 for config in configs]
+    flows = [build_vae(config, dataset).flow for config in configs]
+    assert [getattr(flow, "layer_norm", False) for flow in flows] == [config.layer_norm for config in configs]
+    assert configs[-1].name == "amortized-K80-rank128-layer-norm-seed0"
+    (tmp_path / "study.yaml").write_text(text.replace("layer_norm: true", "layer_norm: 1"))
+    with pytest.raises(RunError, match="layer_norm must be true or false, got 1"):
+        load_study(tmp_path / "study.yaml")

@@ -9,7 +9,7 @@ import torch
 from test_modules import away_from_identity
 from torch import nn
 
-from vvae_fast import VAE, AmortizedPlanarFlow
+from vvae_fast import VAE, AmortizedHouseholderFlow, AmortizedPlanarFlow, AmortizedSylvesterFlow
 from vvae_fast.nn import mlp_decoder, mlp_encoder, planar
 
 DIM, STEPS, FEATURES, RANK, ROWS = 3, 5, 12, 4, 7
@@ -223,3 +223,115 @@ def test_in_a_vae():
     plain.load_state_dict({**vae.state_dict(), **plain.flow.state_dict(prefix="flow.")}, strict=False)
     x, noise = torch.randint(0, 2, (ROWS, 16)).float(), torch.randn(ROWS, DIM)
     torch.testing.assert_close(vae(x, noise=noise), plain(x, noise=noise))
+
+
+NORMED = {"layer_norm": True}
+
+
+def layer_normed(h):
+    """docs/math.md (66)."""
+    h = h - h.mean(-1, keepdim=True)
+    return 40 / h.shape[-1] * h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("rank", [2, RANK, FEATURES])
+def test_up_reads_rows_of_mean_0_and_one_size(rank):
+    flow, (_, context) = away_from_identity(make(rank, **NORMED).double()), inputs(torch.float64)
+    head = flow.head
+    wanted = layer_normed(context @ head.down.weight.t()) @ head.up.weight.t() + head.up.bias
+    torch.testing.assert_close(torch.cat([t.flatten(1) for t in flow.params(context)], -1), wanted)
+    torch.testing.assert_close(flow.params(1e6 * context), flow.params(1e3 * context), rtol=1e-7, atol=1e-7)
+
+
+def test_a_layer_norm_is_in_the_repr_and_not_in_the_state_dict():
+    assert list(make(**NORMED).state_dict()) == list(make().state_dict())
+    assert (make(**NORMED).layer_norm, make().layer_norm) == (True, False)
+    assert "rank=4, layer_norm=True" in repr(make(**NORMED))
+    assert "layer_norm" not in repr(make()) + repr(make(None))
+
+
+def test_how_far_b_varies_with_a_layer_norm():
+    """As without one: a root mean square of 1 / 3."""
+    torch.manual_seed(0)
+    context = torch.randn(200, 300)
+    flow = AmortizedPlanarFlow(2, 2048, 300, rank=64, **NORMED)
+    b = flow.params(context)[2] - flow.head.up.bias[-2048:]
+    assert 0.95 < 3 * b.square().mean().sqrt() < 1.05
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+def test_normed_heads_start_as_the_identity(size):
+    flow, (z, context) = make(**NORMED), inputs()
+    z_K, log_det = flow(z, size * context)
+    torch.testing.assert_close(z_K, z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_det, torch.zeros(ROWS), rtol=0, atol=1e-5)
+    if size >= 1:
+        assert flow.params(size * context)[2].std(0).min() > 0.01, "the hyperplanes depend on the context"
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_state_dict_of_the_other_kind_is_refused(layer_norm):
+    """An older version's, too, which had no layer norm. A plain dict does not say of which kind it is."""
+    flow = away_from_identity(make(layer_norm=layer_norm))
+    make(layer_norm=layer_norm).load_state_dict(flow.state_dict())
+    other = make(layer_norm=not layer_norm)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f"head.up is of a flow with layer_norm={layer_norm}: make the flow"):
+            other.load_state_dict(flow.state_dict(), strict=strict)
+    other.load_state_dict(dict(flow.state_dict()))
+
+
+def test_normed_heads_have_all_gradients():
+    flow, (z, context) = away_from_identity(make(**NORMED).double()), inputs(torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(flow, (z, context))
+    context = torch.zeros(ROWS, FEATURES, requires_grad=True)
+    sum(x.sum() for x in make(**NORMED)(inputs()[0], context)).backward()
+    assert torch.isfinite(context.grad).all()
+
+
+def test_normed_heads_in_half_precision_autocast_and_compile():
+    flow, (z, context) = away_from_identity(make(**NORMED)), inputs()
+    wanted = flow(z, context)
+    half = copy.deepcopy(flow).to(torch.bfloat16)
+    torch.testing.assert_close(half(z, context.bfloat16())[0], wanted[0], rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z_K, log_det = flow(z, context)
+    assert (z_K.dtype, log_det.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(z_K, wanted[0], rtol=0.1, atol=0.1)
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z, context), wanted)
+
+
+def test_modules_from_before_there_was_a_layer_norm():
+    flow = away_from_identity(make())
+    wanted = flow(*inputs())
+    del flow.__dict__["layer_norm"]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(flow))(*inputs()), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "rank", "layer_norm"),
+    [
+        (ValueError, "layer_norm=True wants a rank of at least 2, got rank=None: leave layer_norm out", None, True),
+        (ValueError, "layer_norm=True wants a rank of at least 2, got rank=1: leave layer_norm out", 1, True),
+        (TypeError, "layer_norm must be a bool, got int", 4, 1),
+        (TypeError, "layer_norm must be a bool, got NoneType", 4, None),
+    ],
+)
+def test_refused_layer_norms(error, message, rank, layer_norm):
+    with pytest.raises(error, match=re.escape(message)):
+        make(rank, layer_norm=layer_norm)
+
+
+@pytest.mark.parametrize("family", [AmortizedSylvesterFlow, AmortizedHouseholderFlow])
+def test_other_families_have_it_too(family):
+    torch.manual_seed(0)
+    sizes = (DIM, 2, 2) if family is AmortizedSylvesterFlow else (DIM, 4)
+    flow, (z, context) = family(*sizes, FEATURES, rank=RANK, **NORMED), inputs()
+    assert "rank=4, layer_norm=True" in repr(flow)
+    torch.testing.assert_close(flow(z, context)[0], z, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    torch.testing.assert_close(flow(z, 1e3 * context), flow(z, 1e2 * context), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(flow(z, context)[0], z)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vvae_fast.backends import needs_plain_torch
 
-_LEAST_WORK = 1 << 22  # multiply-adds; a call of oneDNN alone costs about 15 us
+_LEAST_WORK = 1 << 21  # multiply-adds; with fewer the calls cost more than MKL's products
 
 
 def _find_onednn() -> Any:
@@ -54,6 +54,10 @@ class OneDnnLinear(torch.autograd.Function):
         )
 
 
+# OneDnnLinear.apply without its detour through torch.func, of which `needs_plain_torch` has found none at work.
+_apply = super(torch.autograd.Function, OneDnnLinear).apply
+
+
 class Linear(nn.Linear):
     """nn.Linear with the same parameters, values and gradients, up to rounding."""
 
@@ -62,7 +66,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _serves(x, self.weight, self.bias):
             return super().forward(x)
-        y = OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.narrow)
+        y = _apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.narrow)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -157,14 +157,15 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
 
     The head, F -> K (2 D + 1), is most of an amortized flow's cost. With rank = r it is F -> r -> K (2 D + 1): first
     `head.down`, without a bias, then `head.up`. A rank above min(F, K (2 D + 1)) is refused: it would restrict nothing,
-    and cost more than the full head of rank=None.
+    and cost more than the full head of rank=None. With layer_norm=True a layer norm is between the two, docs/math.md
+    (66), which heads of some ranks learn more with: `head.up` then reads rows of mean 0 and of one size.
 
     With normalise=True contexts are brought to like sizes before the head, docs/math.md (56), so that what a flow
     learns hardly depends on the size of an encoder's features. No information is lost: larger contexts stay larger.
-    `load_state_dict` refuses a state_dict of the other kind.
+    `load_state_dict` refuses a state_dict of a flow with another normalise or layer_norm.
 
-    Raises TypeError or ValueError if dim, context_dim, rank (at least 1) or num_steps (at least 0) is not a size, or if
-    another argument is not a known name or is out of range.
+    Raises TypeError or ValueError if dim, context_dim, rank (at least 1, with layer_norm=True 2) or num_steps (at least
+    0) is not a size, or if another argument is not a known name or is out of range.
     """
 
     _OUTPUTS = "K (2 D + 1)"
@@ -177,13 +178,14 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
         *,
         rank: int | None = None,
         normalise: bool = False,
+        layer_norm: bool = False,
         activation: str = "tanh",
         slope: float = DEFAULT_SLOPE,
         constraint: str = "softplus",
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_steps, activation, slope, constraint, backend)
-        self._make_head(context_dim, rank, normalise)
+        self._make_head(context_dim, rank, normalise, layer_norm)
         self.reset_parameters()
 
     def _num_outputs(self) -> int:
@@ -231,5 +233,5 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
         return self._trajectory(z, *self._params_for(z, context))
 
     def extra_repr(self) -> str:
-        sizes = {"dim": self.dim, "num_steps": self.num_steps, "context_dim": self.context_dim, "rank": self.rank}
-        return self._repr(**sizes, normalise=self.normalise or None)
+        sizes = {"dim": self.dim, "num_steps": self.num_steps, "context_dim": self.context_dim}
+        return self._repr(**sizes, **self._head_options())

@@ -23,8 +23,10 @@ from vvae_fast.train.density.fit import FitConfig
 from vvae_fast.train.options import (
     EXIT_CODES,
     add_data_options,
+    add_head_options,
     add_run_options,
     add_units_option,
+    check_head,
     check_units,
     command,
     out_path,
@@ -178,14 +180,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from vvae_fast.train.study.compare import Model, print_table
 
     check_backend()
-    if arguments.rank is not None and arguments.model != AMORTIZED:
-        raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
+    check_head(arguments)
     if arguments.steps is not None and arguments.model == VANILLA:
         raise RunError(f"--steps is a flow's length, and --model is {VANILLA}; leave --steps out")
-    of_study = arguments.study is not None and arguments.study.settings.get("normalise", False)
-    if arguments.normalise and not of_study and arguments.model != AMORTIZED:
-        flow = f"an {AMORTIZED} flow's features"
-        raise RunError(f"--normalise is of {flow}, and --model is {arguments.model}; leave --normalise out")
     check_units(arguments.units, [arguments.flow])
     if arguments.model == VANILLA and arguments.flow != PLANAR:
         raise RunError(f"--flow is {arguments.flow}, and a {VANILLA} VAE has no flow; leave --flow out")
@@ -274,7 +271,7 @@ def _configuration(arguments: argparse.Namespace, seed: int) -> tuple[RunConfig,
     if arguments.network == GATED_CONV and arguments.hidden:
         raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
     names: tuple[str, ...] = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
-    names += ("network", "optimizer", "schedule", "normalise")
+    names += ("network", "optimizer", "schedule", "normalise", "layer_norm")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
         model=VANILLA,
@@ -334,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     matched = "also vanilla VAEs with as many parameters as the amortized flow VAEs of these lengths (default: --steps)"
     compare.add_argument("--matched", type=positive, nargs="*", metavar="K", help=matched)
     add_run_options(compare)
+    compare.set_defaults(layer_norm=False)  # only a study's file has models with a rank
 
     train = command(
         commands,
@@ -345,8 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--model", choices=MODELS, default=AMORTIZED, help="of the posterior")
     train.add_argument("--steps", type=positive, metavar="K", help=f"the flow's length (default: {LENGTH})")
-    rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
-    train.add_argument("--rank", type=positive, metavar="R", help=rank)
+    add_head_options(train)
     train.add_argument("--flow", choices=FLOWS, default=PLANAR, help="the family of the flow")
     add_units_option(train)
     train.add_argument("--seed", type=seed, default=0, help="of weights, order and noise")

@@ -11,7 +11,7 @@ from vvae_fast.train.base.files import RunError
 from vvae_fast.train.base.numbers import MOST_SEED, as_int, as_positive_float
 from vvae_fast.train.base.paths import resolve, resolve_out
 from vvae_fast.train.data.sets import LIKELIHOODS, SPLITS
-from vvae_fast.train.run.runconfig import CHOICES, is_sylvester
+from vvae_fast.train.run.runconfig import AMORTIZED, CHOICES, is_sylvester
 
 EXIT_CODES = """exit codes:
   0    all is done
@@ -70,6 +70,25 @@ def check_units(units: int | None, flows: Sequence[str]) -> None:
     """Raises RunError if --units is given and no flow has units."""
     if units is not None and not any(map(is_sylvester, flows)):
         raise RunError(f"--units is of Sylvester flows, and --flow is {', '.join(flows)}; leave --units out")
+
+
+def add_head_options(parser: argparse.ArgumentParser) -> None:
+    rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
+    parser.add_argument("--rank", type=positive, metavar="R", help=rank)
+    parser.add_argument("--layer-norm", action="store_true", help="between the two layers of a head with a rank")
+
+
+def check_head(arguments: argparse.Namespace) -> None:
+    """Raises RunError if --rank, --layer-norm or --normalise is given and the model has no such head. A study's file
+    may have the latter two for other models."""
+    study = {} if arguments.study is None else arguments.study.settings
+    if arguments.rank is not None and arguments.model != AMORTIZED:
+        raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
+    if arguments.layer_norm and not study.get("layer_norm", False) and arguments.rank is None:
+        raise RunError("--layer-norm is of a head with a rank, and there is no --rank; give one, or leave it out")
+    if arguments.normalise and not study.get("normalise", False) and arguments.model != AMORTIZED:
+        flow = f"an {AMORTIZED} flow's features"
+        raise RunError(f"--normalise is of {flow}, and --model is {arguments.model}; leave --normalise out")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

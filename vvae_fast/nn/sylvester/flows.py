@@ -228,8 +228,8 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
     `flow(z, context)` takes context [*params, F] and z [*batch, D], where *params are the trailing dimensions of
     *batch, and returns (z_L [*batch, D], log_det [*batch] in nats). `flow.inverse(z, context)` maps back. kind,
     num_units, num_reflections, activation, slope and backend are those of `SylvesterFlow`; the head,
-    F -> L (H D + M^2 + 2 M) with H reflections in a layer, gives its v, mixed, y and b. rank and normalise are those of
-    `AmortizedPlanarFlow`.
+    F -> L (H D + M^2 + 2 M) with H reflections in a layer, gives its v, mixed, y and b. rank, normalise and
+    layer_norm are those of `AmortizedPlanarFlow`.
 
     Starts as the identity map for every context, R = 0, with a b that depends on it.
 
@@ -249,6 +249,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         num_reflections: int = _REFLECTIONS,
         rank: int | None = None,
         normalise: bool = False,
+        layer_norm: bool = False,
         activation: str = "tanh",
         slope: float = DEFAULT_SLOPE,
         backend: str | None = None,
@@ -256,7 +257,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         if context_dim is None:  # it has a default because num_units has one
             raise TypeError("context_dim must be given: the size F of the contexts [*params, F]")
         super().__init__(dim, num_layers, num_units, kind, num_reflections, activation, slope, backend)
-        self._make_head(context_dim, rank, normalise)
+        self._make_head(context_dim, rank, normalise, layer_norm)
         self.reset_parameters()
 
     def _lengths(self) -> list[int]:
@@ -311,5 +312,4 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         return self._trajectory(z, self._params_for(z, context))
 
     def extra_repr(self) -> str:
-        sizes = self._sizes() | {"context_dim": self.context_dim, "rank": self.rank}
-        return self._repr(**sizes, normalise=self.normalise or None)
+        return self._repr(**self._sizes(), context_dim=self.context_dim, **self._head_options())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast.functional import planar_flow
-from vvae_fast.nn.base import AmortizedFlow, Flow, draw_like_linear
+from vvae_fast.nn.base import AmortizedFlow, Flow
 from vvae_fast.nn.sylvester.orthonormal import reflectors
 from vvae_fast.shapes import check_size, compute_dtype, full_precision
 
@@ -104,7 +104,7 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
 
     `flow(z, context)` takes context [*params, F] and z [*batch, D], where *params are the trailing dimensions of
     *batch, and returns (z_K [*batch, D], log_det [*batch], zeros). `flow.inverse(z, context)` maps back. The head is
-    F -> K D; rank and normalise are those of `AmortizedPlanarFlow`.
+    F -> K D; rank, normalise and layer_norm are those of `AmortizedPlanarFlow`.
 
     Starts as the identity map for every context, to rounding: the head gives pairs of equal vectors, which depend on
     the context. An odd number of reflections leaves one.
@@ -122,10 +122,11 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
         *,
         rank: int | None = None,
         normalise: bool = False,
+        layer_norm: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(dim, num_reflections, backend)
-        self._make_head(context_dim, rank, normalise)
+        self._make_head(context_dim, rank, normalise, layer_norm)
         self.reset_parameters()
 
     def _num_outputs(self) -> int:
@@ -137,7 +138,7 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
         self._start(self._draw(last.bias).flatten(), slice(0, 0))
         pairs = last.weight.detach().unflatten(0, (self.num_reflections, self.dim))  # [K, D, F]
         drawn = torch.empty_like(pairs[::2])
-        draw_like_linear(drawn.flatten(0, 1))
+        self._draw_rows(drawn.flatten(0, 1))
         pairs.copy_(_in_pairs(drawn)[: self.num_reflections])
 
     def params(self, context: Tensor) -> Tensor:
@@ -166,4 +167,4 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
 
     def extra_repr(self) -> str:
         sizes = {"dim": self.dim, "num_reflections": self.num_reflections, "context_dim": self.context_dim}
-        return self._repr(**sizes, rank=self.rank, normalise=self.normalise or None)
+        return self._repr(**sizes, **self._head_options())

@@ -96,6 +96,8 @@ def check_fits(config: RunConfig, dataset: Dataset) -> None:
             f"network {GATED_CONV} wants grey images of {CONV_IMAGE[0]} x {CONV_IMAGE[1]}, {dataset.name} has rows "
             f"of shape {list(dataset.train.shape[1:])}; choose {GATED_MLP} or other data"
         )
+    if config.layer_norm and config.rank == 1:
+        raise RunError(f"{config.name}: a layer norm wants a rank of at least 2, got 1; leave the layer norm out")
     if config.flow != PLANAR:
         try:
             with torch.device("meta"):
@@ -123,7 +125,9 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     if config.model == SHARED:
         return shared(*sizes, **options)
     rank = None if config.rank == FULL else config.rank
-    return amortized(*sizes, feature_dim, rank=rank, normalise=config.normalise, **options)
+    return amortized(
+        *sizes, feature_dim, rank=rank, normalise=config.normalise, layer_norm=config.layer_norm, **options
+    )
 
 
 def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:

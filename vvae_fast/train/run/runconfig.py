@@ -91,6 +91,7 @@ class RunConfig:
     normalise: bool = False  # an amortized flow's features, whatever their size
     flow: str = PLANAR  # of FLOWS; num_steps is K, or L layers of a Sylvester flow
     units: int = ALL_UNITS  # M of a Sylvester flow
+    layer_norm: bool = False  # between the two layers of a head with a rank
 
     @property
     def name(self) -> str:
@@ -101,7 +102,7 @@ class RunConfig:
         model = self.model if self.model == VANILLA else f"{self.model}{flow}-{steps}{units}"
         rank = "" if self.rank == FULL else f"-rank{self.rank}"
         matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
-        normalise = "-normalised" if self.normalise else ""
+        normalise = ("-layer-norm" if self.layer_norm else "") + ("-normalised" if self.normalise else "")
         return f"{model}{rank}{normalise}{matched}-seed{self.seed}"
 
     def to_json(self) -> dict:

@@ -102,11 +102,12 @@ class Model:
 
     def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
         """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
-        of a matched model, and for `normalise`, which is of amortized flows. Raises RunError as `networks.matched`
-        does."""
+        of a matched model, and for what only some heads have: `normalise` amortized ones, `layer_norm` those with a
+        rank. Raises RunError as `networks.matched` does."""
         normalise = base.normalise and self.kind == AMORTIZED
+        layer_norm = base.layer_norm and self.rank != FULL
         own: dict[str, Any] = {name: getattr(self, name) for name in ("flow", "num_steps", "units", "rank")}
-        config = replace(base, model=self.kind, seed=seed, normalise=normalise, **own)
+        config = replace(base, model=self.kind, seed=seed, normalise=normalise, layer_norm=layer_norm, **own)
         return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 

@@ -68,7 +68,7 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     "data": (_text, "a name or a path"),
     "array": (_text, "the name of an archive's array"),
     "lr": (as_positive_float, "a positive number"),
-    "normalise": (_flag, "true or false"),
+    **dict.fromkeys(("normalise", "layer_norm"), (_flag, "true or false")),
     "hidden": (lambda value: as_ints(value, 1), "a list of positive ints"),
     **{
         name: (partial(_one_of, choices=choices), f"one of {', '.join(choices)}")
@@ -76,7 +76,7 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
         if name not in OWN_SETTINGS
     },
 }
-OPTIONAL = {"array", "likelihood", "normalise"}  # if they are left out, the data decide; normalise is false
+OPTIONAL = {"array", "likelihood", "normalise", "layer_norm"}  # left out, the data decide; the last two are false
 ALWAYS = {  # what else every file has
     "models": f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}",
     "seeds": "a list of ints from 0 to 2^32 - 1",
