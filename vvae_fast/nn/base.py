@@ -170,13 +170,11 @@ class AmortizedFlow(Flow):
         if self.rank is None:
             self.head = Head(self.context_dim, outputs, normalise=normalise)
         else:
-            layers: OrderedDict[str, nn.Module] = OrderedDict()
-            layers["down"] = Head(self.context_dim, self.rank, bias=False, normalise=normalise)
-            if self.layer_norm:
-                layers["norm"] = RankNorm()
-            layers["up"] = Head(self.rank, outputs, normed=self.layer_norm)
-            layers["up"].narrow = True
-            self.head = nn.Sequential(layers)
+            down = Head(self.context_dim, self.rank, bias=False, normalise=normalise)
+            up = Head(self.rank, outputs, normed=self.layer_norm)
+            up.narrow = True
+            norm: dict[str, nn.Module] = {"norm": RankNorm()} if self.layer_norm else {}
+            self.head = nn.Sequential(OrderedDict(down=down, **norm, up=up))
 
     def _check_rank(self, rank: int, outputs: int) -> int:
         rank, most = check_size("rank", rank, 1), largest_rank_of(self.context_dim, outputs)
