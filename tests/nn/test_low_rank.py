@@ -231,7 +231,7 @@ NORMED = {"layer_norm": True}
 def layer_normed(h):
     """docs/math.md (66)."""
     h = h - h.mean(-1, keepdim=True)
-    return 40 / h.shape[-1] * h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return 32 / h.shape[-1] * h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
 @pytest.mark.parametrize("rank", [2, RANK, FEATURES])
