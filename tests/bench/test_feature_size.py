@@ -1,28 +1,14 @@
 """python -m benchmarks.study.feature_size, with one seed and two epochs."""
 
-import dataclasses
-import sys
-
 import torch
+from study_commands import lines_of, two_epochs
 
 from benchmarks.study import feature_size
 from vvae_fast.train.data.sets import load_dataset
 
 
 def test_a_line_for_each_size_and_model(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["feature_size", "--seeds", "1", "--sizes", "1", "16"])
-    whole = feature_size.trained_nll
-
-    def short(vae, config, dataset):
-        return whole(vae, dataclasses.replace(config, epochs=2, num_samples=10), dataset)
-
-    monkeypatch.setattr(feature_size, "trained_nll", short)
-    threads = torch.get_num_threads()
-    try:
-        feature_size.main()
-    finally:
-        torch.set_num_threads(threads)
-    lines = capsys.readouterr().out.splitlines()
+    lines = lines_of(feature_size, two_epochs, monkeypatch, capsys, "--seeds", "1", "--sizes", "1", "16")
     assert [line.partition(": NLL")[0] for line in lines] == [
         f"digits fed as {title}, {name}"
         for title in ("0 to 1", "0 to 16")

@@ -1,49 +1,31 @@
 """python -m benchmarks.study.head_start, with one seed and two epochs."""
 
-import dataclasses
-import sys
-
 import pytest
 import torch
+from study_commands import lines_of, two_epochs
 
 from benchmarks.study import feature_size, head_start
 from vvae_fast.train.data.sets import load_dataset
 
 
 def test_a_line_for_each_head(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["head_start", "--seeds", "1", "--rank", "8", "--times", "1", "16", "--full"])
-
-    def short(vae, config, dataset):
-        return feature_size.trained_nll(vae, dataclasses.replace(config, epochs=2, num_samples=10), dataset)
-
-    monkeypatch.setattr(head_start, "trained_nll", short)
-    threads = torch.get_num_threads()
-    try:
-        head_start.main()
-    finally:
-        torch.set_num_threads(threads)
-    lines = capsys.readouterr().out.splitlines()
+    arguments = ["--seeds", "1", "--rank", "8", "--times", "1", "16", "--full"]
+    lines = lines_of(head_start, two_epochs, monkeypatch, capsys, *arguments)
     titles = ("full head", "rank 8, 1 times as large", "rank 8, 16 times as large")
     assert [line.partition(": NLL")[0] for line in lines] == [f"digits, {title}" for title in titles]
 
 
 def test_a_line_for_the_layer_norm(monkeypatch, capsys):
-    arguments = ["head_start", "--seeds", "1", "--rank", "8", "--times", "--layer-norm"]
-    monkeypatch.setattr(sys, "argv", arguments)
     normed = []
 
     def trained(vae, config, dataset):
         normed.append(vae.flow.layer_norm)
         return 2.0
 
-    monkeypatch.setattr(head_start, "trained_nll", trained)
-    threads = torch.get_num_threads()
-    try:
-        head_start.main()
-    finally:
-        torch.set_num_threads(threads)
+    arguments = ["--seeds", "1", "--rank", "8", "--times", "--layer-norm"]
+    (line,) = lines_of(head_start, trained, monkeypatch, capsys, *arguments)
     assert normed == [True]
-    assert capsys.readouterr().out.startswith("digits, rank 8, layer norm: NLL 2.00")
+    assert line.startswith("digits, rank 8, layer norm: NLL 2.00")
 
 
 def test_only_the_start_of_down_differs():

@@ -118,6 +118,17 @@ def test_an_epoch_is_timed_with_the_flow_and_with_both_loops():
     assert timed == [("vanilla", "vvae_fast"), *flows]
 
 
+def test_an_epoch_of_another_family_is_timed_with_the_flow_alone():
+    """The loops are over planar steps. The row says which family it is."""
+    study = load_study(study_results.CONFIGS / "digits.yaml")
+    models = [Model("amortized", 2, rank=4), Model("amortized", 1, flow="sylvester-orthogonal", units=2)]
+    dataset = load_dataset("digits")
+    content = epochs.measure(study.base(dataset), dataset, models, rounds=1, num_steps=1)
+    timed = [(study_results.model_of(row), row["backend"]) for row in content["epochs"]]
+    planar = [(models[0], name) for name in ("vvae_fast", "plain loop", "reference")]
+    assert timed == [*planar, (models[1], "vvae_fast")]
+
+
 @pytest.mark.filterwarnings(NO_LEAF)
 def test_the_flow_of_a_step_is_compiled_once_for_both_optimizers(monkeypatch):
     """By a compiler that only counts: the benchmarks' own takes a minute."""
