@@ -1,4 +1,4 @@
-"""benchmarks/calls/pairs.py: this checkout against another one."""
+"""benchmarks/calls: pairs.py, this checkout against another one, and head_products.py."""
 
 import re
 import subprocess
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.calls import pairs
+from benchmarks.calls import head_products, pairs
 from benchmarks.flow.cases import Case
+from vvae_fast.nn import linear
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(100, 2, 8)
@@ -68,3 +70,17 @@ def test_a_folder_without_the_package_is_named(tmp_path):
     assert done.returncode == 1
     assert f"{tmp_path} holds no vvae_fast: give the root of a checkout that is built in place" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this PyTorch has no entry to oneDNN")
+def test_head_products(monkeypatch, capsys):
+    """Both libraries' products are the same, and a line for each size says which the head takes."""
+    for plain, onednn in head_products.products(24, 8).values():
+        torch.testing.assert_close(plain(), onednn())
+    monkeypatch.setattr(sys, "argv", ["head_products", "1", "1"])
+    monkeypatch.setattr(head_products, "SIZES", [(1296, 32), (1296, 400)])
+    monkeypatch.setattr(head_products, "quiet", lambda threads: None)
+    head_products.main()
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said.endswith("1 threads; PyTorch / oneDNN, microseconds")
+    assert [line.rsplit(maxsplit=1)[1] for line in lines] == ["PyTorch", "oneDNN"]

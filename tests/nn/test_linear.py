@@ -43,6 +43,8 @@ def test_large_products_go_to_onednn(monkeypatch):
     layer, _, x = both((100, 400), 1296)
     assert "OneDnnLinear" in type(layer(x).grad_fn).__name__
     assert "Addmm" in type(layer(x[:1]).grad_fn).__name__
+    narrow, _, few = both((100, 32), 1296)  # K = 16 of rank 32: the call would cost more than the products
+    assert "Addmm" in type(narrow(few).grad_fn).__name__
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     assert "Addmm" in type(layer(x).grad_fn).__name__
 

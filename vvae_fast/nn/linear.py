@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from vvae_fast.backends import needs_plain_torch
 
-_LEAST_WORK = 1 << 21  # multiply-adds; with fewer the calls cost more than MKL's products
+# Multiply-adds. With fewer oneDNN loses: in a training step a call to it takes 0.1 ms before the product, which a loop
+# of such calls does not show (benchmarks/calls/head_products.py).
+_LEAST_WORK = 1 << 24
 
 
 def _find_onednn() -> Any:
@@ -64,18 +66,20 @@ class Linear(nn.Linear):
     narrow = False  # few inputs: oneDNN's copy of the transposed gradient takes longer than the weight's product
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _serves(x, self.weight, self.bias):
-            return super().forward(x)
-        y = _apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.narrow)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        weight, bias = self.weight, self.bias
+        if not _serves(x, weight, bias):
+            return nn.functional.linear(x, weight, bias)
+        if x.dim() == 2:
+            return _apply(x, weight, bias, self.narrow)
+        return _apply(x.reshape(-1, x.shape[-1]), weight, bias, self.narrow).view(*x.shape[:-1], weight.shape[0])
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and _onednn is not None
         and x.numel() * weight.shape[0] >= _LEAST_WORK
+        and _onednn is not None
         and x.shape[-1:] == weight.shape[1:]
         and bias is not None
         and bias.shape == weight.shape[:1]

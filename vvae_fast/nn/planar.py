@@ -207,9 +207,7 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
 
     def _packed_for(self, z: Tensor, context: Tensor) -> Tensor:
         """`_packed` for a z [*batch, D], after a check of z."""
-        packed = self._packed(context)
-        self._check_inputs(z, context)
-        return _fitting(z, packed)[0]
+        return _fitting(z, self._packed(context, z))[0]
 
     def _params_for(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return unpack(self._packed_for(z, context), self.num_steps, self.dim)

@@ -14,6 +14,7 @@ from vvae_fast.nn.arguments import (
     check_modules,
     check_noise,
     find_feature_dim,
+    first_parameter,
     run_module,
     trains_eagerly,
 )
@@ -317,19 +318,20 @@ class VAE(nn.Module):
     def _push(self, posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """z_0 = mean + std * noise and its image: z_0, z_K [*S, B, D] and log_det [*S, B] (0.0 without a flow)."""
         z_0 = torch.addcmul(posterior.mean, (0.5 * posterior.log_var).exp(), noise)
-        if self.flow is None:
+        flow = self.flow
+        if flow is None:
             return z_0, z_0, 0.0
-        inputs = [self._as_taken_by(self.flow, z_0)]
-        if inputs[0].dtype in HALVES and isinstance(self.flow, Flow):
+        inputs = [self._as_taken_by(flow, z_0)]
+        if inputs[0].dtype in HALVES and isinstance(flow, Flow):
             inputs = [z_0]  # this package's flows take float32 in half precision too, so z keeps its digits
         if self._flow_takes_features:
             if posterior.features is None:
                 raise ValueError(
-                    f"flow takes features of width {self.flow.context_dim}, and the encoder gave none: it must give "
+                    f"flow takes features of width {flow.context_dim}, and the encoder gave none: it must give "
                     "features, or (mean, log_var, features), got (mean, log_var)"
                 )
-            inputs.append(self._as_taken_by(self.flow, posterior.features))
-        flowed = self.flow(*inputs)
+            inputs.append(self._as_taken_by(flow, posterior.features))
+        flowed = flow(*inputs)
         check_flowed(flowed, z_0)
         z_K, log_det = flowed
         return z_0, z_K.to(z_0.dtype), log_det.to(z_0.dtype)
@@ -367,10 +369,8 @@ class VAE(nn.Module):
         """t in the dtype of the module's parameters, or in the VAE's if it has none; autocast converts by itself."""
         if autocasts(t):
             return t
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return t.to(parameter.dtype)
-        return t.to(self._like.dtype)
+        parameter = first_parameter(module)
+        return t.to(self._like.dtype if parameter is None else parameter.dtype)
 
     @untraced
     def _check_x(self, x: Tensor) -> None:

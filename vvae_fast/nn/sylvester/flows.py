@@ -280,10 +280,10 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         [*params, L, M, M], b and s [*params, L, M]."""
         return self._public(self._raw(context))
 
-    def _raw(self, context: Tensor) -> _Raw:
+    def _raw(self, context: Tensor, z: Tensor | None = None) -> _Raw:
         """Views of the head's output."""
         layers, units = self.num_layers, self.num_units
-        v, mixed, y, b = self._packed(context).split_with_sizes(self._lengths(), -1)
+        v, mixed, y, b = self._packed(context, z).split_with_sizes(self._lengths(), -1)
         return _Raw(
             v.unflatten(-1, (layers, self.num_reflections, self.dim)) if self.num_reflections else None,
             mixed.unflatten(-1, (layers, units, units)),
@@ -295,9 +295,7 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         return tuple(t for t in self._raw(features) if t is not None)
 
     def _params_for(self, z: Tensor, context: Tensor) -> _Packed:
-        raw = self._raw(context)
-        self._check_inputs(z, context)
-        return self._made_of(raw)
+        return self._made_of(self._raw(context, z))
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_L [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
