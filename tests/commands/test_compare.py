@@ -188,7 +188,7 @@ def test_layer_norm_is_a_setting_of_the_heads_with_a_rank(tmp_path):
     assert [config.layer_norm for config in configs] == [config.rank > 0 for config in configs]
     flows = [build_vae(config, dataset).flow for config in configs]
     assert [getattr(flow, "layer_norm", False) for flow in flows] == [config.layer_norm for config in configs]
-    assert configs[-1].name == "amortized-K16-rank128-layer-norm-seed0"
+    assert configs[-1].name == "amortized-K80-rank128-layer-norm-seed0"
     (tmp_path / "study.yaml").write_text(text.replace("layer_norm: true", "layer_norm: 1"))
     with pytest.raises(RunError, match="layer_norm must be true or false, got 1"):
         load_study(tmp_path / "study.yaml")
