@@ -47,12 +47,13 @@ T* arena(Slot slot, int64_t count) {
   return static_cast<T*>(mine.data.get());
 }
 
-// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth.
+// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth. The last item,
+// which may be short, comes first: of two threads the first one may have an item more.
 template <class Run>
 void for_each(int64_t items, int64_t work, const Run& run) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
   const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i);
+    for (int64_t i = begin; i < end; ++i) run(items - 1 - i);
   };
   if (items <= grain) return range(0, items);
   std::mutex guard;
