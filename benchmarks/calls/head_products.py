@@ -3,9 +3,10 @@
     python -m benchmarks.calls.head_products [rounds] [threads]
 
 A product is timed right after a training step of a VAE without a flow, which leaves little of it in the caches, neither
-numbers nor instructions. So it is in training, and a call to oneDNN takes 0.1 ms longer than in a loop of its own.
+numbers nor instructions. So it is in training; in a loop of its own a call to oneDNN is much cheaper.
 It prints medians over the rounds in microseconds, for B = 100: y = x W^T + b, dx = dy W and dW = dy^T x with W [M, F],
-and which of the two `vvae_fast.nn.linear` chooses, by the number of multiply-adds B M F.
+and which of the two `vvae_fast.nn.linear` chooses, by the number of multiply-adds B M F. The dW of a head with a rank
+is PyTorch's in any case.
 """
 
 import statistics

@@ -47,8 +47,8 @@ T* arena(Slot slot, int64_t count) {
   return static_cast<T*>(mine.data.get());
 }
 
-// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth. The last item,
-// which may be short, comes first: of two threads the first one may have an item more.
+// Calls run(i) for every i < items, each worth `work` multiply-adds, on as many threads as that is worth. The last
+// item, which may be short, comes first, since parallel_for gives the first of two threads the odd one.
 template <class Run>
 void for_each(int64_t items, int64_t work, const Run& run) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));

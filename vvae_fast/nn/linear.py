@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vvae_fast.backends import needs_plain_torch
 
-# Multiply-adds. With fewer oneDNN loses: in a training step a call to it takes 0.1 ms before the product, which a loop
-# of such calls does not show (benchmarks/calls/head_products.py).
+# Multiply-adds. With fewer oneDNN loses: in a training step even its smallest product takes 0.1 ms, which a loop of
+# such products does not show (benchmarks/calls/head_products.py).
 _LEAST_WORK = 1 << 24
 
 

@@ -143,16 +143,16 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
 
     def params(self, context: Tensor) -> Tensor:
         """v [*params, K, D] for context [*params, F]: a view of the head's output."""
-        return self._in_rows(self._packed(context))
+        return self._raw(context)
 
-    def _in_rows(self, packed: Tensor) -> Tensor:
-        return packed.unflatten(-1, (self.num_reflections, self.dim))
+    def _raw(self, context: Tensor, z: Tensor | None = None) -> Tensor:
+        return self._packed(context, z).unflatten(-1, (self.num_reflections, self.dim))
 
     def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
         return (self.params(features),)
 
     def _params_for(self, z: Tensor, context: Tensor) -> Tensor:
-        return self._in_rows(self._packed(context, z))
+        return self._raw(context, z)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch], zeros) for z [*batch, D] and context [*params, F]."""
