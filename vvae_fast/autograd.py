@@ -7,7 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE
@@ -50,12 +50,32 @@ class Call(NamedTuple):
             (*arguments, prefix) if num_steps is None else (num_steps, *arguments, prefix),
         )
 
+    @classmethod
+    def headed(cls, backend: Backend, *spec: Any) -> "Call | None":
+        """The same of a flow with its head, whose parameters are context, weight and bias; None of a backend that does
+        not compute one. The spec is unchecked."""
+        if backend.headed is None:
+            return None
+        forward, backward = backend.headed
+        arguments = FlowSpec(*spec).checked().arguments()
+        by_node = node.headed_planar_flow
+        return cls(backend, forward, backward, _differentiable_headed, arguments, None, by_node, arguments)
+
+
+def _differentiable_headed(*args: Any) -> tuple[Tensor, ...]:
+    """`reference_headed_backward` with the operator's arguments."""
+    grad_z, grad_log_det, z, context, weight, bias, _saved, *numbers, _params = args
+    return reference_headed_backward(grad_z, grad_log_det, z, context, weight, bias, tuple(numbers))
+
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: True equals 1.0 and is no number
 def ordinary_call(backend: Backend, inverse: bool, num_steps: int | None, *spec: Any) -> Call:
     """The call of an unchecked spec, which is checked once for all equal arguments. Raises a TypeError, too,
     for what cannot be a key."""
     return Call.of(backend, FlowSpec(*spec).checked(inverse), inverse, num_steps)
+
+
+headed_call = functools.lru_cache(maxsize=256, typed=True)(Call.headed)
 
 
 class PlanarFlowFunction(torch.autograd.Function):
@@ -112,6 +132,23 @@ def reference_backward(
 ) -> tuple[Tensor, ...]:
     """The reference's, differentiable: csrc/autograd/node.cpp calls it."""
     return REFERENCE.operators.planar_backward(grad_z, grad_log_det, z, u, w, b, None, *numbers, True)
+
+
+def reference_headed_backward(
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numbers: tuple[int | float, ...],
+) -> tuple[Tensor, ...]:
+    """The same of a headed flow, docs/math.md (67): (dz, dcontext, dweight, dbias)."""
+    dim = z.shape[1]
+    params = shapes.unpack(nn.functional.linear(context, weight, bias), shapes.num_steps_of(weight, dim), dim)
+    dz, du, dw, db = reference_backward(grad_z, grad_log_det, z, *params, numbers)
+    dpacked = torch.cat([du.flatten(1), dw.flatten(1), db], 1)
+    return dz, dpacked @ weight, dpacked.t() @ context, dpacked.sum(0)
 
 
 def _forward(call: Call, z: Tensor, params: tuple[Tensor, ...], save: bool) -> tuple[Tensor, Tensor, Tensor]:

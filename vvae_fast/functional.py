@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from vvae_fast import autograd, backends, node, reference, shapes
@@ -12,6 +12,7 @@ from vvae_fast.spec import DEFAULT_SLOPE, FlowSpec
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # asked by every call
 _REFUSALS = RuntimeError, TypeError, ValueError
+_LEAST_ROWS = 16  # of a headed flow: fewer leave lanes of its kernels empty
 
 
 def planar_flow(
@@ -75,6 +76,50 @@ def packed_planar_flow(
     return _flow(node.is_ordinary_packed, z, (packed,), spec, backend, sizes=(num_steps, dim))
 
 
+def headed_planar_flow(
+    z: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str = "tanh",
+    slope: float = DEFAULT_SLOPE,
+    constraint: str = "softplus",
+    log_det_eps: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`packed_planar_flow` and the linear head before it: packed = context weight^T + bias, docs/math.md (67).
+
+    On the CPU the flow's kernels compute the parameters where they need them, and multiply their gradients where they
+    arise: for z [R, D] with context [R, F] neither is ever in memory. Elsewhere the head is a product of its own.
+
+    Args:
+        z: [*batch, D].
+        context: [*params, F], where *params are the trailing dimensions of *batch.
+        weight, bias: [K (2 D + 1), F] and [K (2 D + 1)]: rows for u, then w, then b, as `packed_planar_flow` has them.
+
+    The other arguments, results and errors are `planar_flow`'s.
+    """
+    spec = constraint, activation, slope, log_det_eps
+    call = _headed_call(z, context, weight, bias, spec, backend)
+    if call is not None:
+        if call.node is not None and not _is_compiling():
+            return call.node(z, context, weight, bias, *call.node_arguments)
+        return autograd.run(call, z, context, weight, bias)
+    shapes.check_head(z, context, weight, bias)
+    return packed_planar_flow(
+        z,
+        nn.functional.linear(context, weight, bias),
+        shapes.num_steps_of(weight, z.shape[-1]),
+        z.shape[-1],
+        activation=activation,
+        slope=slope,
+        constraint=constraint,
+        log_det_eps=log_det_eps,
+        backend=backend,
+    )
+
+
 def planar_flow_inverse(
     z: Tensor,
     u: Tensor,
@@ -126,6 +171,30 @@ def given_planar_flow(
     params = reference.unconstrain(u, w, s), w, b
     z_out, log_det = _flow(node.is_ordinary, own, params, undone, backend, inverse)
     return z_out.to(z.dtype), log_det
+
+
+def _headed_call(
+    z: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    spec: tuple[str, str, float, float],
+    backend: str | None,
+) -> autograd.Call | None:
+    """The call of a backend that computes the flow with its head; None where the head has to be a product of its own,
+    or where the checks have something to say."""
+    if _is_compiling():  # one graph serves every number of rows
+        serves, call_of = shapes.is_ordinary_headed(z, context, weight, bias), autograd.Call.headed
+    else:
+        serves = node.is_ordinary_headed(z, context, weight, bias) and z.shape[0] >= _LEAST_ROWS
+        call_of = autograd.headed_call
+    if not serves or forward_ad._current_level >= 0:
+        return None
+    try:
+        chosen = backends.select_ordinary(z, weight, backend, num_steps=shapes.num_steps_of(weight, z.shape[1]))
+        return call_of(chosen, *spec)
+    except _REFUSALS:
+        return None
 
 
 def _flow(

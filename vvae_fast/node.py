@@ -29,5 +29,7 @@ def _load() -> tuple[Any, str | None]:
 extension, load_error = _load()
 serves = extension is not None
 planar_flow, packed_planar_flow = (extension.planar_flow, extension.packed_planar_flow) if serves else (None, None)
+headed_planar_flow = extension.headed_planar_flow if serves else None
 _checks = extension if serves else shapes
 is_ordinary, is_ordinary_packed = _checks.is_ordinary, _checks.is_ordinary_packed
+is_ordinary_headed = _checks.is_ordinary_headed

@@ -87,6 +87,30 @@ def is_ordinary_packed(z: Tensor, packed: Tensor, num_steps: int, dim: int) -> b
     )
 
 
+def is_ordinary_headed(z: Tensor, context: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """The same for z [R, D], context [R, F], weight [K (2 D + 1), F] and bias [K (2 D + 1)] on the CPU, not under
+    torch.autocast. It finds all that the operators refuse."""
+    if _transforms_are_active() or _tracing_state() is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (type(z) in _PLAIN and type(context) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN):
+        return False
+    return (
+        z.dtype is context.dtype is weight.dtype is bias.dtype
+        and (z.dtype is torch.float32 or z.dtype is torch.float64)
+        and z.is_cpu
+        and context.is_cpu
+        and weight.is_cpu
+        and bias.is_cpu
+        and z.layout is context.layout is weight.layout is bias.layout is torch.strided
+        and z.ndim == context.ndim == weight.ndim == 2
+        and z.shape[1] > 0
+        and context.shape[0] == z.shape[0]
+        and weight.shape[1] == context.shape[1]
+        and weight.shape[0] % (2 * z.shape[1] + 1) == 0
+        and bias.shape == weight.shape[:1]
+    )
+
+
 @untraced
 def check(z: Tensor, u: Tensor, w: Tensor, b: Tensor, spec: FlowSpec, inverse: bool = False) -> Problem:
     """Validates z [*batch, D] with u, w [*params, K, D] and b [*params, K], where *params ends *batch.
@@ -136,6 +160,11 @@ def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Te
     """Views u, w [*params, K, D] and b [*params, K] of packed [*params, K (2 D + 1)]."""
     u, w, b = packed.split_with_sizes([num_steps * dim, num_steps * dim, num_steps], -1)
     return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
+
+
+def num_steps_of(weight: Tensor, dim: int) -> int:
+    """K of a head's weight [K (2 D + 1), F]."""
+    return weight.shape[0] // (2 * dim + 1)
 
 
 def num_sets(u: Tensor) -> int:
@@ -268,6 +297,33 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
             f"got {tuple(of_u[:-2])}: nothing else is broadcast (for parameters shared by all samples pass u, w [K, D] "
             "and b [K])"
         )
+
+
+@untraced
+def check_head(z: Tensor, context: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Validates z [*batch, D] with context [*params, F], weight [K (2 D + 1), F] and bias [K (2 D + 1)].
+
+    Raises TypeError or ValueError as `check` does.
+    """
+    check_tensors(z=z, context=context, weight=weight, bias=bias)
+    if z.dim() < 1 or z.shape[-1] < 1:
+        raise ValueError(f"z must have shape [*batch, D] with D >= 1, got {tuple(z.shape)}")
+    dim, features = z.shape[-1], context.shape[-1:]
+    if weight.dim() != 2 or weight.shape[1:] != features or weight.shape[0] % (2 * dim + 1):
+        raise ValueError(
+            f"weight must be [K (2 D + 1), F] with 2 D + 1 = {2 * dim + 1} as z {tuple(z.shape)} has and F as context "
+            f"{tuple(context.shape)} has, got {tuple(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be [K (2 D + 1)] = ({weight.shape[0]},), as weight has rows, got {tuple(bias.shape)}"
+        )
+    if not is_trailing(context.shape[:-1], z.shape[:-1]):
+        raise ValueError(
+            f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(z.shape[:-1])}, got "
+            f"{tuple(context.shape[:-1])}: nothing else is broadcast"
+        )
+    common_dtype(z=z, context=context, weight=weight, bias=bias)
 
 
 def common_dtype(**tensors: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@
 // libtorch's C++ interface changes from release to release: vvae_fast/node.py uses this module with the torch that it
 // was built for, and with no other.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -20,6 +21,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -50,7 +52,7 @@ struct How {
   std::string prefix;  // of the operators' names
   c10::TypedOperatorHandle<Forward> forward;
   c10::TypedOperatorHandle<Backward> backward;
-  c10::TypedOperatorHandle<BackwardPacked> backward_packed;
+  std::optional<c10::TypedOperatorHandle<BackwardPacked>> backward_packed;  // none of a headed flow
   const How* next;
 
   bool is(int64_t c, int64_t a, double s, double e, const std::string& p) const {
@@ -58,6 +60,9 @@ struct How {
     return constraint == c && activation == a && equal(slope, s) && equal(log_det_eps, e) && prefix == p;
   }
 };
+
+// The prefix of a headed flow's operators, which have the C++ backend's kernels alone.
+const std::string kHeaded = "headed_";
 
 // The one How of these arguments. None is ever freed: a graph holds its address.
 const How& how_of(int64_t constraint, int64_t activation, double slope, double log_det_eps, const std::string& prefix) {
@@ -71,15 +76,18 @@ const How& how_of(int64_t constraint, int64_t activation, double slope, double l
   if (const How* how = found()) return *how;
   const std::lock_guard<std::mutex> lock(mutex);
   if (const How* how = found()) return *how;
-  first = new How{constraint,
-                  activation,
-                  slope,
-                  log_det_eps,
-                  prefix,
-                  find<Forward>(prefix + "planar_forward"),
-                  find<Backward>(prefix + "planar_backward"),
-                  find<BackwardPacked>(prefix + "planar_backward_packed"),
-                  first};
+  const std::string names = prefix == kHeaded ? prefix : prefix + "planar_";
+  How* how = new How{constraint,
+                     activation,
+                     slope,
+                     log_det_eps,
+                     prefix,
+                     find<Forward>(names + "forward"),
+                     find<Backward>(names + "backward"),
+                     std::nullopt,
+                     first};
+  if (prefix != kHeaded) how->backward_packed = find<BackwardPacked>(names + "backward_packed");
+  first = how;
   return *first;
 }
 
@@ -97,12 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& z, const Tensor& u,
   return how.forward.call(z, u, w, b, how.constraint, how.activation, how.slope, how.log_det_eps, save);
 }
 
-// dz, du, dw and db for gradients that are differentiated once more: the reference's, in Python.
+// dz, du, dw and db for gradients that are differentiated once more: the reference's, in Python. Here and below, those
+// of a headed flow are its context, weight and bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable(const Tensor& grad_z, const Tensor& grad_log_det,
                                                           const Tensor& z, const Tensor& u, const Tensor& w,
                                                           const Tensor& b, const How& how) {
   const pybind11::gil_scoped_acquire gil;
-  const auto backward = pybind11::module_::import("vvae_fast.autograd").attr("reference_backward");
+  const char* name = how.prefix == kHeaded ? "reference_headed_backward" : "reference_backward";
+  const auto backward = pybind11::module_::import("vvae_fast.autograd").attr(name);
   const auto numbers = pybind11::make_tuple(how.constraint, how.activation, how.slope, how.log_det_eps);
   return backward(grad_z, grad_log_det, z, u, w, b, numbers).cast<std::tuple<Tensor, Tensor, Tensor, Tensor>>();
 }
@@ -139,8 +149,8 @@ variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad
     return {dz, at::cat({du.flatten(1), dw.flatten(1), db}, 1)};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto [dz, dpacked] = how.backward_packed.call(grad_z, grad_log_det, z, packed, saved.a, how.constraint,
-                                                      how.activation, how.slope, how.log_det_eps, saved.params);
+  const auto [dz, dpacked] = how.backward_packed->call(grad_z, grad_log_det, z, packed, saved.a, how.constraint,
+                                                       how.activation, how.slope, how.log_det_eps, saved.params);
   return {dz, saved.params ? dpacked : Tensor()};
 }
 
@@ -153,7 +163,7 @@ variable_list gradients_of_used(const How& how, const variable_list& grads, cons
                    grads[1].defined() ? grads[1] : at::zeros({z.size(0)}, z.options()), saved);
 }
 
-// The node of planar_flow (4 inputs) and of packed_planar_flow (2), as PyTorch writes those of its own operators:
+// The node of planar_flow and headed_planar_flow (4 inputs) and of packed_planar_flow (2), as PyTorch writes those of its own operators:
 // torch::autograd::Function costs a small flow more than its kernels do.
 template <size_t N>
 class FlowNode : public torch::autograd::Node {
@@ -163,7 +173,10 @@ class FlowNode : public torch::autograd::Node {
     a_ = SavedVariable(a, false);
   }
 
-  std::string name() const override { return N == 4 ? "vvae::PlanarFlow" : "vvae::PackedPlanarFlow"; }
+  std::string name() const override {
+    if (how_.prefix == kHeaded) return "vvae::HeadedPlanarFlow";
+    return N == 4 ? "vvae::PlanarFlow" : "vvae::PackedPlanarFlow";
+  }
 
   variable_list apply(variable_list&& grads) override { return gradients_of_used(how_, grads, unpack_saved()); }
 
@@ -256,6 +269,11 @@ Outputs planar_flow(const Tensor& z, const Tensor& u, const Tensor& w, const Ten
   return run<4>({z, u, w, b}, u, w, b, how_of(constraint, activation, slope, log_det_eps, prefix));
 }
 
+Outputs headed_planar_flow(const Tensor& z, const Tensor& context, const Tensor& weight, const Tensor& bias,
+                           int64_t constraint, int64_t activation, double slope, double log_det_eps) {
+  return planar_flow(z, context, weight, bias, constraint, activation, slope, log_det_eps, kHeaded);
+}
+
 Outputs packed_planar_flow(const Tensor& z, const Tensor& packed, int64_t steps, int64_t constraint, int64_t activation,
                            double slope, double log_det_eps, const std::string& prefix) {
   const auto [u, w, b] = [&] {
@@ -302,6 +320,20 @@ bool is_ordinary_packed(pybind11::handle z_, pybind11::handle packed_, pybind11:
          packed->size(1) / (2 * dim + 1) == steps;
 }
 
+// Whether the C++ backend computes a flow with its head, in a call that nobody observes: z [R, D], context [R, F],
+// weight [K (2 D + 1), F] and bias [K (2 D + 1)] of one dtype of full precision, on the CPU.
+bool is_ordinary_headed(pybind11::handle z_, pybind11::handle context_, pybind11::handle weight_,
+                        pybind11::handle bias_) {
+  if (is_observed() || at::autocast::is_autocast_enabled(at::kCPU)) return false;
+  const Tensor *z = plain(z_), *context = plain(context_), *weight = plain(weight_), *bias = plain(bias_);
+  if (!z || !context || !weight || !bias || !is_full_precision(*z) || z->dim() != 2 || z->size(1) == 0) return false;
+  for (const Tensor* t : {z, context, weight, bias})
+    if (!t->is_cpu() || t->layout() != at::kStrided || t->scalar_type() != z->scalar_type()) return false;
+  return context->dim() == 2 && weight->dim() == 2 && bias->dim() == 1 && context->size(0) == z->size(0) &&
+         weight->size(1) == context->size(1) && weight->size(0) == bias->size(0) &&
+         weight->size(0) % (2 * z->size(1) + 1) == 0;
+}
+
 }  // namespace
 }  // namespace vvae
 
@@ -310,8 +342,10 @@ PYBIND11_MODULE(_C_node, m) {
   m.doc() = "An ordinary call of the flow, as a node of libtorch's engine.";
   m.def("is_ordinary", &vvae::is_ordinary, "Whether planar_flow takes z, u, w, b.");
   m.def("is_ordinary_packed", &vvae::is_ordinary_packed, "Whether packed_planar_flow takes z, packed, steps, dim.");
+  m.def("is_ordinary_headed", &vvae::is_ordinary_headed, "Whether headed_planar_flow takes z, context, weight, bias.");
   m.def("planar_flow", wrap_pybind_function_no_gil(&vvae::planar_flow), "autograd.run of an ordinary call.");
   m.def("packed_planar_flow", wrap_pybind_function_no_gil(&vvae::packed_planar_flow),
         "autograd.run of an ordinary call with packed parameters.");
+  m.def("headed_planar_flow", wrap_pybind_function_no_gil(&vvae::headed_planar_flow), "A headed flow of one.");
   m.def("torch_version", [] { return VVAE_FAST_TORCH_VERSION; }, "The torch that this module serves.");
 }

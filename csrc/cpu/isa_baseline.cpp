@@ -5,5 +5,6 @@
 
 namespace vvae {
 const Isa isa_baseline{"baseline", [] { return true; }, baseline::kernels<float>(), baseline::kernels<double>(),
-                       baseline::sylvester_kernels<float>(), baseline::sylvester_kernels<double>()};
+                       baseline::sylvester_kernels<float>(), baseline::sylvester_kernels<double>(),
+                       baseline::headed_kernels<float>(), baseline::headed_kernels<double>()};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amortized.h"
+#include "headed/rows.h"
 #include "shared.h"
 #include "sylvester/inverse_row.h"
 

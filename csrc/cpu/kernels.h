@@ -7,6 +7,7 @@
 
 #include "../planar/args.h"
 #include "../planar/chunks.h"
+#include "headed/args.h"
 #include "sylvester/args.h"
 
 namespace vvae {
@@ -95,6 +96,8 @@ struct Isa {
   Kernels<double> f64;
   SylvesterKernels<float> sylvester_f32;
   SylvesterKernels<double> sylvester_f64;
+  HeadedKernels<float> headed_f32;
+  HeadedKernels<double> headed_f64;
 };
 
 extern const Isa isa_avx512, isa_avx2, isa_baseline;

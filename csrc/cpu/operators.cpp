@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "headed/operators.h"
 #include "schedule.h"
 #include "sylvester/operators.h"
 
@@ -75,5 +76,6 @@ void set_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(vvae_fast, CPU, m) {
   VVAE_REGISTER(m, "", vvae::Cpu);
+  VVAE_REGISTER_HEADED(m, vvae::Cpu);
   VVAE_REGISTER_SYLVESTER(m, vvae::Cpu);
 }

@@ -71,18 +71,6 @@ int64_t shared_forward_scratch(int64_t /*steps*/, int64_t dim) {
   return (dim + 2 * kChunk + 3) * kTile;
 }
 
-// The sums (26) of a tile between two chunks: their parts log, high and low, [kTile] each.
-template <class T>
-PLANAR_FN LogDet<Simd<T>> load_sum(const T* sums) {
-  using S = Simd<T>;
-  return {S::load(sums), S::load(sums + kTile), S::load(sums + 2 * kTile)};
-}
-template <class T>
-PLANAR_FN void store_sum(T* sums, const LogDet<Simd<T>>& sum) {
-  using S = Simd<T>;
-  S::store(sums, sum.log), S::store(sums + kTile, sum.high), S::store(sums + 2 * kTile, sum.low);
-}
-
 // h of the steps of one chunk from P = z W^T + b in a, and the sums with these steps: (9), (7), (26). The inverse leaves
 // -h and the roots a of (17).
 template <class T, bool inverse, class F>

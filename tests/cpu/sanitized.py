@@ -77,6 +77,15 @@ MUTANTS = (
         (1, 3),
     ),
     Mutant(
+        "OpenMP threads add into one slice's sums of a headed flow",
+        "cpu/headed/operators.h",
+        "of_slice.dweight = partials + (slice - 1) * partial,",
+        "of_slice.dweight = partials,",
+        "thread",
+        "data race",
+        (1, 3),
+    ),
+    Mutant(
         "Python threads share their scratch memory",
         "cpu/schedule.h",
         "thread_local Arena arenas[kSlots];",
@@ -132,6 +141,7 @@ TESTS = (
     "test_sylvester_flow.py",
     "test_fused_inverse.py",
     "test_passes.py",
+    "test_headed_flow.py",
     "test_arguments.py",
 )
 

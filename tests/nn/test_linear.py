@@ -1,9 +1,15 @@
-"""The head's linear layer: the same values and gradients as nn.Linear's, whichever library computes them."""
+"""The head's linear layer: the same values and gradients as nn.Linear's, whichever library computes them, and in a
+headed flow."""
+
+import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from vvae_fast import AmortizedPlanarFlow
+from vvae_fast.functional import packed_planar_flow
 from vvae_fast.nn import linear
 
 SIZES = ((100, 400), (7, 300, 90))  # x; each is above and below the least work with the two widths below
@@ -126,3 +132,85 @@ def test_only_what_is_needed_is_computed():
     layer(x).sum().backward()
     assert layer.weight.grad is None
     torch.testing.assert_close(layer.bias.grad, torch.full((1296,), 100.0))
+
+
+def headed(flow):
+    """Whether the flow computes its head's last layer itself: the layer's weight goes into the flow's node."""
+    z, context = (torch.randn(20, size, dtype=next(flow.parameters()).dtype) for size in (3, 12))
+    z_K, _ = flow(z, context)
+    parameters = {id(p) for p in flow.parameters()}
+    return any(id(getattr(edge, "variable", None)) in parameters for edge, _ in z_K.grad_fn.next_functions)
+
+
+def same(got, wanted):
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def flows():
+    for rank, normalise, layer_norm in itertools.product((None, 4), (False, True), (False, True)):
+        if rank or not layer_norm:
+            yield AmortizedPlanarFlow(3, 5, 12, rank=rank, normalise=normalise, layer_norm=layer_norm)
+
+
+def test_modules_take_it_with_every_kind_of_head():
+    z, context = torch.randn(20, 3).double(), torch.randn(20, 12).double().requires_grad_()
+    for flow in flows():
+        flow.double()
+        nn.init.normal_(flow._last().weight, std=0.3)
+        apart = copy.deepcopy(flow)
+        apart._last().register_forward_hook(lambda *given: None)
+        answers = []
+        for module in (flow, apart):
+            outputs = module(z, context)
+            gradients = torch.autograd.grad(sum(t.sum() for t in outputs), [context, *module.parameters()])
+            answers.append([*outputs, *gradients])
+        assert headed(flow)
+        assert not headed(apart)
+        same(*answers)
+
+
+def test_a_head_that_does_more_than_its_product_is_called():
+    """Hooks, a forward of one's own, a parametrization or another module see every call; a wrong size is refused."""
+    z, context = torch.randn(20, 3).double(), torch.randn(20, 12).double()
+
+    def changed(change, rank=None):
+        flow = AmortizedPlanarFlow(3, 5, 12, rank=rank)
+        change(flow)
+        return flow.double()
+
+    def global_hook(flow):
+        handles.append(nn.modules.module.register_module_forward_hook(lambda *given: None))
+
+    def forward(flow):
+        flow.head.forward = flow.head.forward
+
+    handles = []
+    kinds = [
+        lambda flow: flow.head.register_forward_hook(lambda *given: None),
+        lambda flow: flow.head.register_forward_pre_hook(lambda *given: None),
+        lambda flow: flow.head.register_full_backward_hook(lambda *given: None),
+        lambda flow: nn.utils.parametrizations.weight_norm(flow.head),
+        lambda flow: setattr(flow, "head", nn.Linear(12, 35, bias=False)),
+        lambda flow: setattr(flow, "head", nn.Sequential(nn.Linear(12, 35), nn.Tanh())),
+        lambda flow: flow.head.compile(backend="eager"),
+        forward,
+        global_hook,
+    ]
+    for change in kinds:
+        flow = changed(change)
+        assert not headed(flow)
+        for handle in handles:
+            handle.remove()
+    inner = changed(lambda flow: flow.head.register_forward_hook(lambda *given: None), rank=2)
+    assert not headed(inner)
+    own = changed(lambda flow: setattr(flow, "head", nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 35))))
+    assert headed(own), "a head of one's own that ends in a linear layer"
+    same(own(z, context), packed_planar_flow(z, own.head(context), 5, 3))
+    calls = []
+    down = changed(lambda flow: flow.head.down.register_forward_hook(lambda *given: calls.append(given)), rank=2)
+    assert headed(down)
+    assert len(calls) == 1, "the first layer is called as ever"
+    wrong = changed(lambda flow: setattr(flow, "head", AmortizedPlanarFlow(3, 6, 12).head))
+    with pytest.raises(ValueError, match="head must give"):
+        wrong(z, context)

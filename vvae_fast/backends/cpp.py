@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vvae_fast import config
-from vvae_fast.backends import operators
+from vvae_fast.backends import headed, operators
 from vvae_fast.backends.base import Backend
 from vvae_fast.shapes import Problem
 
@@ -62,4 +62,4 @@ def _unsupported(problem: Problem) -> list[str]:
     return not_on(problem.device_type)
 
 
-CPP = Backend("cpp", operators.OPERATORS["cpp"], _unavailable, _unsupported)
+CPP = Backend("cpp", operators.OPERATORS["cpp"], _unavailable, _unsupported, headed=headed.OPERATORS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from vvae_fast.backends import check_name
 from vvae_fast.nn.arguments import first_parameter
@@ -122,7 +123,11 @@ class Head(Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_of_like_sizes(x, self.in_features) if self.normalise else x)
+        return super().forward(self.inputs(x))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the product takes for x [*batch, F]."""
+        return _of_like_sizes(x, self.in_features) if self.normalise else x
 
 
 def _of_like_sizes(x: Tensor, num_features: int) -> Tensor:
@@ -139,6 +144,19 @@ class RankNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rank = x.shape[-1]
         return nn.functional.layer_norm(x, (rank,), x.new_full((rank,), _NORM_SUM / rank))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is its forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
 
 
 class AmortizedFlow(Flow):
@@ -227,6 +245,20 @@ class AmortizedFlow(Flow):
         packed = self.head(context)
         self._check_packed(packed, context)
         return packed
+
+    def _headed(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The input [R, F], weight and bias of the head's last layer for context [R, F], for a flow that computes this
+        layer itself; None where the head ends in no linear layer, or where hooks want to see it at work."""
+        last, before = self.head, []
+        if type(last) is nn.Sequential and _is_bare(last):
+            *before, last = last
+        if type(last) not in (Head, nn.Linear) or not _is_bare(last):
+            return None
+        if last.bias is None or last.weight.shape[0] != self._num_outputs():
+            return None
+        for layer in before:
+            context = layer(context)
+        return last.inputs(context) if type(last) is Head else context, last.weight, last.bias
 
     def _is_usual(self, z: Tensor, context: Tensor) -> bool:
         """Whether z is [R, D] and context [R, F], both like the head: what the checks ask for, in nearly every call."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vvae_fast import reference
-from vvae_fast.functional import packed_planar_flow, planar_flow, planar_flow_inverse
+from vvae_fast.functional import headed_planar_flow, packed_planar_flow, planar_flow, planar_flow_inverse
 from vvae_fast.nn.base import AmortizedFlow, Flow, largest_rank_of
 from vvae_fast.nn.base import Head as _Head  # noqa: F401  # by this name modules were pickled
 from vvae_fast.shapes import as_index, check_size, compute_dtype, full_precision, unpack
@@ -214,6 +214,10 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
+        if self._is_usual(z, context) and z.is_cpu:
+            headed = self._headed(context)
+            if headed is not None:
+                return headed_planar_flow(z, *headed, **self._options())
         packed = self._packed_for(z, context)
         return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
 

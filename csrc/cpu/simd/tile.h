@@ -2,6 +2,7 @@
 // scan over steps and every product run side by side over samples, without any exchange between lanes.
 #pragma once
 
+#include "../../planar/log_det.h"
 #include "../kernels.h"
 #include "vector.h"
 
@@ -157,6 +158,18 @@ PLANAR_FN void store_tile(const T* tile, Matrix<T> x, int64_t n, int64_t dim, bo
           S::store_first(to, block[i], dim - d);
       }
     }
+}
+
+// The sums (26) of a tile between two chunks of steps: their parts log, high and low, [kTile] each.
+template <class T>
+PLANAR_FN LogDet<Simd<T>> load_sum(const T* sums) {
+  using S = Simd<T>;
+  return {S::load(sums), S::load(sums + kTile), S::load(sums + 2 * kTile)};
+}
+template <class T>
+PLANAR_FN void store_sum(T* sums, const LogDet<Simd<T>>& sum) {
+  using S = Simd<T>;
+  S::store(sums, sum.log), S::store(sums + kTile, sum.high), S::store(sums + 2 * kTile, sum.low);
 }
 
 // Asks for the rows of x that the tile from `row` on will load: more streams than the hardware follows by itself.

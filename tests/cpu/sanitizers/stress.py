@@ -14,7 +14,7 @@ import threading
 import torch
 
 import vvae_fast
-from vvae_fast.backends import cpp, operators
+from vvae_fast.backends import cpp, headed, operators
 from vvae_fast.spec import ACTIVATIONS, CONSTRAINTS, FlowSpec
 
 # rows, sets (None: shared), K, D. Each form and where it changes, a tile that is not full, D that fill no vector, rows
@@ -41,7 +41,7 @@ def problem(size: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def call_all(p: list[torch.Tensor], formulas: FlowSpec) -> list[torch.Tensor]:
-    """What the five operators give for one problem, and for its parameters as views of a head's output."""
+    """What the operators give for one problem, and for its parameters as views of a head's output."""
     z, u, w, b, grad_z, grad_log_det = p
     numbers = formulas.arguments()
     z_K, log_det, a = operators.planar_forward(z, u, w, b, *numbers, True)
@@ -54,7 +54,19 @@ def call_all(p: list[torch.Tensor], formulas: FlowSpec) -> list[torch.Tensor]:
         z_0, log_det, a = operators.planar_inverse(z, u, w, b, *numbers[:3], True)
         grads = operators.planar_inverse_backward(grad_z, grad_log_det, z, u, w, b, a, *numbers[:3])
         outputs += [z_0, log_det, a, *grads]
-    return outputs
+    return outputs + call_headed(p, numbers)
+
+
+def call_headed(p: list[torch.Tensor], numbers: tuple) -> list[torch.Tensor]:
+    """The operators of a flow with its head, for one problem's z: its gradient is the context."""
+    z, u, *_, grad_z, grad_log_det = p
+    steps, dim = u.shape[-2:]
+    g = torch.Generator().manual_seed(steps)
+    weight = torch.randn(steps * (2 * dim + 1), dim, generator=g).to(z.dtype) / (4 * dim)
+    tensors = z, grad_z, weight, weight[:, 0].clone()
+    z_K, log_det, saved = headed.headed_forward(*tensors, *numbers, True)
+    given = grad_z, grad_log_det, *tensors, saved, *numbers
+    return [z_K, log_det, saved, *headed.headed_backward(*given), headed.headed_backward(*given, False)[0]]
 
 
 def train_a_step(p: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,269 @@
+// One tile of rows of a headed flow, docs/math.md (67): the direct recursion (1) to (8) and its adjoint (16), as in
+// amortized.h, but with a row a lane throughout. The parameters of a span of steps are computed where the steps read
+// them, and their gradients multiplied where they arise: neither leaves the caches.
+#pragma once
+
+#include "args.h"
+#include "product.h"
+
+namespace vvae {
+namespace PLANAR_NAMESPACE {
+
+// The parameters of the steps of a span, or their gradients: u, w [steps][dim][kTile] and b [steps][kTile].
+template <class T>
+struct Span {
+  int64_t start, steps;
+  T *u, *w, *b;
+
+  Span(T* memory, int64_t start, int64_t steps, int64_t dim) : start(start), steps(steps) {
+    u = memory, w = u + steps * dim * kTile, b = w + steps * dim * kTile;
+  }
+  static int64_t size(int64_t dim) { return steps_between(dim) * (2 * dim + 1) * kTile; }
+};
+
+// A tile's rows: `count`, computed in `lanes` of whole vectors.
+template <class T>
+struct Tile {
+  using S = Simd<T>;
+  const Headed<T>& p;
+  int64_t first, count, lanes;
+
+  Tile(const Headed<T>& p, Rows rows)
+      : p(p), first(rows.first), count(rows.count), lanes(round_up(rows.count, S::width)) {}
+
+  int64_t spans() const { return ceil_div(p.steps, steps_between(p.dim)); }
+  Span<T> span(int64_t i, T* memory) const {
+    const int64_t most = steps_between(p.dim), start = i * most, rest = p.steps - start;
+    return Span<T>(memory, start, rest < most ? rest : most, p.dim);
+  }
+  // Where step k's a, or the z [dim][rows] at the start of span i > 0, has the vector from `lane` on.
+  int64_t saved_a(int64_t k, int64_t lane) const { return k * p.rows + first + lane; }
+  int64_t saved_z(int64_t i, int64_t lane) const { return saved_a(p.steps + (i - 1) * p.dim, lane); }
+};
+
+// The parameters of a span, from context [features][kTile].
+template <class T>
+PLANAR_FN void compute_parameters(const Tile<T>& tile, const Span<T>& span, const T* context) {
+  const Headed<T>& p = tile.p;
+  const auto part = [&](T* to, int64_t row, int64_t rows) __attribute__((always_inline)) {
+    const Factors<T> factors{p.weight + row * p.features, p.features, 1, context, kTile, p.features};
+    multiply(to, kTile, factors, Start::column, p.bias + row, rows, tile.lanes);
+  };
+  part(span.u, p.of_u(span.start), span.steps * p.dim);
+  part(span.w, p.of_w(span.start), span.steps * p.dim);
+  part(span.b, p.of_b(span.start), span.steps);
+}
+
+constexpr int64_t kRun = 32;  // products of one sum: of long sums, rounding would grow with D
+
+template <class T, int N>
+struct Dots {
+  typename Simd<T>::V with[N] = {};
+};
+
+// The dot products of x [dim][kTile] with others, for the rows of one vector.
+template <class T, class... Others, int N = sizeof...(Others)>
+PLANAR_FN Dots<T, N> dots(const T* x, int64_t dim, const Others*... others) {
+  using S = Simd<T>;
+  const T* const y[] = {others...};
+  Dots<T, N> sum;
+  for (int64_t start = 0; start < dim; start += kRun) {
+    const int64_t end = start + kRun < dim ? start + kRun : dim;
+    Dots<T, N> even, odd;
+    int64_t d = start;
+    for (; d + 2 <= end; d += 2) {
+      const int64_t at = d * kTile, next = at + kTile;
+      const auto x_at = S::load(x + at), x_next = S::load(x + next);
+      for (int i = 0; i < N; ++i) even.with[i] += x_at * S::load(y[i] + at), odd.with[i] += x_next * S::load(y[i] + next);
+    }
+    if (d < end)
+      for (int i = 0; i < N; ++i) even.with[i] += S::load(x + d * kTile) * S::load(y[i] + d * kTile);
+    for (int i = 0; i < N; ++i) sum.with[i] += even.with[i] + odd.with[i];
+  }
+  return sum;
+}
+
+// z over one step, into `to`, which may be z: (1) with h u_hat = h u + (h rho / n) w. For the rows of one vector.
+template <class T>
+PLANAR_FN void update_lanes(const T* z, T* to, const T* u, const T* w, typename Simd<T>::V h,
+                            const Constrained<Simd<T>>& step, int64_t dim) {
+  using S = Simd<T>;
+  const auto h_of_w = h * rho_over_n(step);
+  for (int64_t d = 0; d < dim * kTile; d += kTile)
+    S::store(to + d, S::load(z + d) + (h * S::load(u + d) + h_of_w * S::load(w + d)));
+}
+
+template <class T>
+int64_t headed_forward_scratch(const Headed<T>& p) {
+  return (p.dim + p.features + 3) * kTile + Span<T>::size(p.dim);
+}
+
+template <class T, class F>
+void headed_forward(const HeadedForward<T>& p, Rows rows, T* scratch) {
+  using S = Simd<T>;
+  const F f = F::of(p.spec);
+  const Tile<T> tile(p, rows);
+  const int64_t size = p.dim * kTile;
+  T* z = scratch;                         // [dim][kTile]
+  T* context = z + size;                  // [features][kTile]
+  T* sums = context + p.features * kTile; // [3][kTile]
+  T* memory = sums + 3 * kTile;           // of the spans
+  load_tile(z, p.z.from(tile.first), tile.count, p.dim);
+  load_tile(context, p.context.from(tile.first), tile.count, p.features);
+  for (int64_t lane = 0; lane < tile.lanes; lane += S::width) store_sum(sums + lane, no_steps<S>());
+  for (int64_t i = 0; i < tile.spans(); ++i) {
+    const Span<T> span = tile.span(i, memory);
+    compute_parameters(tile, span, context);
+    for (int64_t lane = 0; lane < tile.lanes; lane += S::width) {
+      const int64_t count = tile.count - lane;
+      if (p.saved && i > 0)
+        for (int64_t d = 0; d < p.dim; ++d)
+          S::store_first(p.saved + tile.saved_z(i, lane) + d * p.rows, S::load(z + d * kTile + lane), count);
+      auto sum = load_sum(sums + lane);
+      for (int64_t k = 0; k < span.steps; ++k) {
+        const T *u = span.u + k * size + lane, *w = span.w + k * size + lane;
+        const auto of_w = dots(w, p.dim, u, w, z + lane);
+        const auto step = constrain<S>(of_w.with[0], of_w.with[1], p.spec.constraint);
+        const auto a = of_w.with[2] + S::load(span.b + k * kTile + lane);
+        if (p.saved) S::store_first(p.saved + tile.saved_a(span.start + k, lane), a, count);
+        const auto act = activate<S>(a, f);
+        add_step<S, 1>(&sum, &act, step.c, step.s, step.sunk, f);
+        update_lanes(z + lane, z + lane, u, w, act.h, step, p.dim);
+      }
+      store_sum(sums + lane, sum);
+    }
+  }
+  store_tile(z, Matrix<T>{p.z_K + tile.first * p.dim, p.dim, 1}, tile.count, p.dim);
+  for (int64_t lane = 0; lane < tile.lanes; lane += S::width)
+    S::store_first(p.log_det + tile.first + lane, value<S>(load_sum(sums + lane)), tile.count - lane);
+}
+
+// One step back, for the rows of one vector: g to dL/dz before the step, and with `params` dL/du, dL/dw and dL/db to the
+// places of u, w and b. z [dim][kTile] is the one before the step.
+template <class T, class F>
+PLANAR_FN void step_back(const Headed<T>& p, const F& f, T* u, T* w, T* b, const T* z, T* g,
+                         typename Simd<T>::V lambda, const Step<T>& at, bool params) {
+  using S = Simd<T>;
+  const auto& [step, act] = at;
+  const auto of_g = dots<T>(g, p.dim, u, w);
+  const auto g_w = of_g.with[1], e = of_g.with[0] + rho_over_n(step) * g_w;
+  const auto [delta, gamma] = step_adjoint<S>(e, lambda, act, step.c, step.s, unit<S>(step.s, p.spec.constraint), f);
+  if (!params) {
+    for (int64_t d = 0; d < p.dim * kTile; d += kTile) S::store(g + d, S::load(g + d) + delta * S::load(w + d));
+    return;
+  }
+  const auto [dalpha, of_v, of_w_n] = constrain_backward<S>(step, act.h * g_w, gamma);
+  for (int64_t d = 0; d < p.dim * kTile; d += kTile) {
+    const auto u_d = S::load(u + d), w_d = S::load(w + d), gradient = S::load(g + d);
+    const auto v = act.h * gradient;
+    S::store(u + d, v + dalpha * w_d);
+    S::store(w + d, delta * S::load(z + d) + of_v * v + dalpha * u_d + of_w_n * (step.inv_n * w_d));
+    S::store(g + d, gradient + delta * w_d);
+  }
+  S::store(b, delta);
+}
+
+// to [rows] = the sums of x [rows][kTile] over a tile's rows; or, with `add`, so much more.
+template <class T>
+PLANAR_FN void sum_rows(T* to, const T* x, int64_t rows, int64_t count, bool add) {
+  using S = Simd<T>;
+  for (int64_t m = 0; m < rows; m += S::width) {
+    typename S::V parts[S::width] = {};
+    for (int64_t i = 0; i < S::width && m + i < rows; ++i)
+      for (int64_t lane = 0; lane < count; lane += S::width)
+        parts[i] += S::load_first(x + (m + i) * kTile + lane, count - lane);
+    auto sum = sum_lanes<T>(parts);
+    if (add) sum += S::load_first(to + m, rows - m);
+    S::store_first(to + m, sum, rows - m);
+  }
+}
+
+// (67): dweight and dbias, and more of dcontext, from the gradients of a span's parameters. context and dcontext are
+// [kTile][padded].
+template <class T>
+PLANAR_FN void multiply_gradients(const HeadedBackward<T>& p, const Tile<T>& tile, const Span<T>& span,
+                                  const T* context, T* dcontext, bool add) {
+  const int64_t features = p.features, padded = round_up(features, Simd<T>::width);
+  const auto part = [&](const T* gradient, int64_t row, int64_t rows) __attribute__((always_inline)) {
+    const T* weight = p.weight + row * features;
+    const Factors<T> of_weight{gradient, kTile, 1, context, padded, tile.count};
+    const Factors<T> of_context{gradient, 1, kTile, weight, features, rows};
+    const T* nothing = gradient;
+    multiply(p.dweight + row * features, features, of_weight, add ? Start::out : Start::zero, nothing, rows, features);
+    multiply(dcontext, padded, of_context, Start::out, nothing, tile.count, features);
+    sum_rows(p.dbias + row, gradient, rows, tile.count, add);
+  };
+  part(span.u, p.of_u(span.start), span.steps * p.dim);
+  part(span.w, p.of_w(span.start), span.steps * p.dim);
+  part(span.b, p.of_b(span.start), span.steps);
+}
+
+template <class T>
+int64_t headed_backward_scratch(const Headed<T>& p) {
+  const int64_t most = steps_between(p.dim), padded = round_up(p.features, Simd<T>::width);
+  const int64_t steps = most * kTile / Simd<T>::width * int64_t(sizeof(Step<T>) / sizeof(T));
+  return steps + (p.dim + most * p.dim + p.features + 2 * padded) * kTile + Span<T>::size(p.dim);
+}
+
+template <class T, class F>
+void headed_backward(const HeadedBackward<T>& p, Rows rows, bool add, T* scratch) {
+  using S = Simd<T>;
+  const F f = F::of(p.spec);
+  const Tile<T> tile(p, rows);
+  const bool params = p.wants_params();
+  const int64_t most = steps_between(p.dim), padded = round_up(p.features, S::width), size = p.dim * kTile;
+  Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);              // [kTile / width][most]
+  T* g = reinterpret_cast<T*>(steps + most * kTile / S::width);      // [dim][kTile]
+  T* z = g + size;                                                   // [most][dim][kTile]
+  T* context = z + most * size;                                      // [features][kTile]
+  T* context_rows = context + p.features * kTile;                    // [kTile][padded]
+  T* dcontext = context_rows + kTile * padded;                       // [kTile][padded]
+  T* memory = dcontext + kTile * padded;                             // of the spans
+  load_tile(g, p.grad_z.from(tile.first), tile.count, p.dim);
+  load_tile(context, p.context.from(tile.first), tile.count, p.features);
+  if (params) {
+    store_tile(context, Matrix<T>{context_rows, padded, 1}, tile.count, p.features);
+    fill(dcontext, T(0), kTile * padded);
+  }
+  for (int64_t i = tile.spans() - 1; i >= 0; --i) {
+    const Span<T> span = tile.span(i, memory);
+    compute_parameters(tile, span, context);
+    if (i == 0 && params) load_tile(z, p.z.from(tile.first), tile.count, p.dim);
+    for (int64_t lane = 0; lane < tile.lanes; lane += S::width) {
+      const int64_t count = tile.count - lane;
+      const auto lambda = load_strided(p.grad_log_det.data + (tile.first + lane) * p.grad_log_det.stride,
+                                       p.grad_log_det.stride, count);
+      Step<T>* at = steps + lane / S::width * most;
+      if (i > 0 && params)
+        for (int64_t d = 0; d < p.dim; ++d)
+          S::store(z + d * kTile + lane, S::load_first(p.saved + tile.saved_z(i, lane) + d * p.rows, count));
+      for (int64_t k = 0; k < span.steps; ++k) {
+        const T *u = span.u + k * size + lane, *w = span.w + k * size + lane;
+        const auto of_w = dots(w, p.dim, u, w);
+        const auto a = S::load_first(p.saved + tile.saved_a(span.start + k, lane), count);
+        at[k] = {constrain<S>(of_w.with[0], of_w.with[1], p.spec.constraint), activate<S>(a, f)};
+        T* z_k = z + k * size + lane;
+        if (params && k + 1 < span.steps) update_lanes(z_k, z_k + size, u, w, at[k].act.h, at[k].step, p.dim);
+      }
+      for (int64_t k = span.steps - 1; k >= 0; --k)
+        step_back(p, f, span.u + k * size + lane, span.w + k * size + lane, span.b + k * kTile + lane,
+                  z + k * size + lane, g + lane, lambda, at[k], params);
+    }
+    if (params) multiply_gradients(p, tile, span, context_rows, dcontext, add);
+  }
+  store_tile(g, Matrix<T>{p.dz + tile.first * p.dim, p.dim, 1}, tile.count, p.dim);
+  for (int64_t i = 0; i < tile.count && params; ++i)
+    copy(p.dcontext + (tile.first + i) * p.features, dcontext + i * padded, p.features);
+}
+
+template <class T>
+constexpr HeadedKernels<T> headed_kernels() {
+  return {Simd<T>::width,
+          headed_forward_scratch<T>,
+          headed_backward_scratch<T>,
+          {headed_forward<T, StandardFlow>, headed_backward<T, StandardFlow>},
+          {headed_forward<T, AnyFlow<T>>, headed_backward<T, AnyFlow<T>>}};
+}
+
+}  // namespace PLANAR_NAMESPACE
+}  // namespace vvae

@@ -1,0 +1,57 @@
+"""The operators of flows whose parameters are context weight^T + bias: their schemas and fakes. The C++ backend has
+them.
+
+    headed_forward(z, context, weight, bias, *spec, save) -> (z_K, log_det, saved)
+    headed_backward(grad_z, grad_log_det, z, context, weight, bias, saved, *spec, params=True)
+        -> (dz, dcontext, dweight, dbias)
+
+z [R, D]; context [R, F], weight [K (2 D + 1), F] and bias [K (2 D + 1)], whose rows are those of u, of w and of b, as
+in `operators`' packed. saved, when `save`, holds the pre-activations a [K, R], and behind them z [D, R] every few
+steps. *spec are `FlowSpec.arguments`. Without `params` all but dz are empty, [0]; dz has the same bits.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vvae_fast.backends.operators import Operator, define
+
+_MOST_STEPS, _AFFORDABLE = 8, 512  # of csrc/cpu/headed/args.h's steps_between
+
+
+class HeadedOperators(NamedTuple):
+    """What a backend implements."""
+
+    headed_forward: Operator
+    headed_backward: Operator
+
+
+def _saved_rows(num_steps: int, dim: int) -> int:
+    """As csrc/cpu/headed/args.h's saved_rows."""
+    between = max(1, min(_AFFORDABLE // dim, _MOST_STEPS))
+    return num_steps + max(0, -(-num_steps // between) - 1) * dim
+
+
+def _fake_outputs(z: Tensor, context: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    rows, dim = z.shape
+    saved = (_saved_rows(weight.shape[0] // (2 * dim + 1), dim), rows) if others[-1] else (0,)
+    return z.new_empty(z.shape), z.new_empty((rows,)), z.new_empty(saved)
+
+
+def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *params, _ = (t for t in others if isinstance(t, Tensor))  # the last one is saved
+    return z.new_empty(z.shape), *(t.new_empty((0,) if others[-1] is False else t.shape) for t in params)
+
+
+_TENSORS = "Tensor z, Tensor context, Tensor weight, Tensor bias"
+_SPEC = "int constraint, int activation, float slope, float log_det_eps"
+OPERATORS = HeadedOperators(
+    define("headed_forward", f"({_TENSORS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)", _fake_outputs),
+    define(
+        "headed_backward",
+        f"(Tensor grad_z, Tensor grad_log_det, {_TENSORS}, Tensor saved, {_SPEC}, bool params=True)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_gradients,
+    ),
+)
+headed_forward, headed_backward = OPERATORS
