@@ -77,10 +77,10 @@ MUTANTS = (
         (1, 3),
     ),
     Mutant(
-        "OpenMP threads add into one slice's sums of a headed flow",
+        "OpenMP threads leave the gradients of two tiles in one place",
         "cpu/headed/operators.h",
-        "of_slice.dweight = partials + (slice - 1) * partial,",
-        "of_slice.dweight = partials,",
+        "of_rows.gradients = of(tile) +",
+        "of_rows.gradients = of(begin) +",
         "thread",
         "data race",
         (1, 3),

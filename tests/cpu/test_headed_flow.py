@@ -110,15 +110,18 @@ def test_rows_are_strangers(isa, dtype):
 
 
 def test_the_bits_do_not_depend_on_threads(isa):
-    p, before, answers = problem((700, 6, 12, 20), torch.float32), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            answers.append(run(*p))
-    finally:
-        torch.set_num_threads(before)
-    for others in answers[1:]:
-        assert all(map(torch.equal, answers[0], others))
+    """Few threads take whole tiles, many take parts of them."""
+    before = torch.get_num_threads()
+    for rows in (40, 700):
+        p, answers = problem((rows, 60, 12, 20), torch.float32), []
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                answers.append(run(*p))
+        finally:
+            torch.set_num_threads(before)
+        for others in answers[1:]:
+            assert all(map(torch.equal, answers[0], others))
 
 
 def test_dz_alone_has_the_same_bits(isa):

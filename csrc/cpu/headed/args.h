@@ -27,7 +27,7 @@ struct Headed {
   FlowSpec spec;
   int64_t rows, dim, steps, features;
   Matrix<const T> z;        // [rows][dim]
-  Matrix<const T> context;  // [rows][features]
+  Matrix<const T> context;  // [rows][features], whose rows are contiguous
   const T* weight;          // [width][features], contiguous: rows for u, for w, then for b
   const T* bias;            // [width]
 
@@ -49,7 +49,8 @@ struct HeadedBackward : Headed<T> {
   Column<const T> grad_log_det;
   const T* saved;
   T *dz, *dcontext;    // [rows][dim], [rows][features]
-  T *dweight, *dbias;  // the sums of one slice of the rows; these and dcontext are null where dz alone is wanted
+  T *dweight, *dbias;  // [width][features], [width]; these and dcontext are null where dz alone is wanted
+  T* gradients;        // [width][kTile]: of a tile's parameters, which its pass leaves there
   bool wants_params() const { return dbias; }  // of F = 0, dweight and dcontext have no memory
 };
 
@@ -58,11 +59,11 @@ struct Rows {
   int64_t first, count;
 };
 
-// The passes of one tile of rows. The backward writes the sums of its slice, or adds to them.
+// The passes of the rows of a tile, or of some of them.
 template <class T>
 struct HeadedPasses {
   void (*forward)(const HeadedForward<T>&, Rows, T* scratch);
-  void (*backward)(const HeadedBackward<T>&, Rows, bool add, T* scratch);
+  void (*backward)(const HeadedBackward<T>&, Rows, T* scratch);
 };
 
 // One instruction set's, and how many elements of scratch memory they need.
@@ -71,6 +72,9 @@ struct HeadedKernels {
   int lanes;  // of a vector
   int64_t (*forward_scratch)(const Headed<T>&);
   int64_t (*backward_scratch)(const Headed<T>&);
+  // A tile's sums of `count` rows of dweight and dbias, from the gradients [count][kTile] that its pass left; with `add`
+  // so much more.
+  void (*sum_weights)(const HeadedBackward<T>&, Rows tile, const T* gradients, int64_t first, int64_t count, bool add);
   HeadedPasses<T> tanh, any;
 
   const HeadedPasses<T>& passes(const Headed<T>& p) const { return p.spec.is_standard() ? tanh : any; }

@@ -27,15 +27,26 @@ struct Tiles {
   Tiles(int64_t rows, int64_t lanes) : rows(rows), lanes(lanes), vectors(ceil_div(rows, lanes)) {
     number = std::min(round_up(ceil_div(rows, kTile), 2), vectors);
   }
-  Rows operator[](int64_t i) const {
-    const int64_t first = i * vectors / number * lanes, end = (i + 1) * vectors / number * lanes;
+  int64_t start(int64_t tile) const { return tile * vectors / number; }  // a vector
+  // Part `part` of `parts` of a tile; it may have no rows.
+  Rows part(int64_t tile, int64_t part, int64_t parts) const {
+    const int64_t begin = start(tile), size = start(tile + 1) - begin;
+    const int64_t first = (begin + part * size / parts) * lanes, end = (begin + (part + 1) * size / parts) * lanes;
     return {first, std::min(end, rows) - first};
   }
+  Rows operator[](int64_t tile) const { return part(tile, 0, 1); }
 };
 
-template <class T>
-int64_t work_of_tile(const Headed<T>& p, const Tiles& tiles) {
-  return p.width() * (p.features + 4) * ceil_div(p.rows, tiles.number);
+// Calls run(rows, tile) for the tiles from `begin` to `end`, whole, or in parts so that each thread has one.
+template <class T, class Run>
+void for_each_part(const Headed<T>& p, const Tiles& tiles, int64_t begin, int64_t end, const Run& run) {
+  const int64_t parts = ceil_div(torch::stable::get_num_threads(), end - begin), items = (end - begin) * parts;
+  const int64_t work = p.width() * (p.features + 4) * ceil_div(tiles[begin].count, parts);
+  for_each(items, work, [&](int64_t i) {
+    const int64_t tile = begin + i / parts;
+    const Rows rows = tiles.part(tile, i % parts, parts);
+    if (rows.count > 0) run(rows, tile);
+  });
 }
 
 template <class T>
@@ -44,48 +55,41 @@ void run(const HeadedForward<T>& p, const Isa& isa) {
   const auto pass = kernels.passes(p).forward;
   const int64_t size = kernels.forward_scratch(p);
   const Tiles tiles(p.rows, kernels.lanes);
-  for_each(tiles.number, work_of_tile(p, tiles),
-           [&](int64_t i) { pass(p, tiles[i], arena<T>(kTileScratch, size)); });
+  for_each_part(p, tiles, 0, tiles.number, [&](Rows rows, int64_t) { pass(p, rows, arena<T>(kTileScratch, size)); });
 }
 
-// Into how many slices the tiles are cut, whose sums are kept apart: as many as there are tiles, or of two to kMaxSlices
-// the most that kHeadedPartialBytes hold, a power of two like most numbers of threads.
-constexpr int64_t kHeadedPartialBytes = int64_t(1) << 25;
-inline int64_t slices_of(const Tiles& tiles, int64_t bytes) {
-  int64_t most = 2;
-  while (2 * most <= kMaxSlices && 2 * most * bytes <= kHeadedPartialBytes) most *= 2;
-  return std::min(tiles.number, most);
-}
+constexpr int64_t kGradientBytes = int64_t(1) << 21;  // which stay in the caches
 
-// The slices side by side, whose sums are added in order: the bits do not depend on the number of threads.
+// Some tiles at a time: first the threads share their rows, then the rows of dweight, which the tiles add to in order.
+// So the bits do not depend on the number of threads.
 template <class T>
 void run(const HeadedBackward<T>& p, const Isa& isa) {
   const auto& kernels = headed_kernels<T>(isa);
   const auto pass = kernels.passes(p).backward;
+  const int64_t size = kernels.backward_scratch(p), width = p.width(), of_tile = width * kTile;
   const Tiles tiles(p.rows, kernels.lanes);
-  const int64_t size = kernels.backward_scratch(p), work = 3 * work_of_tile(p, tiles);
   if (!p.wants_params())
-    return for_each(tiles.number, work, [&](int64_t i) { pass(p, tiles[i], false, arena<T>(kTileScratch, size)); });
-  const int64_t weights = p.width() * p.features, partial = weights + p.width();
-  const int64_t slices = slices_of(tiles, partial * int64_t(sizeof(T)));
-  T* partials = slices > 1 ? arena<T>(kPartials, (slices - 1) * partial) : nullptr;
-  for_each(slices, work * tiles.number / slices, [&](int64_t slice) {
-    HeadedBackward<T> of_slice = p;
-    if (slice > 0) of_slice.dweight = partials + (slice - 1) * partial, of_slice.dbias = of_slice.dweight + weights;
-    const int64_t begin = slice * tiles.number / slices, end = (slice + 1) * tiles.number / slices;
-    for (int64_t i = begin; i < end; ++i) pass(of_slice, tiles[i], i > begin, arena<T>(kTileScratch, size));
-  });
-  if (slices == 1) return;
-  constexpr int64_t kPiece = int64_t(1) << 14;
-  const auto add = [&](T* to, const T* from, int64_t count) {
-    for_each(ceil_div(count, kPiece), kPiece * slices, [&](int64_t piece) {
-      const int64_t end = std::min(count, (piece + 1) * kPiece);
-      for (int64_t slice = 1; slice < slices; ++slice)
-        for (int64_t i = piece * kPiece; i < end; ++i) to[i] += from[(slice - 1) * partial + i];
+    return for_each_part(p, tiles, 0, tiles.number,
+                         [&](Rows rows, int64_t) { pass(p, rows, arena<T>(kTileScratch, size)); });
+  const int64_t for_threads = ceil_div(torch::stable::get_num_threads() * kernels.lanes, kTile);
+  const int64_t affordable = kGradientBytes / (of_tile * int64_t(sizeof(T)));
+  const int64_t together = std::min(tiles.number, std::max({int64_t(2), for_threads, affordable}));
+  T* gradients = arena<T>(kPartials, together * of_tile);
+  for (int64_t begin = 0; begin < tiles.number; begin += together) {
+    const int64_t end = std::min(begin + together, tiles.number);
+    const auto of = [&](int64_t tile) { return gradients + (tile - begin) * of_tile; };
+    for_each_part(p, tiles, begin, end, [&](Rows rows, int64_t tile) {
+      HeadedBackward<T> of_rows = p;
+      of_rows.gradients = of(tile) + (rows.first - tiles[tile].first);
+      pass(of_rows, rows, arena<T>(kTileScratch, size));
     });
-  };
-  add(p.dweight, partials, weights);
-  add(p.dbias, partials + weights, p.width());
+    constexpr int64_t kPiece = 32;
+    for_each(ceil_div(width, kPiece), kPiece * p.features * (end - begin) * kTile, [&](int64_t piece) {
+      const int64_t first = piece * kPiece, count = std::min(kPiece, width - first);
+      for (int64_t tile = begin; tile < end; ++tile)
+        kernels.sum_weights(p, tiles[tile], of(tile) + first * kTile, first, count, tile > 0);
+    });
+  }
 }
 
 namespace headed {
@@ -93,8 +97,8 @@ namespace headed {
 // A call's tensors, checked and readable; B is a Backend of operators/operators.h.
 template <class B>
 struct Call {
-  const Argument z, context;
-  Argument weight, bias;
+  const Argument z;
+  Argument context, weight, bias;
   int64_t rows, dim, steps, features;
 
   Call(const Tensor& z_, const Tensor& context_, const Tensor& weight_, const Tensor& bias_)
@@ -109,11 +113,10 @@ struct Call {
     check_size(context, 0, rows), check_size(weight, 1, features), check_size(bias, 0, width);
     check_count(steps, std::max(dim, features));
     const auto check_kind = B::check_kind(z);
-    for (const Argument* t : {&z, &context}) check_kind(*t, z.dtype);
-    for (Argument* t : {&weight, &bias}) {
-      check_kind(*t, z.dtype);
+    for (const Argument* t : std::initializer_list<const Argument*>{&z, &context, &weight, &bias}) check_kind(*t, z.dtype);
+    if (context.strides[1] != 1 && features != 1) context.make_contiguous();
+    for (Argument* t : {&weight, &bias})
       if (!t->tensor().is_contiguous()) t->make_contiguous();
-    }
   }
 
   Tensor new_empty(std::initializer_list<int64_t> sizes) const { return B::new_empty(z, sizes, z.dtype); }
@@ -189,7 +192,7 @@ struct Operators {
       B::run(HeadedBackward<T>{call.template typed<T>(spec), call.template matrix<T>(grad_z),
                                 {call.template data_of<T>(grad_log_det), grad_log_det.strides[0]},
                                 call.template data_of<T>(saved), data(dz), of_params(dcontext), of_params(dweight),
-                                of_params(dbias)},
+                                of_params(dbias), nullptr},
              call.z);
     };
     call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});

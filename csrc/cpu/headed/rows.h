@@ -15,9 +15,6 @@ struct Span {
   int64_t start, steps;
   T *u, *w, *b;
 
-  Span(T* memory, int64_t start, int64_t steps, int64_t dim) : start(start), steps(steps) {
-    u = memory, w = u + steps * dim * kTile, b = w + steps * dim * kTile;
-  }
   static int64_t size(int64_t dim) { return steps_between(dim) * (2 * dim + 1) * kTile; }
 };
 
@@ -32,9 +29,12 @@ struct Tile {
       : p(p), first(rows.first), count(rows.count), lanes(round_up(rows.count, S::width)) {}
 
   int64_t spans() const { return ceil_div(p.steps, steps_between(p.dim)); }
-  Span<T> span(int64_t i, T* memory) const {
+  // In memory of its own, which is the next one's; or in that of all parameters, [width][kTile].
+  Span<T> span(int64_t i, T* memory, T* all = nullptr) const {
     const int64_t most = steps_between(p.dim), start = i * most, rest = p.steps - start;
-    return Span<T>(memory, start, rest < most ? rest : most, p.dim);
+    const int64_t steps = rest < most ? rest : most, size = steps * p.dim * kTile;
+    if (all) return {start, steps, all + p.of_u(start) * kTile, all + p.of_w(start) * kTile, all + p.of_b(start) * kTile};
+    return {start, steps, memory, memory + size, memory + 2 * size};
   }
   // Where step k's a, or the z [dim][rows] at the start of span i > 0, has the vector from `lane` on.
   int64_t saved_a(int64_t k, int64_t lane) const { return k * p.rows + first + lane; }
@@ -178,20 +178,24 @@ PLANAR_FN void sum_rows(T* to, const T* x, int64_t rows, int64_t count, bool add
   }
 }
 
-// (67): dweight and dbias, and more of dcontext, from the gradients of a span's parameters. context and dcontext are
-// [kTile][padded].
+// (67): some rows of dweight and dbias.
 template <class T>
-PLANAR_FN void multiply_gradients(const HeadedBackward<T>& p, const Tile<T>& tile, const Span<T>& span,
-                                  const T* context, T* dcontext, bool add) {
-  const int64_t features = p.features, padded = round_up(features, Simd<T>::width);
-  const auto part = [&](const T* gradient, int64_t row, int64_t rows) __attribute__((always_inline)) {
-    const T* weight = p.weight + row * features;
-    const Factors<T> of_weight{gradient, kTile, 1, context, padded, tile.count};
-    const Factors<T> of_context{gradient, 1, kTile, weight, features, rows};
-    const T* nothing = gradient;
-    multiply(p.dweight + row * features, features, of_weight, add ? Start::out : Start::zero, nothing, rows, features);
-    multiply(dcontext, padded, of_context, Start::out, nothing, tile.count, features);
-    sum_rows(p.dbias + row, gradient, rows, tile.count, add);
+void headed_sum_weights(const HeadedBackward<T>& p, Rows tile, const T* gradients, int64_t first, int64_t count,
+                        bool add) {
+  const Matrix<const T> context = p.context.from(tile.first);
+  const Factors<T> factors{gradients, kTile, 1, context.data, context.row, tile.count};
+  multiply<T>(p.dweight + first * p.features, p.features, factors, add ? Start::out : Start::zero, nullptr, count,
+              p.features);
+  sum_rows(p.dbias + first, gradients, count, tile.count, add);
+}
+
+// (67): what a span adds to dcontext [kTile][padded].
+template <class T>
+PLANAR_FN void add_to_context(const HeadedBackward<T>& p, const Tile<T>& tile, const Span<T>& span, T* dcontext) {
+  const int64_t padded = round_up(p.features, Simd<T>::width);
+  const auto part = [&](const T* gradients, int64_t row, int64_t rows) __attribute__((always_inline)) {
+    const Factors<T> factors{gradients, 1, kTile, p.weight + row * p.features, p.features, rows};
+    multiply<T>(dcontext, padded, factors, Start::out, nullptr, tile.count, p.features);
   };
   part(span.u, p.of_u(span.start), span.steps * p.dim);
   part(span.w, p.of_w(span.start), span.steps * p.dim);
@@ -202,11 +206,11 @@ template <class T>
 int64_t headed_backward_scratch(const Headed<T>& p) {
   const int64_t most = steps_between(p.dim), padded = round_up(p.features, Simd<T>::width);
   const int64_t steps = most * kTile / Simd<T>::width * int64_t(sizeof(Step<T>) / sizeof(T));
-  return steps + (p.dim + most * p.dim + p.features + 2 * padded) * kTile + Span<T>::size(p.dim);
+  return steps + (p.dim + most * p.dim + p.features + padded) * kTile + Span<T>::size(p.dim);
 }
 
 template <class T, class F>
-void headed_backward(const HeadedBackward<T>& p, Rows rows, bool add, T* scratch) {
+void headed_backward(const HeadedBackward<T>& p, Rows rows, T* scratch) {
   using S = Simd<T>;
   const F f = F::of(p.spec);
   const Tile<T> tile(p, rows);
@@ -216,17 +220,13 @@ void headed_backward(const HeadedBackward<T>& p, Rows rows, bool add, T* scratch
   T* g = reinterpret_cast<T*>(steps + most * kTile / S::width);      // [dim][kTile]
   T* z = g + size;                                                   // [most][dim][kTile]
   T* context = z + most * size;                                      // [features][kTile]
-  T* context_rows = context + p.features * kTile;                    // [kTile][padded]
-  T* dcontext = context_rows + kTile * padded;                       // [kTile][padded]
+  T* dcontext = context + p.features * kTile;                        // [kTile][padded]
   T* memory = dcontext + kTile * padded;                             // of the spans
   load_tile(g, p.grad_z.from(tile.first), tile.count, p.dim);
   load_tile(context, p.context.from(tile.first), tile.count, p.features);
-  if (params) {
-    store_tile(context, Matrix<T>{context_rows, padded, 1}, tile.count, p.features);
-    fill(dcontext, T(0), kTile * padded);
-  }
+  if (params) fill(dcontext, T(0), kTile * padded);
   for (int64_t i = tile.spans() - 1; i >= 0; --i) {
-    const Span<T> span = tile.span(i, memory);
+    const Span<T> span = tile.span(i, memory, p.gradients);
     compute_parameters(tile, span, context);
     if (i == 0 && params) load_tile(z, p.z.from(tile.first), tile.count, p.dim);
     for (int64_t lane = 0; lane < tile.lanes; lane += S::width) {
@@ -249,7 +249,7 @@ void headed_backward(const HeadedBackward<T>& p, Rows rows, bool add, T* scratch
         step_back(p, f, span.u + k * size + lane, span.w + k * size + lane, span.b + k * kTile + lane,
                   z + k * size + lane, g + lane, lambda, at[k], params);
     }
-    if (params) multiply_gradients(p, tile, span, context_rows, dcontext, add);
+    if (params) add_to_context(p, tile, span, dcontext);
   }
   store_tile(g, Matrix<T>{p.dz + tile.first * p.dim, p.dim, 1}, tile.count, p.dim);
   for (int64_t i = 0; i < tile.count && params; ++i)
@@ -261,6 +261,7 @@ constexpr HeadedKernels<T> headed_kernels() {
   return {Simd<T>::width,
           headed_forward_scratch<T>,
           headed_backward_scratch<T>,
+          headed_sum_weights<T>,
           {headed_forward<T, StandardFlow>, headed_backward<T, StandardFlow>},
           {headed_forward<T, AnyFlow<T>>, headed_backward<T, AnyFlow<T>>}};
 }
