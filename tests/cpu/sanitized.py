@@ -79,8 +79,8 @@ MUTANTS = (
     Mutant(
         "OpenMP threads leave the gradients of two tiles in one place",
         "cpu/headed/operators.h",
-        "of_rows.gradients = of(tile) +",
-        "of_rows.gradients = of(begin) +",
+        "{state_of(tile), gradients(tile)}",
+        "{state_of(tile), gradients(begin)}",
         "thread",
         "data race",
         (1, 3),

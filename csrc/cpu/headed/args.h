@@ -22,19 +22,32 @@ constexpr int64_t saved_rows(int64_t steps, int64_t dim) {
   return steps + (spans > 1 ? spans - 1 : 0) * dim;
 }
 
+// Some of a flow's steps. Of a tile, their parameters, or the gradients of these, are [width()][kTile] in memory: u and w
+// [steps][dim] and b [steps], one after the other. Those of all steps are the rows of weight.
+struct Steps {
+  int64_t start, steps, dim;
+
+  int64_t width() const { return steps * (2 * dim + 1); }
+  int64_t of_u(int64_t k) const { return (k - start) * dim; }  // the first row of step k
+  int64_t of_w(int64_t k) const { return (steps + k - start) * dim; }
+  int64_t of_b(int64_t k) const { return 2 * steps * dim + k - start; }
+};
+
 template <class T>
 struct Headed {
   FlowSpec spec;
   int64_t rows, dim, steps, features;
   Matrix<const T> z;        // [rows][dim]
   Matrix<const T> context;  // [rows][features], whose rows are contiguous
-  const T* weight;          // [width][features], contiguous: rows for u, for w, then for b
-  const T* bias;            // [width]
+  const T* weight;          // [all().width()][features], contiguous
+  const T* bias;            // [all().width()]
 
-  int64_t width() const { return steps * (2 * dim + 1); }
-  int64_t of_u(int64_t k) const { return k * dim; }  // the first row of step k in weight and bias
-  int64_t of_w(int64_t k) const { return (steps + k) * dim; }
-  int64_t of_b(int64_t k) const { return 2 * steps * dim + k; }
+  Steps all() const { return {0, steps, dim}; }
+  int64_t spans() const { return ceil_div(steps, steps_between(dim)); }
+  Steps of_spans(int64_t begin, int64_t end) const {
+    const int64_t most = steps_between(dim), stop = end * most;
+    return {begin * most, (stop < steps ? stop : steps) - begin * most, dim};
+  }
 };
 
 template <class T>
@@ -49,31 +62,38 @@ struct HeadedBackward : Headed<T> {
   Column<const T> grad_log_det;
   const T* saved;
   T *dz, *dcontext;    // [rows][dim], [rows][features]
-  T *dweight, *dbias;  // [width][features], [width]; these and dcontext are null where dz alone is wanted
-  T* gradients;        // [width][kTile]: of a tile's parameters, which its pass leaves there
+  T *dweight, *dbias;  // as weight and bias; these and dcontext are null where dz alone is wanted
   bool wants_params() const { return dbias; }  // of F = 0, dweight and dcontext have no memory
 };
 
-// Rows `first` to `first + count`, at most kTile, which start at a whole vector.
+// Rows of a tile: whole vectors from the tile's lane `lane` on, though the last one need not be full.
 struct Rows {
-  int64_t first, count;
+  int64_t first, count, lane;
 };
 
-// The passes of the rows of a tile, or of some of them.
+// A tile's memory: what its backward keeps between two calls, and the gradients of the parameters of a call's steps,
+// null where dz alone is wanted.
+template <class T>
+struct TileMemory {
+  T *state, *gradients;
+};
+
+// The passes of the rows of a tile. The backward takes spans from the last to the first, some at a call.
 template <class T>
 struct HeadedPasses {
   void (*forward)(const HeadedForward<T>&, Rows, T* scratch);
-  void (*backward)(const HeadedBackward<T>&, Rows, T* scratch);
+  void (*backward)(const HeadedBackward<T>&, Rows, int64_t first_span, int64_t end_span, TileMemory<T>, T* scratch);
 };
 
-// One instruction set's, and how many elements of scratch memory they need.
+// One instruction set's, and how many elements of memory they need.
 template <class T>
 struct HeadedKernels {
   int lanes;  // of a vector
   int64_t (*forward_scratch)(const Headed<T>&);
   int64_t (*backward_scratch)(const Headed<T>&);
-  // A tile's sums of `count` rows of dweight and dbias, from the gradients [count][kTile] that its pass left; with `add`
-  // so much more.
+  int64_t (*state)(const Headed<T>&);
+  // A tile's sums of `count` rows of dweight and dbias, from the gradients [count][kTile] that its pass left; with
+  // `add`, so much more.
   void (*sum_weights)(const HeadedBackward<T>&, Rows tile, const T* gradients, int64_t first, int64_t count, bool add);
   HeadedPasses<T> tanh, any;
 

@@ -32,17 +32,18 @@ struct Tiles {
   Rows part(int64_t tile, int64_t part, int64_t parts) const {
     const int64_t begin = start(tile), size = start(tile + 1) - begin;
     const int64_t first = (begin + part * size / parts) * lanes, end = (begin + (part + 1) * size / parts) * lanes;
-    return {first, std::min(end, rows) - first};
+    return {first, std::min(end, rows) - first, first - begin * lanes};
   }
   Rows operator[](int64_t tile) const { return part(tile, 0, 1); }
 };
 
-// Calls run(rows, tile) for the tiles from `begin` to `end`, whole, or in parts so that each thread has one.
+// Calls run(rows, tile) for the tiles from `begin` to `end`, whole, or in parts so that each thread has one; `width`:
+// parameters of a row that it computes.
 template <class T, class Run>
-void for_each_part(const Headed<T>& p, const Tiles& tiles, int64_t begin, int64_t end, const Run& run) {
-  const int64_t parts = ceil_div(torch::stable::get_num_threads(), end - begin), items = (end - begin) * parts;
-  const int64_t work = p.width() * (p.features + 4) * ceil_div(tiles[begin].count, parts);
-  for_each(items, work, [&](int64_t i) {
+void for_each_part(const Headed<T>& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t width, const Run& run) {
+  const int64_t parts = ceil_div(torch::stable::get_num_threads(), end - begin);
+  const int64_t work = width * (p.features + 4) * ceil_div(tiles[begin].count, parts);
+  for_each((end - begin) * parts, work, [&](int64_t i) {
     const int64_t tile = begin + i / parts;
     const Rows rows = tiles.part(tile, i % parts, parts);
     if (rows.count > 0) run(rows, tile);
@@ -53,42 +54,58 @@ template <class T>
 void run(const HeadedForward<T>& p, const Isa& isa) {
   const auto& kernels = headed_kernels<T>(isa);
   const auto pass = kernels.passes(p).forward;
-  const int64_t size = kernels.forward_scratch(p);
+  const int64_t size = kernels.forward_scratch(p), width = p.all().width();
   const Tiles tiles(p.rows, kernels.lanes);
-  for_each_part(p, tiles, 0, tiles.number, [&](Rows rows, int64_t) { pass(p, rows, arena<T>(kTileScratch, size)); });
+  for_each_part(p, tiles, 0, tiles.number, width,
+                [&](Rows rows, int64_t) { pass(p, rows, arena<T>(kTileScratch, size)); });
 }
 
-constexpr int64_t kGradientBytes = int64_t(1) << 21;  // which stay in the caches
+// dweight and dbias of the steps `of` from the gradients that the tiles from `begin` to `end` left: the threads share
+// the rows of dweight, to which the tiles add in order. So the bits do not depend on the number of threads.
+template <class T, class Gradients>
+void sum_weights(const HeadedBackward<T>& p, const HeadedKernels<T>& kernels, const Tiles& tiles, int64_t begin,
+                 int64_t end, const Steps& of, const Gradients& gradients) {
+  constexpr int64_t kPiece = 32;
+  const int64_t parts[] = {of.of_u(of.start), of.of_w(of.start), of.of_b(of.start), of.width()};  // where they begin
+  const int64_t rows[] = {p.all().of_u(of.start), p.all().of_w(of.start), p.all().of_b(of.start)};                  // in dweight
+  for_each(ceil_div(of.width(), kPiece), kPiece * p.features * (end - begin) * kTile, [&](int64_t piece) {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t first = std::max(parts[i], piece * kPiece), stop = std::min(parts[i + 1], (piece + 1) * kPiece);
+      for (int64_t tile = begin; tile < end && first < stop; ++tile)
+        kernels.sum_weights(p, tiles[tile], gradients(tile) + first * kTile, rows[i] + first - parts[i], stop - first,
+                            tile > 0);
+    }
+  });
+}
 
-// Some tiles at a time: first the threads share their rows, then the rows of dweight, which the tiles add to in order.
-// So the bits do not depend on the number of threads.
+constexpr int64_t kGradientBytes = int64_t(1) << 20;  // which stay in the caches
+
+// Some spans of some tiles at a time: threads share the rows of the tiles, and then those of dweight.
 template <class T>
 void run(const HeadedBackward<T>& p, const Isa& isa) {
   const auto& kernels = headed_kernels<T>(isa);
   const auto pass = kernels.passes(p).backward;
-  const int64_t size = kernels.backward_scratch(p), width = p.width(), of_tile = width * kTile;
   const Tiles tiles(p.rows, kernels.lanes);
-  if (!p.wants_params())
-    return for_each_part(p, tiles, 0, tiles.number,
-                         [&](Rows rows, int64_t) { pass(p, rows, arena<T>(kTileScratch, size)); });
+  const int64_t size = kernels.backward_scratch(p), state = kernels.state(p), spans = p.spans();
+  const int64_t of_span = p.of_spans(0, 1).width() * kTile;
+  const int64_t affordable = kGradientBytes / (of_span * int64_t(sizeof(T)));
   const int64_t for_threads = ceil_div(torch::stable::get_num_threads() * kernels.lanes, kTile);
-  const int64_t affordable = kGradientBytes / (of_tile * int64_t(sizeof(T)));
   const int64_t together = std::min(tiles.number, std::max({int64_t(2), for_threads, affordable}));
-  T* gradients = arena<T>(kPartials, together * of_tile);
+  const int64_t at_once = p.wants_params() ? std::min(spans, std::max<int64_t>(1, affordable / together)) : spans;
+  const int64_t of_tile = state + (p.wants_params() ? at_once * of_span : 0);
+  T* memory = arena<T>(kPartials, together * of_tile);
   for (int64_t begin = 0; begin < tiles.number; begin += together) {
     const int64_t end = std::min(begin + together, tiles.number);
-    const auto of = [&](int64_t tile) { return gradients + (tile - begin) * of_tile; };
-    for_each_part(p, tiles, begin, end, [&](Rows rows, int64_t tile) {
-      HeadedBackward<T> of_rows = p;
-      of_rows.gradients = of(tile) + (rows.first - tiles[tile].first);
-      pass(of_rows, rows, arena<T>(kTileScratch, size));
-    });
-    constexpr int64_t kPiece = 32;
-    for_each(ceil_div(width, kPiece), kPiece * p.features * (end - begin) * kTile, [&](int64_t piece) {
-      const int64_t first = piece * kPiece, count = std::min(kPiece, width - first);
-      for (int64_t tile = begin; tile < end; ++tile)
-        kernels.sum_weights(p, tiles[tile], of(tile) + first * kTile, first, count, tile > 0);
-    });
+    const auto state_of = [&](int64_t tile) { return memory + (tile - begin) * of_tile; };
+    const auto gradients = [&](int64_t tile) { return state_of(tile) + state; };
+    for (int64_t end_span = spans; end_span > 0; end_span -= at_once) {
+      const int64_t first_span = std::max<int64_t>(0, end_span - at_once);
+      const Steps of = p.of_spans(first_span, end_span);
+      for_each_part(p, tiles, begin, end, of.width(), [&](Rows rows, int64_t tile) {
+        pass(p, rows, first_span, end_span, {state_of(tile), gradients(tile)}, arena<T>(kTileScratch, size));
+      });
+      if (p.wants_params()) sum_weights(p, kernels, tiles, begin, end, of, gradients);
+    }
   }
 }
 
@@ -113,7 +130,8 @@ struct Call {
     check_size(context, 0, rows), check_size(weight, 1, features), check_size(bias, 0, width);
     check_count(steps, std::max(dim, features));
     const auto check_kind = B::check_kind(z);
-    for (const Argument* t : std::initializer_list<const Argument*>{&z, &context, &weight, &bias}) check_kind(*t, z.dtype);
+    check_kind(z, z.dtype);
+    for (const Argument* t : {&context, &weight, &bias}) check_kind(*t, z.dtype);
     if (context.strides[1] != 1 && features != 1) context.make_contiguous();
     for (Argument* t : {&weight, &bias})
       if (!t->tensor().is_contiguous()) t->make_contiguous();
@@ -192,7 +210,7 @@ struct Operators {
       B::run(HeadedBackward<T>{call.template typed<T>(spec), call.template matrix<T>(grad_z),
                                 {call.template data_of<T>(grad_log_det), grad_log_det.strides[0]},
                                 call.template data_of<T>(saved), data(dz), of_params(dcontext), of_params(dweight),
-                                of_params(dbias), nullptr},
+                                of_params(dbias)},
              call.z);
     };
     call.z.dtype == kFloat64 ? typed(double{}) : typed(float{});

@@ -1,6 +1,6 @@
-// One tile of rows of a headed flow, docs/math.md (67): the direct recursion (1) to (8) and its adjoint (16), as in
+// A tile of rows of a headed flow, docs/math.md (67): the direct recursion (1) to (8) and its adjoint (16), as in
 // amortized.h, but with a row a lane throughout. The parameters of a span of steps are computed where the steps read
-// them, and their gradients multiplied where they arise: neither leaves the caches.
+// them, and their gradients multiplied while they are there: neither leaves the caches.
 #pragma once
 
 #include "args.h"
@@ -9,49 +9,47 @@
 namespace vvae {
 namespace PLANAR_NAMESPACE {
 
-// The parameters of the steps of a span, or their gradients: u, w [steps][dim][kTile] and b [steps][kTile].
+// The rows that a pass computes, in `lanes` of whole vectors.
 template <class T>
-struct Span {
-  int64_t start, steps;
-  T *u, *w, *b;
-
-  static int64_t size(int64_t dim) { return steps_between(dim) * (2 * dim + 1) * kTile; }
-};
-
-// A tile's rows: `count`, computed in `lanes` of whole vectors.
-template <class T>
-struct Tile {
-  using S = Simd<T>;
+struct Part {
   const Headed<T>& p;
   int64_t first, count, lanes;
 
-  Tile(const Headed<T>& p, Rows rows)
-      : p(p), first(rows.first), count(rows.count), lanes(round_up(rows.count, S::width)) {}
+  Part(const Headed<T>& p, Rows rows)
+      : p(p), first(rows.first), count(rows.count), lanes(round_up(rows.count, Simd<T>::width)) {}
 
-  int64_t spans() const { return ceil_div(p.steps, steps_between(p.dim)); }
-  // In memory of its own, which is the next one's; or in that of all parameters, [width][kTile].
-  Span<T> span(int64_t i, T* memory, T* all = nullptr) const {
-    const int64_t most = steps_between(p.dim), start = i * most, rest = p.steps - start;
-    const int64_t steps = rest < most ? rest : most, size = steps * p.dim * kTile;
-    if (all) return {start, steps, all + p.of_u(start) * kTile, all + p.of_w(start) * kTile, all + p.of_b(start) * kTile};
-    return {start, steps, memory, memory + size, memory + 2 * size};
-  }
   // Where step k's a, or the z [dim][rows] at the start of span i > 0, has the vector from `lane` on.
   int64_t saved_a(int64_t k, int64_t lane) const { return k * p.rows + first + lane; }
   int64_t saved_z(int64_t i, int64_t lane) const { return saved_a(p.steps + (i - 1) * p.dim, lane); }
 };
 
+// The parameters of a span, or their gradients, in the memory of the steps `of`: u, w [steps][dim][kTile], b
+// [steps][kTile].
+template <class T>
+struct Span {
+  int64_t start, steps;
+  T *u, *w, *b;
+
+  Span(Steps span, Steps of, T* memory)
+      : start(span.start),
+        steps(span.steps),
+        u(memory + of.of_u(start) * kTile),
+        w(memory + of.of_w(start) * kTile),
+        b(memory + of.of_b(start) * kTile) {}
+  static int64_t size(int64_t dim) { return steps_between(dim) * (2 * dim + 1) * kTile; }
+};
+
 // The parameters of a span, from context [features][kTile].
 template <class T>
-PLANAR_FN void compute_parameters(const Tile<T>& tile, const Span<T>& span, const T* context) {
-  const Headed<T>& p = tile.p;
-  const auto part = [&](T* to, int64_t row, int64_t rows) __attribute__((always_inline)) {
+PLANAR_FN void compute_parameters(const Part<T>& part, const Span<T>& span, const T* context) {
+  const Headed<T>& p = part.p;
+  const auto compute = [&](T* to, int64_t row, int64_t rows) __attribute__((always_inline)) {
     const Factors<T> factors{p.weight + row * p.features, p.features, 1, context, kTile, p.features};
-    multiply(to, kTile, factors, Start::column, p.bias + row, rows, tile.lanes);
+    multiply(to, kTile, factors, Start::column, p.bias + row, rows, part.lanes);
   };
-  part(span.u, p.of_u(span.start), span.steps * p.dim);
-  part(span.w, p.of_w(span.start), span.steps * p.dim);
-  part(span.b, p.of_b(span.start), span.steps);
+  compute(span.u, p.all().of_u(span.start), span.steps * p.dim);
+  compute(span.w, p.all().of_w(span.start), span.steps * p.dim);
+  compute(span.b, p.all().of_b(span.start), span.steps);
 }
 
 constexpr int64_t kRun = 32;  // products of one sum: of long sums, rounding would grow with D
@@ -74,7 +72,10 @@ PLANAR_FN Dots<T, N> dots(const T* x, int64_t dim, const Others*... others) {
     for (; d + 2 <= end; d += 2) {
       const int64_t at = d * kTile, next = at + kTile;
       const auto x_at = S::load(x + at), x_next = S::load(x + next);
-      for (int i = 0; i < N; ++i) even.with[i] += x_at * S::load(y[i] + at), odd.with[i] += x_next * S::load(y[i] + next);
+      for (int i = 0; i < N; ++i) {
+        even.with[i] += x_at * S::load(y[i] + at);
+        odd.with[i] += x_next * S::load(y[i] + next);
+      }
     }
     if (d < end)
       for (int i = 0; i < N; ++i) even.with[i] += S::load(x + d * kTile) * S::load(y[i] + d * kTile);
@@ -102,30 +103,31 @@ template <class T, class F>
 void headed_forward(const HeadedForward<T>& p, Rows rows, T* scratch) {
   using S = Simd<T>;
   const F f = F::of(p.spec);
-  const Tile<T> tile(p, rows);
+  const Part<T> part(p, rows);
   const int64_t size = p.dim * kTile;
   T* z = scratch;                         // [dim][kTile]
   T* context = z + size;                  // [features][kTile]
   T* sums = context + p.features * kTile; // [3][kTile]
   T* memory = sums + 3 * kTile;           // of the spans
-  load_tile(z, p.z.from(tile.first), tile.count, p.dim);
-  load_tile(context, p.context.from(tile.first), tile.count, p.features);
-  for (int64_t lane = 0; lane < tile.lanes; lane += S::width) store_sum(sums + lane, no_steps<S>());
-  for (int64_t i = 0; i < tile.spans(); ++i) {
-    const Span<T> span = tile.span(i, memory);
-    compute_parameters(tile, span, context);
-    for (int64_t lane = 0; lane < tile.lanes; lane += S::width) {
-      const int64_t count = tile.count - lane;
+  load_tile(z, p.z.from(part.first), part.count, p.dim, part.lanes);
+  load_tile(context, p.context.from(part.first), part.count, p.features, part.lanes);
+  for (int64_t lane = 0; lane < part.lanes; lane += S::width) store_sum(sums + lane, no_steps<S>());
+  for (int64_t i = 0; i < p.spans(); ++i) {
+    const Steps steps = p.of_spans(i, i + 1);
+    const Span<T> span(steps, steps, memory);
+    compute_parameters(part, span, context);
+    for (int64_t lane = 0; lane < part.lanes; lane += S::width) {
+      const int64_t count = part.count - lane;
       if (p.saved && i > 0)
         for (int64_t d = 0; d < p.dim; ++d)
-          S::store_first(p.saved + tile.saved_z(i, lane) + d * p.rows, S::load(z + d * kTile + lane), count);
+          S::store_first(p.saved + part.saved_z(i, lane) + d * p.rows, S::load(z + d * kTile + lane), count);
       auto sum = load_sum(sums + lane);
       for (int64_t k = 0; k < span.steps; ++k) {
         const T *u = span.u + k * size + lane, *w = span.w + k * size + lane;
         const auto of_w = dots(w, p.dim, u, w, z + lane);
         const auto step = constrain<S>(of_w.with[0], of_w.with[1], p.spec.constraint);
         const auto a = of_w.with[2] + S::load(span.b + k * kTile + lane);
-        if (p.saved) S::store_first(p.saved + tile.saved_a(span.start + k, lane), a, count);
+        if (p.saved) S::store_first(p.saved + part.saved_a(span.start + k, lane), a, count);
         const auto act = activate<S>(a, f);
         add_step<S, 1>(&sum, &act, step.c, step.s, step.sunk, f);
         update_lanes(z + lane, z + lane, u, w, act.h, step, p.dim);
@@ -133,13 +135,13 @@ void headed_forward(const HeadedForward<T>& p, Rows rows, T* scratch) {
       store_sum(sums + lane, sum);
     }
   }
-  store_tile(z, Matrix<T>{p.z_K + tile.first * p.dim, p.dim, 1}, tile.count, p.dim);
-  for (int64_t lane = 0; lane < tile.lanes; lane += S::width)
-    S::store_first(p.log_det + tile.first + lane, value<S>(load_sum(sums + lane)), tile.count - lane);
+  store_tile(z, Matrix<T>{p.z_K + part.first * p.dim, p.dim, 1}, part.count, p.dim);
+  for (int64_t lane = 0; lane < part.lanes; lane += S::width)
+    S::store_first(p.log_det + part.first + lane, value<S>(load_sum(sums + lane)), part.count - lane);
 }
 
-// One step back, for the rows of one vector: g to dL/dz before the step, and with `params` dL/du, dL/dw and dL/db to the
-// places of u, w and b. z [dim][kTile] is the one before the step.
+// One step back, for the rows of one vector: g to dL/dz before the step, and with `params` dL/du, dL/dw and dL/db to
+// the places of u, w and b. z [dim][kTile] is the one before the step.
 template <class T, class F>
 PLANAR_FN void step_back(const Headed<T>& p, const F& f, T* u, T* w, T* b, const T* z, T* g,
                          typename Simd<T>::V lambda, const Step<T>& at, bool params) {
@@ -191,69 +193,95 @@ void headed_sum_weights(const HeadedBackward<T>& p, Rows tile, const T* gradient
 
 // (67): what a span adds to dcontext [kTile][padded].
 template <class T>
-PLANAR_FN void add_to_context(const HeadedBackward<T>& p, const Tile<T>& tile, const Span<T>& span, T* dcontext) {
+PLANAR_FN void add_to_context(const Part<T>& part, const Span<T>& span, T* dcontext) {
+  const Headed<T>& p = part.p;
   const int64_t padded = round_up(p.features, Simd<T>::width);
-  const auto part = [&](const T* gradients, int64_t row, int64_t rows) __attribute__((always_inline)) {
+  const auto add = [&](const T* gradients, int64_t row, int64_t rows) __attribute__((always_inline)) {
     const Factors<T> factors{gradients, 1, kTile, p.weight + row * p.features, p.features, rows};
-    multiply<T>(dcontext, padded, factors, Start::out, nullptr, tile.count, p.features);
+    multiply<T>(dcontext, padded, factors, Start::out, nullptr, part.count, p.features);
   };
-  part(span.u, p.of_u(span.start), span.steps * p.dim);
-  part(span.w, p.of_w(span.start), span.steps * p.dim);
-  part(span.b, p.of_b(span.start), span.steps);
+  add(span.u, p.all().of_u(span.start), span.steps * p.dim);
+  add(span.w, p.all().of_w(span.start), span.steps * p.dim);
+  add(span.b, p.all().of_b(span.start), span.steps);
 }
+
+// What the backward of a tile knows when it comes to a span: dL/dz behind the span, and dL/df so far.
+template <class T>
+struct State {
+  T *g, *context, *dcontext;  // [dim][kTile], [features][kTile], [kTile][padded]
+
+  State(const Headed<T>& p, T* memory, int64_t lane) {
+    T *to_context = memory + p.dim * kTile, *to_dcontext = to_context + p.features * kTile;
+    g = memory + lane, context = to_context + lane;
+    dcontext = to_dcontext + lane * round_up(p.features, Simd<T>::width);
+  }
+  static int64_t size(const Headed<T>& p) {
+    return (p.dim + p.features + round_up(p.features, Simd<T>::width)) * kTile;
+  }
+};
 
 template <class T>
 int64_t headed_backward_scratch(const Headed<T>& p) {
-  const int64_t most = steps_between(p.dim), padded = round_up(p.features, Simd<T>::width);
-  const int64_t steps = most * kTile / Simd<T>::width * int64_t(sizeof(Step<T>) / sizeof(T));
-  return steps + (p.dim + most * p.dim + p.features + padded) * kTile + Span<T>::size(p.dim);
+  const int64_t most = steps_between(p.dim);
+  return most * (kTile / Simd<T>::width * int64_t(sizeof(Step<T>) / sizeof(T)) + p.dim * kTile) + Span<T>::size(p.dim);
+}
+
+// A span back, in the place of whose parameters their gradients come.
+template <class T, class F>
+PLANAR_FN void span_back(const HeadedBackward<T>& p, const Part<T>& part, const Span<T>& span, int64_t i,
+                         const State<T>& state, bool params, T* scratch) {
+  using S = Simd<T>;
+  const F f = F::of(p.spec);
+  const int64_t most = steps_between(p.dim), size = p.dim * kTile;
+  Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);          // [kTile / width][most]
+  T* z = reinterpret_cast<T*>(steps + most * kTile / S::width);  // [most][dim][kTile]
+  compute_parameters(part, span, state.context);
+  if (i == 0 && params) load_tile(z, p.z.from(part.first), part.count, p.dim, part.lanes);
+  for (int64_t lane = 0; lane < part.lanes; lane += S::width) {
+    const int64_t count = part.count - lane;
+    const auto lambda = load_strided(p.grad_log_det.data + (part.first + lane) * p.grad_log_det.stride,
+                                     p.grad_log_det.stride, count);
+    Step<T>* at = steps + lane / S::width * most;
+    if (i > 0 && params)
+      for (int64_t d = 0; d < p.dim; ++d)
+        S::store(z + d * kTile + lane, S::load_first(p.saved + part.saved_z(i, lane) + d * p.rows, count));
+    for (int64_t k = 0; k < span.steps; ++k) {
+      const T *u = span.u + k * size + lane, *w = span.w + k * size + lane;
+      const auto of_w = dots(w, p.dim, u, w);
+      const auto a = S::load_first(p.saved + part.saved_a(span.start + k, lane), count);
+      at[k] = {constrain<S>(of_w.with[0], of_w.with[1], p.spec.constraint), activate<S>(a, f)};
+      T* z_k = z + k * size + lane;
+      if (params && k + 1 < span.steps) update_lanes(z_k, z_k + size, u, w, at[k].act.h, at[k].step, p.dim);
+    }
+    for (int64_t k = span.steps - 1; k >= 0; --k)
+      step_back(p, f, span.u + k * size + lane, span.w + k * size + lane, span.b + k * kTile + lane,
+                z + k * size + lane, state.g + lane, lambda, at[k], params);
+  }
 }
 
 template <class T, class F>
-void headed_backward(const HeadedBackward<T>& p, Rows rows, T* scratch) {
-  using S = Simd<T>;
-  const F f = F::of(p.spec);
-  const Tile<T> tile(p, rows);
+void headed_backward(const HeadedBackward<T>& p, Rows rows, int64_t first_span, int64_t end_span, TileMemory<T> memory,
+                     T* scratch) {
+  const Part<T> part(p, rows);
+  const State<T> state(p, memory.state, rows.lane);
   const bool params = p.wants_params();
-  const int64_t most = steps_between(p.dim), padded = round_up(p.features, S::width), size = p.dim * kTile;
-  Step<T>* steps = reinterpret_cast<Step<T>*>(scratch);              // [kTile / width][most]
-  T* g = reinterpret_cast<T*>(steps + most * kTile / S::width);      // [dim][kTile]
-  T* z = g + size;                                                   // [most][dim][kTile]
-  T* context = z + most * size;                                      // [features][kTile]
-  T* dcontext = context + p.features * kTile;                        // [kTile][padded]
-  T* memory = dcontext + kTile * padded;                             // of the spans
-  load_tile(g, p.grad_z.from(tile.first), tile.count, p.dim);
-  load_tile(context, p.context.from(tile.first), tile.count, p.features);
-  if (params) fill(dcontext, T(0), kTile * padded);
-  for (int64_t i = tile.spans() - 1; i >= 0; --i) {
-    const Span<T> span = tile.span(i, memory, p.gradients);
-    compute_parameters(tile, span, context);
-    if (i == 0 && params) load_tile(z, p.z.from(tile.first), tile.count, p.dim);
-    for (int64_t lane = 0; lane < tile.lanes; lane += S::width) {
-      const int64_t count = tile.count - lane;
-      const auto lambda = load_strided(p.grad_log_det.data + (tile.first + lane) * p.grad_log_det.stride,
-                                       p.grad_log_det.stride, count);
-      Step<T>* at = steps + lane / S::width * most;
-      if (i > 0 && params)
-        for (int64_t d = 0; d < p.dim; ++d)
-          S::store(z + d * kTile + lane, S::load_first(p.saved + tile.saved_z(i, lane) + d * p.rows, count));
-      for (int64_t k = 0; k < span.steps; ++k) {
-        const T *u = span.u + k * size + lane, *w = span.w + k * size + lane;
-        const auto of_w = dots(w, p.dim, u, w);
-        const auto a = S::load_first(p.saved + tile.saved_a(span.start + k, lane), count);
-        at[k] = {constrain<S>(of_w.with[0], of_w.with[1], p.spec.constraint), activate<S>(a, f)};
-        T* z_k = z + k * size + lane;
-        if (params && k + 1 < span.steps) update_lanes(z_k, z_k + size, u, w, at[k].act.h, at[k].step, p.dim);
-      }
-      for (int64_t k = span.steps - 1; k >= 0; --k)
-        step_back(p, f, span.u + k * size + lane, span.w + k * size + lane, span.b + k * kTile + lane,
-                  z + k * size + lane, g + lane, lambda, at[k], params);
-    }
-    if (params) add_to_context(p, tile, span, dcontext);
+  const int64_t padded = round_up(p.features, Simd<T>::width);
+  if (end_span == p.spans()) {
+    load_tile(state.g, p.grad_z.from(part.first), part.count, p.dim, part.lanes);
+    load_tile(state.context, p.context.from(part.first), part.count, p.features, part.lanes);
+    fill(state.dcontext, T(0), part.count * padded);
   }
-  store_tile(g, Matrix<T>{p.dz + tile.first * p.dim, p.dim, 1}, tile.count, p.dim);
-  for (int64_t i = 0; i < tile.count && params; ++i)
-    copy(p.dcontext + (tile.first + i) * p.features, dcontext + i * padded, p.features);
+  for (int64_t i = end_span - 1; i >= first_span; --i) {
+    const Steps steps = p.of_spans(i, i + 1), all = p.of_spans(first_span, end_span);
+    T* alone = scratch + headed_backward_scratch(p) - Span<T>::size(p.dim);
+    const Span<T> span = params ? Span<T>(steps, all, memory.gradients + rows.lane) : Span<T>(steps, steps, alone);
+    span_back<T, F>(p, part, span, i, state, params, scratch);
+    if (params) add_to_context(part, span, state.dcontext);
+  }
+  if (first_span > 0) return;
+  store_tile(state.g, Matrix<T>{p.dz + part.first * p.dim, p.dim, 1}, part.count, p.dim);
+  for (int64_t i = 0; i < part.count && params; ++i)
+    copy(p.dcontext + (part.first + i) * p.features, state.dcontext + i * padded, p.features);
 }
 
 template <class T>
@@ -261,6 +289,7 @@ constexpr HeadedKernels<T> headed_kernels() {
   return {Simd<T>::width,
           headed_forward_scratch<T>,
           headed_backward_scratch<T>,
+          State<T>::size,
           headed_sum_weights<T>,
           {headed_forward<T, StandardFlow>, headed_backward<T, StandardFlow>},
           {headed_forward<T, AnyFlow<T>>, headed_backward<T, AnyFlow<T>>}};

@@ -82,15 +82,15 @@ PLANAR_FN void store_whole(T* p, typename Simd<T>::V x, bool stream) {
   S::store(p, x);
 }
 
-// The first n elements of x to and from a row of a tile.
+// The first n elements of x to and from a row of a tile, or of its first `lanes`.
 template <class T>
-PLANAR_FN void load_lanes(T* to, Column<const T> x, int64_t n, T rest) {
+PLANAR_FN void load_lanes(T* to, Column<const T> x, int64_t n, T rest, int64_t lanes = kTile) {
   if (x.stride == 1) {
     for (int64_t i = 0; i < n; ++i) to[i] = x.data[i];
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = x.data[i * x.stride];
   }
-  for (int64_t i = n; i < kTile; ++i) to[i] = rest;
+  for (int64_t i = n; i < lanes; ++i) to[i] = rest;
 }
 
 template <class T>
@@ -109,13 +109,15 @@ PLANAR_FN void store_lanes(const T* from, Column<T> x, int64_t n, bool stream = 
 template <class T>
 constexpr int64_t kTransposed = Simd<T>::width / 2;
 
-// tile [dim][kTile] = the transpose of rows 0..n of x, lanes behind n zero.
+// tile [dim][kTile] = the transpose of rows 0..n of x, lanes behind n zero. With fewer `lanes`, whole vectors, the
+// others stay as they are.
 template <class T>
-PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
+PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim, int64_t lanes = kTile) {
   using S = Simd<T>;
   constexpr int W = S::width;
   if (x.col != 1 || dim < kTransposed<T>) {
-    for (int64_t d = 0; d < dim; ++d) load_lanes(tile + d * kTile, Column<const T>{x.data + d * x.col, x.row}, n, T(0));
+    for (int64_t d = 0; d < dim; ++d)
+      load_lanes(tile + d * kTile, Column<const T>{x.data + d * x.col, x.row}, n, T(0), lanes);
     return;
   }
   for (int64_t lane = 0; lane < n; lane += W)
@@ -130,7 +132,7 @@ PLANAR_FN void load_tile(T* tile, Matrix<const T> x, int64_t n, int64_t dim) {
         if (d + i < dim) S::store(tile + (d + i) * kTile + lane, block[i]);
     }
   const int64_t loaded = round_up(n, W);
-  for (int64_t d = 0; d < dim && loaded < kTile; ++d) fill(tile + d * kTile + loaded, T(0), kTile - loaded);
+  for (int64_t d = 0; d < dim && loaded < lanes; ++d) fill(tile + d * kTile + loaded, T(0), lanes - loaded);
 }
 
 // Rows 0..n of x [.][dim] = the transpose of tile [dim][kTile].
