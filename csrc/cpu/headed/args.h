@@ -22,8 +22,8 @@ constexpr int64_t saved_rows(int64_t steps, int64_t dim) {
   return steps + (spans > 1 ? spans - 1 : 0) * dim;
 }
 
-// Some of a flow's steps. Of a tile, their parameters, or the gradients of these, are [width()][kTile] in memory: u and w
-// [steps][dim] and b [steps], one after the other. Those of all steps are the rows of weight.
+// Some of a flow's steps. Of a tile, their parameters, or the gradients of these, are [width()][kTile] in memory: u and
+// w [steps][dim] and b [steps], one after the other. Those of all steps are the rows of weight.
 struct Steps {
   int64_t start, steps, dim;
 

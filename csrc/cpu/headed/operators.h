@@ -67,7 +67,7 @@ void sum_weights(const HeadedBackward<T>& p, const HeadedKernels<T>& kernels, co
                  int64_t end, const Steps& of, const Gradients& gradients) {
   constexpr int64_t kPiece = 32;
   const int64_t parts[] = {of.of_u(of.start), of.of_w(of.start), of.of_b(of.start), of.width()};  // where they begin
-  const int64_t rows[] = {p.all().of_u(of.start), p.all().of_w(of.start), p.all().of_b(of.start)};                  // in dweight
+  const int64_t rows[] = {p.all().of_u(of.start), p.all().of_w(of.start), p.all().of_b(of.start)};  // in dweight
   for_each(ceil_div(of.width(), kPiece), kPiece * p.features * (end - begin) * kTile, [&](int64_t piece) {
     for (int i = 0; i < 3; ++i) {
       const int64_t first = std::max(parts[i], piece * kPiece), stop = std::min(parts[i + 1], (piece + 1) * kPiece);
