@@ -105,10 +105,10 @@ void headed_forward(const HeadedForward<T>& p, Rows rows, T* scratch) {
   const F f = F::of(p.spec);
   const Part<T> part(p, rows);
   const int64_t size = p.dim * kTile;
-  T* z = scratch;                         // [dim][kTile]
-  T* context = z + size;                  // [features][kTile]
-  T* sums = context + p.features * kTile; // [3][kTile]
-  T* memory = sums + 3 * kTile;           // of the spans
+  T* z = scratch;                          // [dim][kTile]
+  T* context = z + size;                   // [features][kTile]
+  T* sums = context + p.features * kTile;  // [3][kTile]
+  T* memory = sums + 3 * kTile;            // of the spans
   load_tile(z, p.z.from(part.first), part.count, p.dim, part.lanes);
   load_tile(context, p.context.from(part.first), part.count, p.features, part.lanes);
   for (int64_t lane = 0; lane < part.lanes; lane += S::width) store_sum(sums + lane, no_steps<S>());
