@@ -79,7 +79,8 @@ headed_call = functools.lru_cache(maxsize=256, typed=True)(Call.headed)
 
 
 class PlanarFlowFunction(torch.autograd.Function):
-    """The forward and the backward operator of a call, saving its tensors and the pre-activations a [K, rows] only."""
+    """The forward and the backward operator of a call, saving its tensors and what the forward gives for that: the
+    pre-activations a [K, rows], and in a headed flow some z."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:

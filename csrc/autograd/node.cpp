@@ -117,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable(const Tensor& grad_z, 
   return backward(grad_z, grad_log_det, z, u, w, b, numbers).cast<std::tuple<Tensor, Tensor, Tensor, Tensor>>();
 }
 
-// What a backward is given beside the gradients of the outputs: the node's inputs, z, u, w, b or z, packed, the
-// pre-activations a [K, R], and whether any of the parameters needs a gradient.
+// What a backward is given beside the gradients of the outputs: the node's inputs, z, u, w, b or z, packed, what the
+// forward saved, the pre-activations a [K, R] and in a headed flow some z, and whether any of the parameters needs a
+// gradient.
 template <size_t N>
 struct Saved {
   std::array<Tensor, N> inputs;
@@ -163,8 +164,8 @@ variable_list gradients_of_used(const How& how, const variable_list& grads, cons
                    grads[1].defined() ? grads[1] : at::zeros({z.size(0)}, z.options()), saved);
 }
 
-// The node of planar_flow and headed_planar_flow (4 inputs) and of packed_planar_flow (2), as PyTorch writes those of its own operators:
-// torch::autograd::Function costs a small flow more than its kernels do.
+// The node of planar_flow and headed_planar_flow (4 inputs) and of packed_planar_flow (2), as PyTorch writes those of
+// its own operators: torch::autograd::Function costs a small flow more than its kernels do.
 template <size_t N>
 class FlowNode : public torch::autograd::Node {
  public:

@@ -75,7 +75,8 @@ void check_saved(const Argument& grad_z, const Argument& grad_log_det, const Arg
   check_size(grad_log_det, 0, rows);
   check_size(a, 0, steps);
   check_size(a, 1, rows);
-  STD_TORCH_CHECK(a.tensor().is_contiguous(), "vvae_fast: a must be contiguous, as planar_forward returned it");
+  STD_TORCH_CHECK(a.tensor().is_contiguous(), "vvae_fast: ", a.name,
+                  " must be contiguous, as planar_forward returned it");
   check_kind(grad_z, z.dtype);
   check_kind(grad_log_det, z.computed());
   check_kind(a, z.computed());

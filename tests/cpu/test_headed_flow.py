@@ -31,6 +31,9 @@ SIZES = [
     (129, 5, 3, 70),
     (150, 2, 600, 3),
     (2100, 4, 3, 2),
+    (5, 3, 4, 63),
+    (18, 9, 5, 31),
+    (20, 3, 2, 300),
 ]
 
 needs_node = pytest.mark.skipif(node.load_error is not None, reason=str(node.load_error))
@@ -82,11 +85,14 @@ def test_every_formula(isa, activation, constraint, log_det_eps):
     assert max(relative_errors(run(*p, spec), oracle(*p, spec))) < 1e-10
 
 
-@pytest.mark.parametrize("sizes", [(64, 16, 40, 32), (32, 80, 40, 8), (32, 5, 300, 100), (64, 40, 2, 400)])
-def test_accuracy_rule(sizes):
+@pytest.mark.parametrize("size_of_weight", [1.0, 0.2])
+@pytest.mark.parametrize("sizes", [(64, 16, 40, 32), (32, 80, 40, 8), (32, 5, 300, 100), (64, 8, 8, 2048)])
+def test_accuracy_rule(sizes, size_of_weight):
+    """Also of long sums, and where the bias is most of a parameter."""
     ours, loop = {}, []
     for seed in range(DRAWS):
         p = problem(sizes, torch.float32, seed)
+        p[2] *= size_of_weight
         wanted = oracle(*(t.double() for t in p))
         loop.append(relative_errors(oracle(*p), wanted))
         for level, got in on_each_isa(lambda p=p: run(*p)).items():
@@ -107,6 +113,28 @@ def test_rows_are_strangers(isa, dtype):
     ruined = run(z, context, weight, bias, grad_z, grad_log_det)[:4]
     assert all(torch.equal(x[:149], y[:149]) for x, y in zip(ruined, whole, strict=True))
     assert all(t[149].isnan().all() for t in ruined)
+
+
+@pytest.mark.parametrize("alpha", [-88.0, -1000.0, 1e4])
+def test_determinants_that_sink_and_parameters_of_no_size(isa, alpha):
+    """w . u far from 0; w = 0 in one step; and where no row is, a determinant of 0 that must not be seen."""
+    rows, dim = 21, 2
+    w, u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.1]]), torch.tensor([[alpha, 0.3], [0.5, 0.5], [0.1, 0.2]])
+    bias = torch.cat([u.flatten(), w.flatten(), torch.zeros(3)])
+    g = torch.Generator().manual_seed(0)
+    z, grad_z = torch.randn(2, rows, dim, generator=g)
+    p = [z, torch.zeros(rows, 3), torch.zeros(15, 3), bias, grad_z, torch.randn(rows, generator=g)]
+    for activation in ("tanh", "linear"):
+        spec = FlowSpec("softplus", activation)
+        got, wanted = run(*p, spec), oracle(*(t.double() for t in p), spec)
+        assert max(relative_errors(got, wanted)) < 1e-4, (
+            activation
+        )  # h u and h rho / n w are of alpha's size, and cancel
+    none = [t.double() for t in (z[:5, :1], torch.zeros(5, 2), torch.zeros(3, 2), torch.tensor([-1.0, 1.0, 0.0]))]
+    z_1 = none[0] + 2  # 1 + w . u h' = tanh(z)^2, which is 0 in lanes of zeros alone
+    p = [z_1, *none[1:], grad_z[:5, :1].double(), torch.ones(5).double()]
+    spec = FlowSpec("none")
+    assert max(relative_errors(run(*p, spec), oracle(*p, spec))) < 1e-10
 
 
 def test_the_bits_do_not_depend_on_threads(isa):
@@ -159,13 +187,15 @@ def test_nothing_to_do(isa, sizes):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
-def test_opcheck():
-    *tensors, grad_z, grad_log_det = problem((20, 20, 40, 5), torch.float32)
+@pytest.mark.parametrize("dim", [2, 40, 64, 65, 600])
+def test_opcheck(dim):
+    *tensors, grad_z, grad_log_det = problem((20, 20, dim, 5), torch.float32)
     arguments = FlowSpec().arguments()
     for save in (True, False):
         torch.library.opcheck(headed.headed_forward, (*tensors, *arguments, save))
     saved = headed.headed_forward(*tensors, *arguments, True)[2]
-    assert saved.shape == (20 + 2 * 40, 20), "a, and z where the second and the third span of 8 steps start"
+    spans = {2: 3, 40: 3, 64: 3, 65: 3, 600: 20}[dim]
+    assert saved.shape == (20 + (spans - 1) * dim, 20), "a, and z where each span but the first one starts"
     for params in (True, False):
         given = (grad_z, grad_log_det, *tensors, saved, *arguments, params)
         torch.library.opcheck(headed.headed_backward, given)
@@ -254,8 +284,12 @@ def test_what_it_does_not_take_is_a_head_of_its_own():
     z, context, weight, bias = problem((24, 5, 3, 7), torch.float32)[:4]
     inputs = z, context, weight, bias
     many = z.view(2, 12, 3), context[:12], weight, bias
-    for given in (many, (z[0], context[0], weight, bias), (z[:15], context[:15], weight, bias)):
+    few, enough = ((z[:rows], context[:rows], weight.requires_grad_(), bias) for rows in (15, 16))
+    for given in (many, (z[0], context[0], weight, bias), few, enough):
         same(headed_planar_flow(*given), apart(*given))
+    if node.serves:
+        assert [headed_planar_flow(*given)[0].grad_fn.name() == NODE for given in (few, enough)] == [False, True]
+    weight.requires_grad_(False)
     same(headed_planar_flow(*inputs, backend="reference"), apart(*inputs))
     halves = [t.bfloat16() for t in inputs]
     same(headed_planar_flow(*halves), apart(*halves))

@@ -134,6 +134,11 @@ def test_only_what_is_needed_is_computed():
     torch.testing.assert_close(layer.bias.grad, torch.full((1296,), 100.0))
 
 
+class MeanOfRows(nn.Module):
+    def forward(self, x):
+        return x.mean(0)
+
+
 def headed(flow):
     """Whether the flow computes its head's last layer itself: the layer's weight goes into the flow's node."""
     z, context = (torch.randn(20, size, dtype=next(flow.parameters()).dtype) for size in (3, 12))
@@ -190,6 +195,7 @@ def test_a_head_that_does_more_than_its_product_is_called():
         lambda flow: flow.head.register_forward_hook(lambda *given: None),
         lambda flow: flow.head.register_forward_pre_hook(lambda *given: None),
         lambda flow: flow.head.register_full_backward_hook(lambda *given: None),
+        lambda flow: flow.head.register_full_backward_pre_hook(lambda *given: None),
         lambda flow: nn.utils.parametrizations.weight_norm(flow.head),
         lambda flow: setattr(flow, "head", nn.Linear(12, 35, bias=False)),
         lambda flow: setattr(flow, "head", nn.Sequential(nn.Linear(12, 35), nn.Tanh())),
@@ -212,5 +218,7 @@ def test_a_head_that_does_more_than_its_product_is_called():
     assert headed(down)
     assert len(calls) == 1, "the first layer is called as ever"
     wrong = changed(lambda flow: setattr(flow, "head", AmortizedPlanarFlow(3, 6, 12).head))
-    with pytest.raises(ValueError, match="head must give"):
-        wrong(z, context)
+    fewer = changed(lambda flow: setattr(flow, "head", nn.Sequential(MeanOfRows(), nn.Linear(12, 35))))
+    for flow in (wrong, fewer):
+        with pytest.raises(ValueError, match="head must give"):
+            flow(z, context)

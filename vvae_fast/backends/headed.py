@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vvae_fast.backends.operators import Operator, define
 
-_MOST_STEPS, _AFFORDABLE = 8, 512  # of csrc/cpu/headed/args.h's steps_between
+_MOST_STEPS, _SPAN_NUMBERS = 8, 512  # of csrc/cpu/headed/args.h's steps_between
 
 
 class HeadedOperators(NamedTuple):
@@ -28,7 +28,7 @@ class HeadedOperators(NamedTuple):
 
 def _saved_rows(num_steps: int, dim: int) -> int:
     """As csrc/cpu/headed/args.h's saved_rows."""
-    between = max(1, min(_AFFORDABLE // dim, _MOST_STEPS))
+    between = max(1, min(_SPAN_NUMBERS // dim, _MOST_STEPS))
     return num_steps + max(0, -(-num_steps // between) - 1) * dim
 
 

@@ -256,9 +256,12 @@ class AmortizedFlow(Flow):
             return None
         if last.bias is None or last.weight.shape[0] != self._num_outputs():
             return None
+        x = context
         for layer in before:
-            context = layer(context)
-        return last.inputs(context) if type(last) is Head else context, last.weight, last.bias
+            x = layer(x)
+        if not isinstance(x, Tensor) or x.shape[:-1] != context.shape[:-1]:
+            self._check_packed(last(x), context)  # raises
+        return last.inputs(x) if type(last) is Head else x, last.weight, last.bias
 
     def _is_usual(self, z: Tensor, context: Tensor) -> bool:
         """Whether z is [R, D] and context [R, F], both like the head: what the checks ask for, in nearly every call."""

@@ -9,11 +9,11 @@
 
 namespace vvae {
 
-// Steps between two z that the forward saves. The backward reaches the others from there, while the parameters of so
-// many steps stay in its cache.
-constexpr int64_t kMostSteps = 8;
+// Steps between two z that the forward saves, for D > 0. The backward reaches the others from there, while the
+// parameters of so many steps, twice kSpanNumbers for each row, stay in its cache.
+constexpr int64_t kMostSteps = 8, kSpanNumbers = 512;
 constexpr int64_t steps_between(int64_t dim) {
-  const int64_t affordable = 512 / (dim < 1 ? 1 : dim);
+  const int64_t affordable = kSpanNumbers / dim;
   return affordable < 1 ? 1 : affordable < kMostSteps ? affordable : kMostSteps;
 }
 // Rows of what is saved, [.][rows]: a [steps], then the saved z [dim] each; the first z is the caller's.

@@ -35,15 +35,17 @@ struct Tiles {
     return {first, std::min(end, rows) - first, first - begin * lanes};
   }
   Rows operator[](int64_t tile) const { return part(tile, 0, 1); }
+  int64_t most_vectors() const { return ceil_div(vectors, number); }  // of a tile
 };
 
 // Calls run(rows, tile) for the tiles from `begin` to `end`, whole, or in parts so that each thread has one; `width`:
 // parameters of a row that it computes.
 template <class T, class Run>
 void for_each_part(const Headed<T>& p, const Tiles& tiles, int64_t begin, int64_t end, int64_t width, const Run& run) {
-  const int64_t parts = ceil_div(torch::stable::get_num_threads(), end - begin);
-  const int64_t work = width * (p.features + 4) * ceil_div(tiles[begin].count, parts);
-  for_each((end - begin) * parts, work, [&](int64_t i) {
+  const int64_t of_tile = width * (p.features + 4) * tiles.most_vectors() * tiles.lanes;  // multiply-adds
+  const int64_t wanted = ceil_div(torch::stable::get_num_threads(), end - begin);
+  const int64_t parts = of_tile < kGrain ? 1 : std::min(wanted, tiles.most_vectors());
+  for_each((end - begin) * parts, of_tile / parts, [&](int64_t i) {
     const int64_t tile = begin + i / parts;
     const Rows rows = tiles.part(tile, i % parts, parts);
     if (rows.count > 0) run(rows, tile);
@@ -66,19 +68,20 @@ template <class T, class Gradients>
 void sum_weights(const HeadedBackward<T>& p, const HeadedKernels<T>& kernels, const Tiles& tiles, int64_t begin,
                  int64_t end, const Steps& of, const Gradients& gradients) {
   constexpr int64_t kPiece = 32;
-  const int64_t parts[] = {of.of_u(of.start), of.of_w(of.start), of.of_b(of.start), of.width()};  // where they begin
-  const int64_t rows[] = {p.all().of_u(of.start), p.all().of_w(of.start), p.all().of_b(of.start)};  // in dweight
+  // Where the rows for u, w and b begin, among the gradients and in dweight.
+  const int64_t begins[] = {of.of_u(of.start), of.of_w(of.start), of.of_b(of.start), of.width()};
+  const int64_t rows[] = {p.all().of_u(of.start), p.all().of_w(of.start), p.all().of_b(of.start)};
   for_each(ceil_div(of.width(), kPiece), kPiece * p.features * (end - begin) * kTile, [&](int64_t piece) {
     for (int i = 0; i < 3; ++i) {
-      const int64_t first = std::max(parts[i], piece * kPiece), stop = std::min(parts[i + 1], (piece + 1) * kPiece);
+      const int64_t first = std::max(begins[i], piece * kPiece), stop = std::min(begins[i + 1], (piece + 1) * kPiece);
       for (int64_t tile = begin; tile < end && first < stop; ++tile)
-        kernels.sum_weights(p, tiles[tile], gradients(tile) + first * kTile, rows[i] + first - parts[i], stop - first,
+        kernels.sum_weights(p, tiles[tile], gradients(tile) + first * kTile, rows[i] + first - begins[i], stop - first,
                             tile > 0);
     }
   });
 }
 
-constexpr int64_t kGradientBytes = int64_t(1) << 20;  // which stay in the caches
+constexpr int64_t kGradientBytes = int64_t(1) << 20, kStateBytes = int64_t(1) << 22;  // which stay in the caches
 
 // Some spans of some tiles at a time: threads share the rows of the tiles, and then those of dweight.
 template <class T>
@@ -89,15 +92,16 @@ void run(const HeadedBackward<T>& p, const Isa& isa) {
   const int64_t size = kernels.backward_scratch(p), state = kernels.state(p), spans = p.spans();
   const int64_t of_span = p.of_spans(0, 1).width() * kTile;
   const int64_t affordable = kGradientBytes / (of_span * int64_t(sizeof(T)));
+  const int64_t in_caches = std::min(affordable, kStateBytes / (state * int64_t(sizeof(T))));
   const int64_t for_threads = ceil_div(torch::stable::get_num_threads() * kernels.lanes, kTile);
-  const int64_t together = std::min(tiles.number, std::max({int64_t(2), for_threads, affordable}));
+  const int64_t together = std::min(tiles.number, std::max({int64_t(2), for_threads, in_caches}));
   const int64_t at_once = p.wants_params() ? std::min(spans, std::max<int64_t>(1, affordable / together)) : spans;
   const int64_t of_tile = state + (p.wants_params() ? at_once * of_span : 0);
   T* memory = arena<T>(kPartials, together * of_tile);
   for (int64_t begin = 0; begin < tiles.number; begin += together) {
     const int64_t end = std::min(begin + together, tiles.number);
     const auto state_of = [&](int64_t tile) { return memory + (tile - begin) * of_tile; };
-    const auto gradients = [&](int64_t tile) { return state_of(tile) + state; };
+    const auto gradients = [&](int64_t tile) { return p.wants_params() ? state_of(tile) + state : nullptr; };
     for (int64_t end_span = spans; end_span > 0; end_span -= at_once) {
       const int64_t first_span = std::max<int64_t>(0, end_span - at_once);
       const Steps of = p.of_spans(first_span, end_span);
@@ -187,11 +191,7 @@ struct Operators {
     const FlowSpec spec = spec_of(constraint, activation, slope, log_det_eps);
     const Call<B> call(z, context, weight, bias);
     const Argument grad_z(grad_z_, "grad_z"), grad_log_det(grad_log_det_, "grad_log_det"), saved(saved_, "saved");
-    check_rank(grad_z, 2), check_rank(grad_log_det, 1), check_rank(saved, 2);
-    check_size(grad_z, 0, call.rows), check_size(grad_z, 1, call.dim), check_size(grad_log_det, 0, call.rows);
-    check_size(saved, 0, saved_rows(call.steps, call.dim)), check_size(saved, 1, call.rows);
-    STD_TORCH_CHECK(saved.tensor().is_contiguous(), "vvae_fast: saved must be contiguous, as the forward returned it");
-    for (const Argument* t : {&grad_z, &grad_log_det, &saved}) B::check_kind(call.z)(*t, call.z.dtype);
+    check_saved(grad_z, grad_log_det, call.z, saved_rows(call.steps, call.dim), saved, B::check_kind(call.z));
     const auto maybe = [&](std::initializer_list<int64_t> sizes) {
       return params ? call.new_empty(sizes) : call.new_empty({0});
     };

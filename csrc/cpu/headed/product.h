@@ -1,4 +1,4 @@
-// The one product of headed flows: of the parameters of some steps, and of the gradients of weight and context.
+// The product of headed flows: of the parameters of some steps, and of the gradients of weight and context.
 #pragma once
 
 #include "../amortized.h"
@@ -15,8 +15,10 @@ struct Factors {
   int64_t x_row, inner;
 };
 
-enum class Start { zero, out, column };  // what A X is added to; column: an element for each row; out: at the end, so
-                                         // that long sums are sums of shorter ones
+// What A X is added to, after its sum: column has an element for each row.
+enum class Start { zero, out, column };
+
+constexpr int64_t kInner = 128;  // products of one sum: of long sums, rounding would grow with F
 
 // M rows of V vectors, of which the last has `last` elements.
 template <class T, int M, int V>
@@ -25,7 +27,7 @@ PLANAR_FN void multiply_block(T* out, int64_t out_row, const Factors<T>& f, Star
   using S = Simd<T>;
   typename S::V acc[M][V];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = S::splat(start == Start::column ? column[m] : T(0));
+    for (int v = 0; v < V; ++v) acc[m][v] = S::splat(0);
   const T *A = f.A, *X = f.X;
   for (int64_t i = 0; i < f.inner; ++i, A += f.a_i, X += f.x_row) {
     typename S::V x[V];
@@ -38,6 +40,7 @@ PLANAR_FN void multiply_block(T* out, int64_t out_row, const Factors<T>& f, Star
       T* p = out + m * out_row + v * S::width;
       const bool whole = v + 1 < V;
       if (start == Start::out) acc[m][v] += whole ? S::load(p) : S::load_first(p, last);
+      if (start == Start::column) acc[m][v] += column[m];
       if (whole)
         S::store(p, acc[m][v]);
       else
@@ -58,10 +61,9 @@ PLANAR_FN void multiply_columns(T* out, int64_t out_row, Factors<T> f, Start sta
     multiply_block<T, 1, V>(out + m * out_row, out_row, f, start, column + m, last);
 }
 
-// out [rows][columns] = A X and what it starts from; rows of out are contiguous.
 template <class T>
-PLANAR_FN void multiply(T* out, int64_t out_row, Factors<T> f, Start start, const T* column, int64_t rows,
-                        int64_t columns) {
+PLANAR_FN void multiply_run(T* out, int64_t out_row, Factors<T> f, Start start, const T* column, int64_t rows,
+                            int64_t columns) {
   constexpr int64_t W = Simd<T>::width;
   for (int64_t j = 0; j < columns; j += kRegisters * W, f.X += kRegisters * W) {
     const int64_t rest = columns - j;
@@ -79,6 +81,20 @@ PLANAR_FN void multiply(T* out, int64_t out_row, Factors<T> f, Start start, cons
       multiply_columns<T, 2>(out + j, out_row, f, start, column, rows, rest < 2 * W ? rest : 2 * W);
     else
       multiply_columns<T, 1>(out + j, out_row, f, start, column, rows, rest);
+  }
+}
+
+// out [rows][columns] = A X and what it is added to; rows of out are contiguous.
+template <class T>
+PLANAR_FN void multiply(T* out, int64_t out_row, Factors<T> f, Start start, const T* column, int64_t rows,
+                        int64_t columns) {
+  const int64_t inner = f.inner;
+  f.inner = inner < kInner ? inner : kInner;
+  multiply_run(out, out_row, f, start, column, rows, columns);
+  for (int64_t i = kInner; i < inner; i += kInner) {
+    f.A += kInner * f.a_i, f.X += kInner * f.x_row;
+    f.inner = inner - i < kInner ? inner - i : kInner;
+    multiply_run(out, out_row, f, Start::out, column, rows, columns);
   }
 }
 

@@ -91,7 +91,7 @@ PLANAR_FN void update_lanes(const T* z, T* to, const T* u, const T* w, typename 
   using S = Simd<T>;
   const auto h_of_w = h * rho_over_n(step);
   for (int64_t d = 0; d < dim * kTile; d += kTile)
-    S::store(to + d, S::load(z + d) + (h * S::load(u + d) + h_of_w * S::load(w + d)));
+    S::store(to + d, S::load(z + d) + S::multiply_add(h, S::load(u + d), h_of_w * S::load(w + d)));
 }
 
 template <class T>
@@ -272,9 +272,9 @@ void headed_backward(const HeadedBackward<T>& p, Rows rows, int64_t first_span, 
     fill(state.dcontext, T(0), part.count * padded);
   }
   for (int64_t i = end_span - 1; i >= first_span; --i) {
-    const Steps steps = p.of_spans(i, i + 1), all = p.of_spans(first_span, end_span);
+    const Steps steps = p.of_spans(i, i + 1), of_call = p.of_spans(first_span, end_span);
     T* alone = scratch + headed_backward_scratch(p) - Span<T>::size(p.dim);
-    const Span<T> span = params ? Span<T>(steps, all, memory.gradients + rows.lane) : Span<T>(steps, steps, alone);
+    const Span<T> span = params ? Span<T>(steps, of_call, memory.gradients + rows.lane) : Span<T>(steps, steps, alone);
     span_back<T, F>(p, part, span, i, state, params, scratch);
     if (params) add_to_context(part, span, state.dcontext);
   }
