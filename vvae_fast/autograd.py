@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from vvae_fast import node, shapes
 from vvae_fast.backends import REFERENCE
@@ -100,7 +101,7 @@ class PlanarFlowFunction(torch.autograd.Function):
             grad_z = torch.zeros_like(z)
         if grad_log_det is None:
             grad_log_det = z.new_zeros(z.shape[:-1], dtype=shapes.compute_dtype(z.dtype))
-        differentiable = torch.is_grad_enabled()  # create_graph=True
+        differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0  # create_graph=True; tangents
         backward = call.differentiable_backward if differentiable else call.backward
         if differentiable or (z.dim() == 2 and params[0].dim() > 1):
             dz, *gradients = backward(grad_z, grad_log_det, z, *params, a, *call.arguments, with_params)

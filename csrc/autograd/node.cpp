@@ -127,10 +127,15 @@ struct Saved {
   bool params;
 };
 
+// Whether the gradients are differentiated once more: by a graph of them, or by forward-mode AD of `grads`.
+bool are_differentiated(const Tensor& grad_z, const Tensor& grad_log_det) {
+  return at::GradMode::is_enabled() || grad_z._fw_grad(0).defined() || grad_log_det._fw_grad(0).defined();
+}
+
 // dz, du, dw and db.
 variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad_log_det, const Saved<4>& saved) {
   const auto& [z, u, w, b] = saved.inputs;
-  if (at::GradMode::is_enabled()) {
+  if (are_differentiated(grad_z, grad_log_det)) {
     const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
     return {dz, du, dw, db};
   }
@@ -144,7 +149,7 @@ variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad
 // dz and dpacked.
 variable_list gradients(const How& how, const Tensor& grad_z, const Tensor& grad_log_det, const Saved<2>& saved) {
   const auto& [z, packed] = saved.inputs;
-  if (at::GradMode::is_enabled()) {
+  if (are_differentiated(grad_z, grad_log_det)) {
     const auto [u, w, b] = unpack(packed, saved.a.size(0), z.size(1));
     const auto [dz, du, dw, db] = differentiable(grad_z, grad_log_det, z, u, w, b, how);
     return {dz, at::cat({du.flatten(1), dw.flatten(1), db}, 1)};

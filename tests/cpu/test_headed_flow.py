@@ -10,7 +10,7 @@ import torch
 from problems import DRAWS, assert_as_accurate, on_each_isa, relative_errors
 from torch import nn
 from torch._dynamo import compiled_autograd
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import vvae_fast
 from vvae_fast import autograd, node, reference, shapes
@@ -256,6 +256,19 @@ def test_gradients_and_their_gradients():
     leaves = [t.requires_grad_() for t in problem((16, 2, 2, 3))[:4]]
     assert gradcheck(headed_planar_flow, leaves)
     assert gradgradcheck(headed_planar_flow, leaves)
+
+
+def test_tangents_of_incoming_gradients_are_not_lost():
+    *tensors, grad_z, grad_log_det = problem((20, 3, 2, 4))
+    answers = []
+    for backend in (None, "reference"):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        outputs = headed_planar_flow(*leaves, backend=backend)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(g, g.flip(0)) for g in (grad_z, grad_log_det)]
+            answers.append([forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(outputs, leaves, duals)])
+    for got, wanted in zip(*answers, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 @needs_node

@@ -139,6 +139,11 @@ class MeanOfRows(nn.Module):
         return x.mean(0)
 
 
+class Halved(nn.Module):
+    def forward(self, x):
+        return x.bfloat16()
+
+
 def headed(flow):
     """Whether the flow computes its head's last layer itself: the layer's weight goes into the flow's node."""
     z, context = (torch.randn(20, size, dtype=next(flow.parameters()).dtype) for size in (3, 12))
@@ -219,6 +224,12 @@ def test_a_head_that_does_more_than_its_product_is_called():
     assert len(calls) == 1, "the first layer is called as ever"
     wrong = changed(lambda flow: setattr(flow, "head", AmortizedPlanarFlow(3, 6, 12).head))
     fewer = changed(lambda flow: setattr(flow, "head", nn.Sequential(MeanOfRows(), nn.Linear(12, 35))))
+    half = changed(lambda flow: setattr(flow, "head", nn.Sequential(nn.Linear(12, 8), Halved(), nn.Linear(8, 35))))
+    half.float().head[2].bfloat16()
+    many = half(z.float().expand(2, 20, 3), context.float())
+    torch.testing.assert_close([t[0] for t in many], list(half(z.float(), context.float())), rtol=1e-2, atol=1e-2)
+    broadcast = changed(lambda flow: setattr(flow.head, "bias", nn.Parameter(torch.ones(1))))
+    assert not headed(broadcast)
     for flow in (wrong, fewer):
         with pytest.raises(ValueError, match="head must give"):
             flow(z, context)

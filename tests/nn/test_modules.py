@@ -172,6 +172,7 @@ def test_repr_says_the_sizes():
     ("error", "message", "z", "context"),
     [
         (TypeError, r"z must be a torch.Tensor, got list", [1.0], (6, 5)),
+        (TypeError, r"z must be a torch.Tensor, got NoneType", None, (6, 5)),
         (ValueError, r"z must be \[\*batch, D\] with the flow's D = 4, got \(6, 3\)", (6, 3), (6, 5)),
         (ValueError, r"context's leading dimensions .*\(7,\), got \(6,\)", (7, 4), (6, 5)),
         (ValueError, r"context's leading dimensions .*\(\), got \(6,\)", (4,), (6, 5)),

@@ -210,6 +210,23 @@ def test_compiled_autograd_gives_the_same_bits(case, needed):
             assert all(g is None if w is None else torch.equal(g, w) for g, w in pairs)
 
 
+@cases
+def test_tangents_of_incoming_gradients_are_not_lost(case):
+    """Forward mode over reverse: the graph is built before, and the backward meets a tangent."""
+    flow, make = CASES[case]
+    inputs, grads = make(torch.float64)
+    answers = []
+    for options in ({}, {"backend": "reference"}):
+        x = leaves(inputs)
+        outputs = flow(x, **options)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(g, g.flip(0)) for g in grads]
+            gradients = torch.autograd.grad(outputs, x, duals)
+            answers.append([forward_ad.unpack_dual(g).tangent for g in gradients])
+    for got, wanted in zip(*answers, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_exceptions_of_hooks_and_of_pytorch_pass_as_they_are():
     """A checkpoint ends its recomputation by one; and out of memory is not any RuntimeError."""
     inputs, _ = problem(False)

@@ -236,12 +236,13 @@ class AmortizedFlow(Flow):
         if self.layer_norm:
             weight.mul_(weight.shape[1] / (_NORM_SUM * math.sqrt(3)))
 
-    def _packed(self, context: Tensor, z: Tensor | None = None) -> Tensor:
-        """The head's output [*params, outputs] for context [*params, F], after a check of it and of z [*batch, D]."""
-        if z is None or not self._is_usual(z, context):
+    def _packed(self, context: Tensor, *z: Tensor) -> Tensor:
+        """The head's output [*params, outputs] for context [*params, F], after a check of it, and of z [*batch, D] if
+        it is given."""
+        if not z or not self._is_usual(z[0], context):
             self._check_context(context)
-            if z is not None:
-                self._check_inputs(z, context)
+            for given in z:
+                self._check_inputs(given, context)
         packed = self.head(context)
         self._check_packed(packed, context)
         return packed
@@ -254,14 +255,17 @@ class AmortizedFlow(Flow):
             *before, last = last
         if type(last) not in (Head, nn.Linear) or not _is_bare(last):
             return None
-        if last.bias is None or last.weight.shape[0] != self._num_outputs():
+        weight, bias, outputs = last.weight, last.bias, self._num_outputs()
+        if bias is None or weight.shape[0] != outputs or bias.shape != (outputs,):
+            return None
+        if not weight.dtype is bias.dtype is context.dtype:
             return None
         x = context
         for layer in before:
             x = layer(x)
         if not isinstance(x, Tensor) or x.shape[:-1] != context.shape[:-1]:
             self._check_packed(last(x), context)  # raises
-        return last.inputs(x) if type(last) is Head else x, last.weight, last.bias
+        return last.inputs(x) if type(last) is Head else x, weight, bias
 
     def _is_usual(self, z: Tensor, context: Tensor) -> bool:
         """Whether z is [R, D] and context [R, F], both like the head: what the checks ask for, in nearly every call."""

@@ -280,10 +280,10 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         [*params, L, M, M], b and s [*params, L, M]."""
         return self._public(self._raw(context))
 
-    def _raw(self, context: Tensor, z: Tensor | None = None) -> _Raw:
+    def _raw(self, context: Tensor, *z: Tensor) -> _Raw:
         """Views of the head's output."""
         layers, units = self.num_layers, self.num_units
-        v, mixed, y, b = self._packed(context, z).split_with_sizes(self._lengths(), -1)
+        v, mixed, y, b = self._packed(context, *z).split_with_sizes(self._lengths(), -1)
         return _Raw(
             v.unflatten(-1, (layers, self.num_reflections, self.dim)) if self.num_reflections else None,
             mixed.unflatten(-1, (layers, units, units)),

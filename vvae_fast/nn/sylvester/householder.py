@@ -145,8 +145,8 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
         """v [*params, K, D] for context [*params, F]: a view of the head's output."""
         return self._raw(context)
 
-    def _raw(self, context: Tensor, z: Tensor | None = None) -> Tensor:
-        return self._packed(context, z).unflatten(-1, (self.num_reflections, self.dim))
+    def _raw(self, context: Tensor, *z: Tensor) -> Tensor:
+        return self._packed(context, *z).unflatten(-1, (self.num_reflections, self.dim))
 
     def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
         return (self.params(features),)
