@@ -77,15 +77,6 @@ MUTANTS = (
         (1, 3),
     ),
     Mutant(
-        "OpenMP threads leave the gradients of two tiles in one place",
-        "cpu/headed/operators.h",
-        "{state_of(tile), gradients(tile)}",
-        "{state_of(tile), gradients(begin)}",
-        "thread",
-        "data race",
-        (1, 3),
-    ),
-    Mutant(
         "Python threads share their scratch memory",
         "cpu/schedule.h",
         "thread_local Arena arenas[kSlots];",
