@@ -149,7 +149,7 @@ def reference_headed_backward(
     dim = z.shape[1]
     params = shapes.unpack(nn.functional.linear(context, weight, bias), shapes.num_steps_of(weight, dim), dim)
     dz, du, dw, db = reference_backward(grad_z, grad_log_det, z, *params, numbers)
-    dpacked = torch.cat([du.flatten(1), dw.flatten(1), db], 1)
+    dpacked = shapes.pack(du, dw, db)
     return dz, dpacked @ weight, dpacked.t() @ context, dpacked.sum(0)
 
 

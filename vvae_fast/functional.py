@@ -91,7 +91,7 @@ def headed_planar_flow(
     """`packed_planar_flow` and the linear head before it: packed = context weight^T + bias, docs/math.md (67).
 
     On the CPU the flow's kernels compute the parameters where they need them, and multiply their gradients where they
-    arise: for z [R, D] with context [R, F] neither is ever in memory. Elsewhere the head is a product of its own.
+    arise: for z [R, D] with context [R, F] neither is ever whole in memory. Elsewhere the head is a product of its own.
 
     Args:
         z: [*batch, D].

@@ -162,6 +162,11 @@ def unpack(packed: Tensor, num_steps: int, dim: int) -> tuple[Tensor, Tensor, Te
     return u.unflatten(-1, (num_steps, dim)), w.unflatten(-1, (num_steps, dim)), b
 
 
+def pack(u: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The inverse of `unpack`, as a copy."""
+    return torch.cat([u.flatten(-2), w.flatten(-2), b], -1)
+
+
 def num_steps_of(weight: Tensor, dim: int) -> int:
     """K of a head's weight [K (2 D + 1), F]."""
     return weight.shape[0] // (2 * dim + 1)
@@ -299,6 +304,16 @@ def _check_shapes(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> None:
         )
 
 
+def check_context_batch(z: Tensor, context: Tensor) -> None:
+    """Raises ValueError if z [*batch, D] and context [*params, F] do not fit: *params has to end *batch."""
+    params, batch = context.shape[:-1], z.shape[:-1]
+    if not is_trailing(params, batch):
+        raise ValueError(
+            f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
+            f"got {tuple(params)}: nothing else is broadcast"
+        )
+
+
 @untraced
 def check_head(z: Tensor, context: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Validates z [*batch, D] with context [*params, F], weight [K (2 D + 1), F] and bias [K (2 D + 1)].
@@ -318,11 +333,7 @@ def check_head(z: Tensor, context: Tensor, weight: Tensor, bias: Tensor) -> None
         raise ValueError(
             f"bias must be [K (2 D + 1)] = ({weight.shape[0]},), as weight has rows, got {tuple(bias.shape)}"
         )
-    if not is_trailing(context.shape[:-1], z.shape[:-1]):
-        raise ValueError(
-            f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(z.shape[:-1])}, got "
-            f"{tuple(context.shape[:-1])}: nothing else is broadcast"
-        )
+    check_context_batch(z, context)
     common_dtype(z=z, context=context, weight=weight, bias=bias)
 
 

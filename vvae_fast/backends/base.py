@@ -21,4 +21,4 @@ class Backend:
     is_automatic: Callable[[Problem], bool] = lambda problem: True  # whether "auto" may choose it
     # Plain PyTorch on z [*batch, D]: autograd, torch.func and traces see through it, and it checks no arguments.
     is_plain: bool = False
-    headed: HeadedOperators | None = None  # of a flow together with its head, which the node calls
+    headed: HeadedOperators | None = None  # of a flow together with its head

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vvae_fast.backends.operators import Operator, define
+from vvae_fast import shapes
+from vvae_fast.backends.operators import GRADS, PARAMS, SPEC, Operator, define, fake_gradients
 
 _MOST_STEPS, _SPAN_NUMBERS = 8, 512  # of csrc/cpu/headed/args.h's steps_between
 
@@ -34,24 +35,17 @@ def _saved_rows(num_steps: int, dim: int) -> int:
 
 def _fake_outputs(z: Tensor, context: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     rows, dim = z.shape
-    saved = (_saved_rows(weight.shape[0] // (2 * dim + 1), dim), rows) if others[-1] else (0,)
+    saved = (_saved_rows(shapes.num_steps_of(weight, dim), dim), rows) if others[-1] else (0,)
     return z.new_empty(z.shape), z.new_empty((rows,)), z.new_empty(saved)
 
 
-def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *params, _ = (t for t in others if isinstance(t, Tensor))  # the last one is saved
-    return z.new_empty(z.shape), *(t.new_empty((0,) if others[-1] is False else t.shape) for t in params)
-
-
 _TENSORS = "Tensor z, Tensor context, Tensor weight, Tensor bias"
-_SPEC = "int constraint, int activation, float slope, float log_det_eps"
 OPERATORS = HeadedOperators(
-    define("headed_forward", f"({_TENSORS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)", _fake_outputs),
+    define("headed_forward", f"({_TENSORS}, {SPEC}, bool save) -> (Tensor, Tensor, Tensor)", _fake_outputs),
     define(
         "headed_backward",
-        f"(Tensor grad_z, Tensor grad_log_det, {_TENSORS}, Tensor saved, {_SPEC}, bool params=True)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_gradients,
+        f"({GRADS}, {_TENSORS}, Tensor saved, {SPEC}, {PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        fake_gradients,
     ),
 )
 headed_forward, headed_backward = OPERATORS

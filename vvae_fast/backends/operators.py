@@ -40,16 +40,16 @@ class Operators(NamedTuple):
 
 
 _ROWS = "Tensor z, Tensor u, Tensor w, Tensor b"
-_GRADS = "Tensor grad_z, Tensor grad_log_det"
+GRADS = "Tensor grad_z, Tensor grad_log_det"
 _INVERTIBLE = "int constraint, int activation, float slope"  # of an inverse: `FlowSpec.arguments`
-_SPEC = f"{_INVERTIBLE}, float log_det_eps"
-_PARAMS = "bool params=True"
+SPEC = f"{_INVERTIBLE}, float log_det_eps"
+PARAMS = "bool params=True"
 _SCHEMAS = {
-    "planar_forward": f"({_ROWS}, {_SPEC}, bool save) -> (Tensor, Tensor, Tensor)",
-    "planar_backward": f"({_GRADS}, {_ROWS}, Tensor a, {_SPEC}, {_PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "planar_backward_packed": f"({_GRADS}, Tensor z, Tensor packed, Tensor a, {_SPEC}, {_PARAMS}) -> (Tensor, Tensor)",
+    "planar_forward": f"({_ROWS}, {SPEC}, bool save) -> (Tensor, Tensor, Tensor)",
+    "planar_backward": f"({GRADS}, {_ROWS}, Tensor a, {SPEC}, {PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "planar_backward_packed": f"({GRADS}, Tensor z, Tensor packed, Tensor a, {SPEC}, {PARAMS}) -> (Tensor, Tensor)",
     "planar_inverse": f"({_ROWS}, {_INVERTIBLE}, bool save) -> (Tensor, Tensor, Tensor)",
-    "planar_inverse_backward": f"({_GRADS}, {_ROWS}, Tensor a, {_INVERTIBLE}, {_PARAMS})"
+    "planar_inverse_backward": f"({GRADS}, {_ROWS}, Tensor a, {_INVERTIBLE}, {PARAMS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -61,7 +61,7 @@ def _fake_outputs(z: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return z.new_empty(z.shape), z.new_empty((rows,), dtype=dtype), a
 
 
-def _fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def fake_gradients(grad_z: Tensor, grad_log_det: Tensor, z: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """Of a backward, whose last argument is `params`, and left out where it is True."""
     *params, _ = (t for t in others if isinstance(t, Tensor))  # the last one is a
     return z.new_empty(z.shape), *(t.new_empty((0,) if others[-1] is False else t.shape) for t in params)
@@ -91,7 +91,7 @@ PREFIXES = {"cpp": "", "triton": "triton_", "cuda": "cuda_"}  # of the operators
 OPERATORS = {
     backend: Operators(
         *(
-            define(prefix + name, schema, _fake_gradients if "backward" in name else _fake_outputs)
+            define(prefix + name, schema, fake_gradients if "backward" in name else _fake_outputs)
             for name, schema in _SCHEMAS.items()
         )
     )

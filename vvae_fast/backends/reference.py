@@ -57,7 +57,7 @@ def planar_backward_packed(
     """dz [*batch, D] and dpacked as packed [*params, K (2 D + 1)]."""
     u, w, b = shapes.unpack(packed, a.shape[0], z.shape[-1])
     dz, du, dw, db = planar_backward(grad_z, grad_log_det, z, u, w, b, a, spec)
-    return dz, torch.cat([du.flatten(-2), dw.flatten(-2), db], -1)
+    return dz, shapes.pack(du, dw, db)
 
 
 def planar_inverse_backward(

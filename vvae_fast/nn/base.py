@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from vvae_fast.backends import check_name
 from vvae_fast.nn.arguments import first_parameter
 from vvae_fast.nn.linear import Linear
-from vvae_fast.shapes import HALVES, autocasts, check_size, full_precision, is_trailing, untraced
+from vvae_fast.shapes import HALVES, autocasts, check_context_batch, check_size, full_precision, untraced
 from vvae_fast.spec import DEFAULT
 
 # The a of docs/math.md (56): on digits 0.02 and 0.03 did alike, and 0.05 worse. A few numbers have a larger one, since
@@ -303,9 +303,4 @@ class AmortizedFlow(Flow):
     @untraced
     def _check_inputs(self, z: Tensor, context: Tensor) -> None:
         self._check_z(z, self._like(z))
-        params, batch = context.shape[:-1], z.shape[:-1]
-        if not is_trailing(params, batch):
-            raise ValueError(
-                f"context's leading dimensions must be the trailing batch dimensions of z, {tuple(batch)}, "
-                f"got {tuple(params)}: nothing else is broadcast"
-            )
+        check_context_batch(z, context)
