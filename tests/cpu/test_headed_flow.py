@@ -187,14 +187,14 @@ def test_nothing_to_do(isa, sizes):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dim", [2, 40, 64, 65, 600])
+@pytest.mark.parametrize("dim", [2, 40, 64, 65, 100, 600])
 def test_opcheck(dim):
     *tensors, grad_z, grad_log_det = problem((20, 20, dim, 5), torch.float32)
     arguments = FlowSpec().arguments()
     for save in (True, False):
         torch.library.opcheck(headed.headed_forward, (*tensors, *arguments, save))
     saved = headed.headed_forward(*tensors, *arguments, True)[2]
-    spans = {2: 3, 40: 3, 64: 3, 65: 3, 600: 20}[dim]
+    spans = {2: 3, 40: 3, 64: 3, 65: 3, 100: 4, 600: 20}[dim]
     assert saved.shape == (20 + (spans - 1) * dim, 20), "a, and z where each span but the first one starts"
     for params in (True, False):
         given = (grad_z, grad_log_det, *tensors, saved, *arguments, params)

@@ -211,10 +211,13 @@ def test_compiled_autograd_gives_the_same_bits(case, needed):
 
 
 @cases
-def test_tangents_of_incoming_gradients_are_not_lost(case):
+@pytest.mark.parametrize("by_function", [False, True])
+def test_tangents_of_incoming_gradients_are_not_lost(case, by_function, functions):
     """Forward mode over reverse: the graph is built before, and the backward meets a tangent."""
     flow, make = CASES[case]
     inputs, grads = make(torch.float64)
+    if by_function:
+        functions()
     answers = []
     for options in ({}, {"backend": "reference"}):
         x = leaves(inputs)
