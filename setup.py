@@ -29,7 +29,7 @@ FLAGS = [
 ]
 COMPILE_ERRORS = (RuntimeError, OSError, BaseError)  # of torch's build_ext and of setuptools'
 DURATIONS = (
-    "compiling the CPU kernels, about two and a half minutes of processor time",
+    "compiling the CPU kernels, about three and a half minutes of processor time",
     "compiling the CPU and the CUDA kernels, about seven minutes of processor time (NO_CUDA=1 saves most of it)",
 )
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]

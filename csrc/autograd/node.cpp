@@ -45,6 +45,9 @@ c10::TypedOperatorHandle<F> find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("vvae_fast::" + name).c_str(), "").typed<F>();
 }
 
+// The prefix of a headed flow's operators, which have the C++ backend's kernels alone.
+const std::string kHeaded = "headed_";
+
 // What a step computes, shapes.FlowSpec.numbers(), and the operators of the backend that computes it.
 struct How {
   int64_t constraint, activation;
@@ -59,10 +62,8 @@ struct How {
     const auto equal = [](double x, double y) { return std::memcmp(&x, &y, sizeof x) == 0; };  // NaN is itself
     return constraint == c && activation == a && equal(slope, s) && equal(log_det_eps, e) && prefix == p;
   }
+  bool is_headed() const { return !backward_packed; }
 };
-
-// The prefix of a headed flow's operators, which have the C++ backend's kernels alone.
-const std::string kHeaded = "headed_";
 
 // The one How of these arguments. None is ever freed: a graph holds its address.
 const How& how_of(int64_t constraint, int64_t activation, double slope, double log_det_eps, const std::string& prefix) {
@@ -76,17 +77,19 @@ const How& how_of(int64_t constraint, int64_t activation, double slope, double l
   if (const How* how = found()) return *how;
   const std::lock_guard<std::mutex> lock(mutex);
   if (const How* how = found()) return *how;
-  const std::string names = prefix == kHeaded ? prefix : prefix + "planar_";
-  How* how = new How{constraint,
-                     activation,
-                     slope,
-                     log_det_eps,
-                     prefix,
-                     find<Forward>(names + "forward"),
-                     find<Backward>(names + "backward"),
-                     std::nullopt,
-                     first};
-  if (prefix != kHeaded) how->backward_packed = find<BackwardPacked>(names + "backward_packed");
+  const bool headed = prefix == kHeaded;
+  const std::string names = headed ? prefix : prefix + "planar_";
+  std::optional<c10::TypedOperatorHandle<BackwardPacked>> backward_packed;
+  if (!headed) backward_packed = find<BackwardPacked>(names + "backward_packed");
+  const How* how = new How{constraint,
+                           activation,
+                           slope,
+                           log_det_eps,
+                           prefix,
+                           find<Forward>(names + "forward"),
+                           find<Backward>(names + "backward"),
+                           backward_packed,
+                           first};
   first = how;
   return *first;
 }
@@ -111,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable(const Tensor& grad_z, 
                                                           const Tensor& z, const Tensor& u, const Tensor& w,
                                                           const Tensor& b, const How& how) {
   const pybind11::gil_scoped_acquire gil;
-  const char* name = how.prefix == kHeaded ? "reference_headed_backward" : "reference_backward";
+  const char* name = how.is_headed() ? "reference_headed_backward" : "reference_backward";
   const auto backward = pybind11::module_::import("vvae_fast.autograd").attr(name);
   const auto numbers = pybind11::make_tuple(how.constraint, how.activation, how.slope, how.log_det_eps);
   return backward(grad_z, grad_log_det, z, u, w, b, numbers).cast<std::tuple<Tensor, Tensor, Tensor, Tensor>>();
@@ -180,7 +183,7 @@ class FlowNode : public torch::autograd::Node {
   }
 
   std::string name() const override {
-    if (how_.prefix == kHeaded) return "vvae::HeadedPlanarFlow";
+    if (how_.is_headed()) return "vvae::HeadedPlanarFlow";
     return N == 4 ? "vvae::PlanarFlow" : "vvae::PackedPlanarFlow";
   }
 

@@ -19,15 +19,17 @@ static bool runs_here() {
 #include "isa_table.h"
 
 namespace vvae {
-const Isa isa_avx2{"avx2", runs_here, avx2::kernels<float>(), avx2::kernels<double>(),
-                   avx2::sylvester_kernels<float>(), avx2::sylvester_kernels<double>(),
-                   avx2::headed_kernels<float>(), avx2::headed_kernels<double>()};
+const Isa isa_avx2{"avx2",
+                   runs_here,
+                   {avx2::kernels<float>(), avx2::kernels<double>()},
+                   {avx2::sylvester_kernels<float>(), avx2::sylvester_kernels<double>()},
+                   {avx2::headed_kernels<float>(), avx2::headed_kernels<double>()}};
 }  // namespace vvae
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 #else
 namespace vvae {
-const Isa isa_avx2{"avx2", [] { return false; }, {}, {}, {}, {}, {}, {}};
+const Isa isa_avx2{"avx2", [] { return false; }, {}, {}, {}};
 }
 #endif

@@ -22,15 +22,17 @@ static bool runs_here() {
 #include "isa_table.h"
 
 namespace vvae {
-const Isa isa_avx512{"avx512", runs_here, avx512::kernels<float>(), avx512::kernels<double>(),
-                     avx512::sylvester_kernels<float>(), avx512::sylvester_kernels<double>(),
-                     avx512::headed_kernels<float>(), avx512::headed_kernels<double>()};
+const Isa isa_avx512{"avx512",
+                     runs_here,
+                     {avx512::kernels<float>(), avx512::kernels<double>()},
+                     {avx512::sylvester_kernels<float>(), avx512::sylvester_kernels<double>()},
+                     {avx512::headed_kernels<float>(), avx512::headed_kernels<double>()}};
 }  // namespace vvae
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 #else
 namespace vvae {
-const Isa isa_avx512{"avx512", [] { return false; }, {}, {}, {}, {}, {}, {}};
+const Isa isa_avx512{"avx512", [] { return false; }, {}, {}, {}};
 }
 #endif

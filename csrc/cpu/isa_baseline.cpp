@@ -4,7 +4,9 @@
 #include "isa_table.h"
 
 namespace vvae {
-const Isa isa_baseline{"baseline", [] { return true; }, baseline::kernels<float>(), baseline::kernels<double>(),
-                       baseline::sylvester_kernels<float>(), baseline::sylvester_kernels<double>(),
-                       baseline::headed_kernels<float>(), baseline::headed_kernels<double>()};
+const Isa isa_baseline{"baseline",
+                       [] { return true; },
+                       {baseline::kernels<float>(), baseline::kernels<double>()},
+                       {baseline::sylvester_kernels<float>(), baseline::sylvester_kernels<double>()},
+                       {baseline::headed_kernels<float>(), baseline::headed_kernels<double>()}};
 }

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../planar/args.h"
 #include "../planar/chunks.h"
 #include "headed/args.h"
@@ -89,15 +91,27 @@ struct Kernels {
   }
 };
 
+// A table of kernels for each type.
+template <template <class> class Table>
+struct Tables {
+  Table<float> f32;
+  Table<double> f64;
+
+  template <class T>
+  const Table<T>& of() const {
+    if constexpr (std::is_same_v<T, float>)
+      return f32;
+    else
+      return f64;
+  }
+};
+
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  Kernels<float> f32;
-  Kernels<double> f64;
-  SylvesterKernels<float> sylvester_f32;
-  SylvesterKernels<double> sylvester_f64;
-  HeadedKernels<float> headed_f32;
-  HeadedKernels<double> headed_f64;
+  Tables<Kernels> planar;
+  Tables<SylvesterKernels> sylvester;
+  Tables<HeadedKernels> headed;
 };
 
 extern const Isa isa_avx512, isa_avx2, isa_baseline;

@@ -209,7 +209,8 @@ Backward<T> typed(const Backward<void>& p) {
 // Any of the passes: the direct recursion where every row, or few rows, have a set of their own, the compact form
 // where many share one, side by side over the sets unless each set alone can keep threads busy.
 template <class T, class Pass>
-void run_typed(const Pass& call, const Kernels<T>& kernels) {
+void run_typed(const Pass& call, const Isa& isa) {
+  const auto& kernels = isa.planar.of<T>();
   const auto p = typed<T>(call);
   if (!p.amortized) return run_shared(p, kernels);
   const int64_t rows = p.rows / p.sets;
@@ -221,7 +222,7 @@ void run_typed(const Pass& call, const Kernels<T>& kernels) {
 
 template <class Pass>
 void run(const Pass& call, const Isa& isa) {
-  return call.dtype == Dtype::float64 ? run_typed(call, isa.f64) : run_typed(call, isa.f32);
+  return call.dtype == Dtype::float64 ? run_typed<double>(call, isa) : run_typed<float>(call, isa);
 }
 
 }  // namespace vvae

@@ -239,14 +239,21 @@ def grey(size: int, low: float, levels: int | None) -> np.ndarray:
 @pytest.mark.parametrize(("low", "levels"), [(0.0, None), (0.0, 255), (-1.0, None)], ids=["bits", "counts", "reals"])
 @pytest.mark.parametrize(("model", "num_steps"), [("vanilla", 0), ("amortized", 16)])
 def test_large_images_train_at_the_defaults(tmp_path, low, levels, model, num_steps):
-    """Nothing explodes in the first steps: the KL stays that of a few latent dimensions, and -ELBO falls."""
+    """Nothing explodes in the first steps: the KL stays that of a few latent dimensions, and -ELBO falls, of all images
+    together, since that of a batch is mostly its images'."""
     np.save(tmp_path / "x.npy", grey(192, low, levels))
     dataset = load_dataset(str(tmp_path / "x.npy"))
     config = config_of(dataset, model=model, num_steps=num_steps, hidden=(100,), latent_dim=8)
     vae = build_vae(config, dataset)
     optimizer = build_optimizer(config, vae)
     train, _, _ = make_loaders(dataset, 8, 0)
-    neg_elbo, kl = [], []
+    images = torch.cat(list(train))
+
+    def neg_elbo() -> float:
+        with torch.no_grad():
+            return vae(images).neg_elbo.mean().item()
+
+    before, kl = neg_elbo(), []
     for epoch in range(4):
         train.set_epoch(epoch)
         for x in train:
@@ -254,10 +261,9 @@ def test_large_images_train_at_the_defaults(tmp_path, low, levels, model, num_st
             optimizer.zero_grad()
             terms.neg_elbo.mean().backward()
             optimizer.step()
-            neg_elbo.append(terms.neg_elbo.mean().item())
             kl.append(terms.kl.mean().item())
     assert max(kl) < 1000
-    assert max(neg_elbo[-3:]) < 1.1 * neg_elbo[0]
+    assert neg_elbo() < before
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])

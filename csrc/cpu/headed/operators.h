@@ -5,20 +5,11 @@
 
 #include <algorithm>
 #include <tuple>
-#include <type_traits>
 
 #include "../../operators/checks.h"
 #include "../schedule.h"
 
 namespace vvae {
-
-template <class T>
-const HeadedKernels<T>& headed_kernels(const Isa& isa) {
-  if constexpr (std::is_same_v<T, float>)
-    return isa.headed_f32;
-  else
-    return isa.headed_f64;
-}
 
 // How rows are cut into tiles of whole vectors: into an even number, for two threads, as even as can be.
 struct Tiles {
@@ -54,7 +45,7 @@ void for_each_part(const Headed<T>& p, const Tiles& tiles, int64_t begin, int64_
 
 template <class T>
 void run(const HeadedForward<T>& p, const Isa& isa) {
-  const auto& kernels = headed_kernels<T>(isa);
+  const auto& kernels = isa.headed.of<T>();
   const auto pass = kernels.passes(p).forward;
   const int64_t size = kernels.forward_scratch(p), width = p.all().width();
   const Tiles tiles(p.rows, kernels.lanes);
@@ -86,7 +77,7 @@ constexpr int64_t kGradientBytes = int64_t(1) << 20, kStateBytes = int64_t(1) <<
 // Some spans of some tiles at a time: threads share the rows of the tiles, and then those of dweight.
 template <class T>
 void run(const HeadedBackward<T>& p, const Isa& isa) {
-  const auto& kernels = headed_kernels<T>(isa);
+  const auto& kernels = isa.headed.of<T>();
   const auto pass = kernels.passes(p).backward;
   const Tiles tiles(p.rows, kernels.lanes);
   const int64_t size = kernels.backward_scratch(p), state = kernels.state(p), spans = p.spans();

@@ -269,7 +269,7 @@ void headed_backward(const HeadedBackward<T>& p, Rows rows, int64_t first_span, 
   if (end_span == p.spans()) {
     load_tile(state.g, p.grad_z.from(part.first), part.count, p.dim, part.lanes);
     load_tile(state.context, p.context.from(part.first), part.count, p.features, part.lanes);
-    fill(state.dcontext, T(0), part.count * padded);
+    if (params) fill(state.dcontext, T(0), part.count * padded);
   }
   for (int64_t i = end_span - 1; i >= first_span; --i) {
     const Steps steps = p.of_spans(i, i + 1), of_call = p.of_spans(first_span, end_span);

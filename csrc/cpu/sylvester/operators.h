@@ -7,7 +7,6 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 
 #include "../../operators/checks.h"
 #include "../schedule.h"
@@ -95,14 +94,6 @@ struct Call {
 };
 
 template <class T>
-const SylvesterKernels<T>& kernels(const Isa& isa) {
-  if constexpr (std::is_same_v<T, float>)
-    return isa.sylvester_f32;
-  else
-    return isa.sylvester_f64;
-}
-
-template <class T>
 std::array<T**, 7> members(SylvesterGradients<T>& of) {
   return {&of.columns, &of.r, &of.r_tilde, &of.d, &of.d_tilde, &of.b, &of.s};
 }
@@ -111,7 +102,7 @@ std::array<T**, 7> members(SylvesterGradients<T>& of) {
 
 template <class T>
 void run(const SylvesterForward<T>& f, const Isa& isa) {
-  const auto& of = sylvester::kernels<T>(isa);
+  const auto& of = isa.sylvester.of<T>();
   const auto pass = of.passes(f).forward;
   const int64_t size = of.forward_scratch(f);
   for_each(f.rows, f.work(), [&](int64_t row) { pass(f, row, arena<T>(kTileScratch, size)); });
@@ -121,7 +112,7 @@ void run(const SylvesterForward<T>& f, const Isa& isa) {
 // sums are added in order: the bits do not depend on the number of threads.
 template <class T>
 void run(const SylvesterBackward<T>& f, const Isa& isa) {
-  const auto& of = sylvester::kernels<T>(isa);
+  const auto& of = isa.sylvester.of<T>();
   const auto pass = of.passes(f).backward;
   const int64_t size = of.backward_scratch(f), rows = f.rows / f.sets;
   // Elements of each gradient of a set, in the order of SylvesterGradients.
