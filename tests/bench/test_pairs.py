@@ -1,4 +1,4 @@
-"""benchmarks/calls: pairs.py, this checkout against another one, and head_products.py."""
+"""benchmarks/calls: pairs.py, this checkout against another one, head_products.py and headed_width.py."""
 
 import re
 import subprocess
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.calls import head_products, pairs
+from benchmarks.calls import head_products, headed_width, pairs
 from benchmarks.flow.cases import Case
-from vvae_fast.nn import linear
+from vvae_fast import AmortizedPlanarFlow
+from vvae_fast.nn import base, linear
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(100, 2, 8)
@@ -84,3 +85,19 @@ def test_head_products(monkeypatch, capsys):
     said, *lines = capsys.readouterr().out.splitlines()
     assert said.endswith("1 threads; PyTorch / oneDNN, microseconds")
     assert [line.rsplit(maxsplit=1)[1] for line in lines] == ["PyTorch", "oneDNN"]
+
+
+def test_headed_width(monkeypatch, capsys):
+    """Each width is timed both ways; the lines say which one the flow takes."""
+    monkeypatch.setattr(base, "_MOST_HEADED", 8)
+    given = []
+    monkeypatch.setattr(AmortizedPlanarFlow, "_headed", lambda flow, x: given.append(base._MOST_HEADED))
+    monkeypatch.setattr(sys, "argv", ["headed_width", "1", "1"])
+    monkeypatch.setattr(headed_width, "WIDTHS", (8, 9))
+    monkeypatch.setattr(headed_width, "STEPS", (2,))
+    monkeypatch.setattr(headed_width, "quiet", lambda threads: None)
+    headed_width.main()
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said.endswith("1 threads, B = 100; microseconds")
+    assert [line.rsplit(maxsplit=1)[1] for line in lines] == ["inside", "apart"]
+    assert list(dict.fromkeys(given)) == [8, 7, 9]

@@ -144,9 +144,9 @@ class Halved(nn.Module):
         return x.bfloat16()
 
 
-def headed(flow):
+def headed(flow, width=12):
     """Whether the flow computes its head's last layer itself: the layer's weight goes into the flow's node."""
-    z, context = (torch.randn(20, size, dtype=next(flow.parameters()).dtype) for size in (3, 12))
+    z, context = (torch.randn(20, size, dtype=next(flow.parameters()).dtype) for size in (3, width))
     z_K, _ = flow(z, context)
     parameters = {id(p) for p in flow.parameters()}
     return any(id(getattr(edge, "variable", None)) in parameters for edge, _ in z_K.grad_fn.next_functions)
@@ -178,6 +178,13 @@ def test_modules_take_it_with_every_kind_of_head():
         assert headed(flow)
         assert not headed(apart)
         same(*answers)
+
+
+def test_a_wide_layer_is_a_product_of_its_own():
+    """One of a rank is not, however wide its context."""
+    assert headed(AmortizedPlanarFlow(3, 5, 192).double(), 192)
+    assert not headed(AmortizedPlanarFlow(3, 5, 193).double(), 193)
+    assert headed(AmortizedPlanarFlow(3, 5, 193, rank=4).double(), 193)
 
 
 def test_a_head_that_does_more_than_its_product_is_called():

@@ -22,6 +22,9 @@ _KNEE, _KNEE_SUM = 0.03, 3.0
 # 16, 40 and 96, and rank 128 with 128.
 _NORM_SUM = 32.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
+# The most numbers that a layer reads which a flow computes itself. The backward computes its product a second time:
+# of more, that takes longer than what it saves (benchmarks/calls/headed_width.py).
+_MOST_HEADED = 192
 
 
 def unautocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -249,14 +252,14 @@ class AmortizedFlow(Flow):
 
     def _headed(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """The input [R, F], weight and bias of the head's last layer for context [R, F], for a flow that computes this
-        layer itself; None where the head ends in no linear layer, or where hooks want to see it at work."""
+        layer itself; None where the head ends in no linear layer, or in a wide one, or where hooks want to see it."""
         last, before = self.head, []
         if type(last) is nn.Sequential and _is_bare(last):
             *before, last = last
         if type(last) not in (Head, nn.Linear) or not _is_bare(last):
             return None
         weight, bias, outputs = last.weight, last.bias, self._num_outputs()
-        if bias is None or weight.shape[0] != outputs or bias.shape != (outputs,):
+        if bias is None or weight.shape[0] != outputs or bias.shape != (outputs,) or weight.shape[1] > _MOST_HEADED:
             return None
         if not weight.dtype is bias.dtype is context.dtype:
             return None
