@@ -46,13 +46,24 @@ def after_steps(step: Callable[[], object], call: Callable[[], object], rounds: 
     return 1e6 * statistics.median(times[WARM_UPS:])
 
 
-def main() -> None:
+def rounds_and_threads() -> tuple[int, int]:
+    """As the command line says them."""
     rounds, threads = (int(given) for given in (sys.argv[1:] + ["25", "2"][len(sys.argv) - 1 :]))
+    return rounds, threads
+
+
+def vanilla_step() -> Callable[[], object]:
+    """A training step of the VAE without a flow, on the CPU."""
+    return step_of(make_model(lambda: None, torch.device("cpu")), make_data(torch.device("cpu")), GROUPS[-1])
+
+
+def main() -> None:
+    rounds, threads = rounds_and_threads()
     if linear._onednn is None:
         raise SystemExit("this PyTorch has no entry to oneDNN: the head's products are all PyTorch's own")
     quiet(threads)
     torch.manual_seed(0)
-    step = step_of(make_model(lambda: None, torch.device("cpu")), make_data(torch.device("cpu")), GROUPS[-1])
+    step = vanilla_step()
     print(f"torch {torch.__version__}, {threads} threads; PyTorch / oneDNN, microseconds")
     for outputs, width in SIZES:
         found = {

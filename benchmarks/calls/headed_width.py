@@ -7,13 +7,11 @@ medians over the rounds in microseconds, for D = 40 and a layer that reads F num
 `AmortizedPlanarFlow` chooses.
 """
 
-import sys
-
 import torch
 
-from benchmarks.calls.head_products import after_steps
+from benchmarks.calls.head_products import after_steps, rounds_and_threads, vanilla_step
 from benchmarks.calls.turns import quiet
-from benchmarks.flow.bench_training import BATCH, GROUPS, LATENT, make_data, make_model, step_of
+from benchmarks.flow.bench_training import BATCH, LATENT
 from vvae_fast import AmortizedPlanarFlow
 from vvae_fast.nn import base
 
@@ -38,11 +36,11 @@ class Contestant:
 
 
 def main() -> None:
-    rounds, threads = (int(given) for given in (sys.argv[1:] + ["25", "2"][len(sys.argv) - 1 :]))
+    rounds, threads = rounds_and_threads()
     quiet(threads)
     torch.manual_seed(0)
     chosen_up_to = base._MOST_HEADED
-    step = step_of(make_model(lambda: None, torch.device("cpu")), make_data(torch.device("cpu")), GROUPS[-1])
+    step = vanilla_step()
     print(f"torch {torch.__version__}, {threads} threads, B = {BATCH}; microseconds")
     for num_steps in STEPS:
         for width in WIDTHS:

@@ -187,6 +187,14 @@ def test_a_wide_layer_is_a_product_of_its_own():
     assert headed(AmortizedPlanarFlow(3, 5, 193, rank=4).double(), 193)
 
 
+@pytest.mark.parametrize("width", [12, 193])
+def test_a_usual_call_is_checked_once(monkeypatch, width):
+    asked, is_usual = [], AmortizedPlanarFlow._is_usual
+    monkeypatch.setattr(AmortizedPlanarFlow, "_is_usual", lambda *given: asked.append(given) or is_usual(*given))
+    AmortizedPlanarFlow(3, 5, width)(torch.randn(20, 3), torch.randn(20, width))
+    assert len(asked) == 1
+
+
 def test_a_head_that_does_more_than_its_product_is_called():
     """Hooks, a forward of one's own, a parametrization or another module see every call; a wrong size is refused."""
     z, context = torch.randn(20, 3).double(), torch.randn(20, 12).double()

@@ -246,6 +246,10 @@ class AmortizedFlow(Flow):
             self._check_context(context)
             for given in z:
                 self._check_inputs(given, context)
+        return self._head_output(context)
+
+    def _head_output(self, context: Tensor) -> Tensor:
+        """`_packed` for a context that has been checked."""
         packed = self.head(context)
         self._check_packed(packed, context)
         return packed
@@ -256,10 +260,10 @@ class AmortizedFlow(Flow):
         last, before = self.head, []
         if type(last) is nn.Sequential and _is_bare(last):
             *before, last = last
-        if type(last) not in (Head, nn.Linear) or not _is_bare(last):
+        if type(last) not in (Head, nn.Linear) or last.in_features > _MOST_HEADED or not _is_bare(last):
             return None
         weight, bias, outputs = last.weight, last.bias, self._num_outputs()
-        if bias is None or weight.shape[0] != outputs or bias.shape != (outputs,) or weight.shape[1] > _MOST_HEADED:
+        if bias is None or weight.shape[0] != outputs or bias.shape != (outputs,):
             return None
         if not weight.dtype is bias.dtype is context.dtype:
             return None

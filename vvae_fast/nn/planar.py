@@ -214,11 +214,13 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
-        if self._is_usual(z, context) and z.is_cpu:
-            headed = self._headed(context)
+        if self._is_usual(z, context):
+            headed = self._headed(context) if z.is_cpu else None
             if headed is not None:
                 return headed_planar_flow(z, *headed, **self._options())
-        packed = self._packed_for(z, context)
+            packed = _fitting(z, self._head_output(context))[0]
+        else:
+            packed = self._packed_for(z, context)
         return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
