@@ -1,9 +1,10 @@
 """What the flow modules share: the checks of z, and for the amortized ones the head that computes their parameters."""
 
+import copy
 import math
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from vvae_fast.backends import check_name
 from vvae_fast.nn.arguments import first_parameter
-from vvae_fast.nn.linear import Linear
+from vvae_fast.nn.linear import Linear, nearest_of_rank
 from vvae_fast.shapes import HALVES, autocasts, check_context_batch, check_size, full_precision, untraced
 from vvae_fast.spec import DEFAULT
 
@@ -22,6 +23,10 @@ _KNEE, _KNEE_SUM = 0.03, 3.0
 # 16, 40 and 96, and rank 128 with 128.
 _NORM_SUM = 32.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
+# Of the mean over the head's outputs, docs/math.md (69): so much every output counts, also where nothing moves with it.
+_LEAST_SHARE = 1e-3
+_CUT_ROWS = 1024  # whose parameters' derivatives are in memory at once
+_Amortized = TypeVar("_Amortized", bound="AmortizedFlow")
 # The most numbers that a layer reads which a flow computes itself. The backward computes its product a second time:
 # of more, that takes longer than what it saves (benchmarks/calls/headed_width.py).
 _MOST_HEADED = 192
@@ -238,6 +243,77 @@ class AmortizedFlow(Flow):
         draw_like_linear(weight)
         if self.layer_norm:
             weight.mul_(weight.shape[1] / (_NORM_SUM * math.sqrt(3)))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def with_rank(self: _Amortized, rank: int, z: Tensor, context: Tensor) -> _Amortized:
+        """A copy of this flow with a head of this rank: of all of them, the one that moves points like z [N, D] with
+        contexts like context [N, F] most nearly as this flow does, docs/math.md (68), (69).
+
+        For a flow that has been trained: after that its head can do with a smaller rank than training can. In a VAE z
+        are samples of q_0(z_0 | x) and context the features of the same x, some thousands of rows. The copy has
+        parameters of its own, which an optimizer has to be told of. Every call with the same arguments gives the same.
+
+        Raises TypeError or ValueError if rank is no size, or too large or not below the flow's own; if z or context is
+        not as above, empty, or not finite; or if the head is not this flow's own kind, or has a layer norm.
+        """
+        outputs = self._num_outputs()
+        rank = self._check_rank(rank, outputs)
+        if self.rank is not None and rank >= self.rank:
+            raise ValueError(f"rank must be below the flow's own, {self.rank}, got {rank}: a larger one adds nothing")
+        self._check_context(context)
+        self._check_inputs(z, context)
+        if context.ndim != 2 or z.ndim != 2 or len(z) == 0:
+            got = f"{tuple(z.shape)} and {tuple(context.shape)}"
+            raise ValueError(f"z and context must be [N, D] and [N, F] with N of at least 1, got {got}")
+        first, weight = self._product()
+        z, context = z.detach().clone(), context.detach().clone()  # no graph, and none made in inference mode
+        x, counts = first.inputs(context).to("cpu", torch.float64), self._movement(z, context)
+        scales = (counts + _LEAST_SHARE * counts.mean()).sqrt()
+        if not (x.isfinite().all() and weight.isfinite().all() and scales.isfinite().all() and scales.all()):
+            raise ValueError("z, context and the flow's own parameters must be finite, and at them the flow too")
+        last = self._last()
+        factors = nearest_of_rank(weight, last.bias.to(weight), x, rank, scales, _NORM_SUM / rank)
+        flow = copy.deepcopy(self)
+        flow._make_head(self.context_dim, rank, self.normalise, False)
+        new = flow.head.to(last.weight.device, last.weight.dtype).requires_grad_(last.weight.requires_grad)
+        for parameter, values in zip((new.down.weight, new.up.weight, new.up.bias), factors, strict=True):
+            parameter.copy_(values)
+        return flow.train(self.training)
+
+    def _product(self) -> tuple[Head, Tensor]:
+        """The layer that takes the context, and the weight [outputs, F] of the whole head, in float64 on the CPU."""
+        head, own = self.head, self.rank is not None and type(self.head) is nn.Sequential
+        layers = list(head) if own else [head]
+        if not all(type(layer) is Head for layer in layers):
+            wants = "leave layer_norm out" if self.layer_norm else "cut the flow before its head is replaced"
+            raise TypeError(f"head must be one linear layer, or two, got {type(head).__name__}: {wants}")
+        first, *more = (layer.weight.to("cpu", torch.float64) for layer in layers)
+        return layers[0], more[0] @ first if more else first
+
+    def _movement(self, z: Tensor, context: Tensor) -> Tensor:
+        """How far z_K and log_det move with each output of the head: the mean over the rows of their squared
+        derivatives, docs/math.md (69), by one random direction a row, [outputs] in float64 on the CPU."""
+        generator, taken = torch.Generator(z.device).manual_seed(0), []
+
+        def take(head: nn.Module, given: object, packed: Tensor) -> Tensor:
+            taken.append(packed.detach().requires_grad_())
+            return taken[-1]
+
+        total = torch.zeros(self._num_outputs(), dtype=torch.float64)
+        handle = self.head.register_forward_hook(take)
+        try:
+            for rows in range(0, len(z), _CUT_ROWS):
+                part = slice(rows, rows + _CUT_ROWS)
+                with torch.enable_grad():
+                    z_K, log_det = self(z[part], context[part])
+                    direction = torch.randn(z_K.shape, generator=generator, device=z.device)
+                    moved = (direction * z_K).sum() + log_det.sum()
+                (grad,) = torch.autograd.grad(moved, taken.pop())
+                total += grad.to("cpu", torch.float64).square().sum(0)
+        finally:
+            handle.remove()
+        return total / len(z)
 
     def _packed(self, context: Tensor, *z: Tensor) -> Tensor:
         """The head's output [*params, outputs] for context [*params, F], after a check of it, and of z [*batch, D] if

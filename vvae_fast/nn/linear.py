@@ -1,9 +1,10 @@
-"""The linear layer that computes amortized parameters. oneDNN computes its large products, where PyTorch uses MKL.
+"""The linear layer that computes amortized parameters, and its best approximation of low rank.
 
-On processors that MKL does not know, MKL runs at half speed, and the head is most of the cost of an amortized flow.
+oneDNN computes large products, where PyTorch uses MKL: on processors that MKL does not know it runs at half speed, and
+the head is most of the cost of an amortized flow.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from vvae_fast.backends import needs_plain_torch
 # Multiply-adds. With fewer oneDNN loses: in a training step even its smallest product takes 0.1 ms, which a loop of
 # such products does not show (benchmarks/calls/head_products.py).
 _LEAST_WORK = 1 << 24
+# Of the inputs' mean square, docs/math.md (68): so much the inputs are taken to vary in every direction.
+_RIDGE = 1e-4
 
 
 def _find_onednn() -> Any:
@@ -91,3 +94,25 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not needs_plain_torch()
     )
+
+
+class Factors(NamedTuple):
+    """down [r, F], up [M, r] and bias [M] of x -> up (down x) + bias."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+
+def nearest_of_rank(weight: Tensor, bias: Tensor, x: Tensor, rank: int, scales: Tensor, size: float) -> Factors:
+    """The layer of this rank nearest to weight [M, F], bias [M] for inputs like x [N, F], docs/math.md (68), where an
+    error of output m counts scales[m] times. What `up` reads has the root mean square `size`. All in float64."""
+    mean, mean_square = x.mean(0), x.square().mean()
+    ridge = _RIDGE * (mean_square if mean_square > 0 else 1.0)
+    covariance = (x - mean).t() @ (x - mean) / len(x) + ridge * torch.eye(len(mean), dtype=x.dtype)
+    root = torch.linalg.cholesky(covariance)  # [F, F]
+    left, values, right = torch.linalg.svd(scales[:, None] * (weight @ root), full_matrices=False)
+    down = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)  # of x, numbers of variance 1
+    up = left[:, :rank] * values[:rank] / scales[:, None]
+    larger = size / (x @ down.t()).square().mean().clamp_min(_RIDGE).sqrt()
+    return Factors(larger * down, up / larger, bias + (weight - up @ down) @ mean)
