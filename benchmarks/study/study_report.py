@@ -30,6 +30,7 @@ TITLES = {
     "mnist_rank_cpu": "MNIST, ranks of the amortized flow's head",
     "mnist_rank_two_seeds": "MNIST, ranks of the amortized flow's head",
     "mnist_rank_layer_norm": "MNIST, heads of low rank with a layer norm",
+    "mnist_rank_cut": "MNIST, a head cut to rank 32",
     "fashion_mlp_cpu": "FashionMNIST, at the same budget",
     "mnist_mlp_cpu_high_lr": "MNIST, the same at a higher learning rate",
 }

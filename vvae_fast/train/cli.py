@@ -271,7 +271,7 @@ def _configuration(arguments: argparse.Namespace, seed: int) -> tuple[RunConfig,
     if arguments.network == GATED_CONV and arguments.hidden:
         raise RunError(f"--network {GATED_CONV} has its own widths; leave --hidden out")
     names: tuple[str, ...] = ("epochs", "batch_size", "latent_dim", "lr", "warmup_epochs", "patience", "num_samples")
-    names += ("network", "optimizer", "schedule", "normalise", "layer_norm")
+    names += ("network", "optimizer", "schedule", "normalise", "layer_norm", "full_epochs")
     settings = {name: getattr(arguments, name) for name in names}
     config = RunConfig(
         model=VANILLA,
@@ -331,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     matched = "also vanilla VAEs with as many parameters as the amortized flow VAEs of these lengths (default: --steps)"
     compare.add_argument("--matched", type=positive, nargs="*", metavar="K", help=matched)
     add_run_options(compare)
-    compare.set_defaults(layer_norm=False)  # only a study's file has models with a rank
+    compare.set_defaults(layer_norm=False, full_epochs=0)  # only a study's file has models with a rank
 
     train = command(
         commands,

@@ -76,16 +76,20 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
     parser.add_argument("--rank", type=positive, metavar="R", help=rank)
     parser.add_argument("--layer-norm", action="store_true", help="between the two layers of a head with a rank")
+    full = "epochs in which a head with a rank is a full one yet; then it is cut"
+    parser.add_argument("--full-epochs", type=natural, default=0, metavar="N", help=full)
 
 
 def check_head(arguments: argparse.Namespace) -> None:
-    """Raises RunError if --rank, --layer-norm or --normalise is given and the model has no such head. A study's file
-    may have the latter two for other models."""
+    """Raises RunError if --rank, --layer-norm, --full-epochs or --normalise is given and the model has no such head. A
+    study's file may have all but the first for other models."""
     study = {} if arguments.study is None else arguments.study.settings
     if arguments.rank is not None and arguments.model != AMORTIZED:
         raise RunError(f"--rank is of an {AMORTIZED} flow's head, and --model is {arguments.model}; leave --rank out")
     if arguments.layer_norm and not study.get("layer_norm", False) and arguments.rank is None:
         raise RunError("--layer-norm is of a head with a rank, and there is no --rank; give one, or leave it out")
+    if arguments.full_epochs and not study.get("full_epochs", 0) and arguments.rank is None:
+        raise RunError("--full-epochs are of a head with a rank, and there is no --rank; give one, or leave them out")
     if arguments.normalise and not study.get("normalise", False) and arguments.model != AMORTIZED:
         flow = f"an {AMORTIZED} flow's features"
         raise RunError(f"--normalise is of {flow}, and --model is {arguments.model}; leave --normalise out")

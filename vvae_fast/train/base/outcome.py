@@ -10,12 +10,13 @@ STATUSES = (FINISHED, STOPPED, DIVERGED)
 OUTCOME = ("status", "epochs_done", "epochs_planned", "reason")  # keys of a result
 
 
-def of_training(history: Sequence[dict], planned: int, stopped: bool) -> dict[str, object]:
+def of_training(history: Sequence[dict], planned: int, stopped: bool, counted_from: int = 0) -> dict[str, object]:
     """The OUTCOME of a training with these records of epochs (see VAEModule); `stopped`: before the planned epochs.
 
-    The training diverged if the last validation -ELBO is not finite. Otherwise only early stopping ends it early.
+    The training diverged if the last validation -ELBO is not finite. Otherwise only early stopping ends it early, which
+    counts from the epoch `counted_from`.
     """
-    last, best = history[-1]["val_neg_elbo"], best_epoch(history)
+    last, best = history[-1]["val_neg_elbo"], best_epoch(history[counted_from:] or history)
     if best is None or not math.isfinite(last):
         return _outcome(DIVERGED, history, planned, f"the validation -ELBO is {last}")
     if stopped:

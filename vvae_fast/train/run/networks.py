@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from vvae_fast.nn.base import AmortizedFlow
 from vvae_fast.nn.gated import (
     CONV_FEATURES,
     CONV_IMAGE,
@@ -24,7 +26,7 @@ from vvae_fast.nn.sylvester.flows import AmortizedSylvesterFlow, SylvesterFlow
 from vvae_fast.nn.sylvester.householder import AmortizedHouseholderFlow, HouseholderFlow
 from vvae_fast.nn.vae import VAE
 from vvae_fast.train.base.files import RunError
-from vvae_fast.train.data.sets import GAUSSIAN, Dataset
+from vvae_fast.train.data.sets import GAUSSIAN, Dataset, make_loaders
 from vvae_fast.train.data.statistics import statistics
 from vvae_fast.train.run.runconfig import (
     ADAMAX,
@@ -48,6 +50,7 @@ _FLOWS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     HOUSEHOLDER: (HouseholderFlow, AmortizedHouseholderFlow),
 }
 FAN_IN = 1024  # a linear layer with more inputs has a smaller learning rate
+CUT_ROWS = 4096  # of the training set, for which a cut head is to move points as before
 
 
 def build_vae(config: RunConfig, dataset: Dataset) -> VAE:
@@ -98,6 +101,13 @@ def check_fits(config: RunConfig, dataset: Dataset) -> None:
         )
     if config.layer_norm and config.rank == 1:
         raise RunError(f"{config.name}: a layer norm wants a rank of at least 2, got 1; leave the layer norm out")
+    if config.full_epochs >= config.epochs:
+        raise RunError(
+            f"{config.name}: its head is to be cut after {config.full_epochs} epochs, and it has {config.epochs}; give "
+            "fewer full epochs"
+        )
+    if config.layer_norm and config.full_epochs:
+        raise RunError(f"{config.name}: a head that is cut has no layer norm; leave it or the full epochs out")
     if config.flow != PLANAR:
         try:
             with torch.device("meta"):
@@ -128,6 +138,24 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
     return amortized(
         *sizes, feature_dim, rank=rank, normalise=config.normalise, layer_norm=config.layer_norm, **options
     )
+
+
+def cut_head(vae: VAE, config: RunConfig, dataset: Dataset) -> None:
+    """Cuts the full head of the VAE's flow to the configuration's rank, for the first CUT_ROWS rows of the training
+    set, in the order and with the bits of its first epoch. The other parameters stay as they are. All on the CPU.
+
+    Raises RunError if something is not finite.
+    """
+    loader, _, _ = make_loaders(dataset, config.batch_size, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        encoded = [vae.encode(x) for x in islice(loader, -(-CUT_ROWS // config.batch_size))]
+        mean, log_var, features = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [N, D], [N, D], [N, F]
+        z_0 = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator)
+        try:
+            vae.flow = cast(AmortizedFlow, vae.flow).with_rank(config.rank, z_0, features)
+        except ValueError as error:
+            raise RunError(f"{config.name}: its head cannot be cut: {error}; lower --lr, with --fresh") from error
 
 
 def matched(config: RunConfig, num_steps: int, dataset: Dataset) -> RunConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vvae_fast.nn.vae import VAE
 from vvae_fast.train.base.extras import require
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.run.module import CHECKPOINT_KEY
@@ -44,6 +46,29 @@ def for_lightning(checkpoint: dict, path: Path, model: nn.Module, config: RunCon
     states = checkpoint["callbacks"]
     kept = [callback for callback in trainer.callbacks if callback.state_key in states]
     return {**checkpoint, "callbacks": {c.state_key: _of_this_run(states[c.state_key], c) for c in kept}}
+
+
+def after_cut(checkpoint: dict, vae: VAE, cut: Callable[[], None], config: RunConfig, trainer: Any) -> dict:
+    """What `for_lightning` gave, after the head has been cut: the optimizer knows nothing of the new head, and early
+    stopping and the best epoch nothing of the epochs before.
+
+    Args:
+        checkpoint: the last one before, whose weights `vae` has; it is not changed.
+        cut: gives `vae` another flow.
+        trainer: the one that will continue.
+    """
+    before = build_optimizer(config, vae)
+    before.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
+    cut()
+    after = _stepped(config, vae)
+    for parameter, state in after.state.items():
+        state.update(before.state.get(parameter) or {name: torch.zeros_like(value) for name, value in state.items()})
+    return {
+        **checkpoint,
+        "state_dict": {f"vae.{name}": value for name, value in vae.state_dict().items()},
+        "optimizer_states": [after.state_dict()],
+        "callbacks": {c.state_key: _forgetful(checkpoint["callbacks"][c.state_key], c) for c in trainer.callbacks},
+    }
 
 
 def differs(wanted: object, got: object, where: str) -> str | None:
@@ -115,17 +140,22 @@ def _problem(checkpoint: dict, model: nn.Module, config: RunConfig, trainer: Any
 
 def _structure(model: nn.Module, config: RunConfig, trainer: Any) -> dict:
     """The structure of this trainer's checkpoints after a step."""
-    model = copy.deepcopy(model)
-    optimizer = build_optimizer(config, model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
     return {
         "global_step": 0,
         "lr_schedulers": [],
         "loops": {f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict() for name in LOOPS},
-        "optimizer_states": [optimizer.state_dict()],
+        "optimizer_states": [_stepped(config, copy.deepcopy(model)).state_dict()],
     }
+
+
+def _stepped(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The model's optimizer after a step along gradients of zero, which moves nothing."""
+    optimizer = build_optimizer(config, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 def _with_known_settings(states: Any, wanted: dict) -> object:
@@ -145,6 +175,17 @@ def _with_known_settings(states: Any, wanted: dict) -> object:
 
 def _without_remark(state: object) -> object:
     return {key: value for key, value in state.items() if key != REMARK} if isinstance(state, dict) else state
+
+
+def _forgetful(state: dict, callback: Any) -> dict:
+    """A callback's state in which any finite score is the best so far."""
+    if isinstance(callback, callbacks.EarlyStopping):
+        return callback.state_dict()
+    if callback.monitor is None:
+        return state
+    worst = torch.tensor(torch.inf)
+    models = dict.fromkeys(state["best_k_models"], worst)  # not none: then a score that is NaN would be the best
+    return {**state, "best_model_score": worst, "kth_value": worst, "best_k_models": models}
 
 
 def _of_this_run(state: dict, callback: Any) -> dict:

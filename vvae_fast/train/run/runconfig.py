@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from vvae_fast.nn.sylvester.flows import KINDS
@@ -92,6 +92,7 @@ class RunConfig:
     flow: str = PLANAR  # of FLOWS; num_steps is K, or L layers of a Sylvester flow
     units: int = ALL_UNITS  # M of a Sylvester flow
     layer_norm: bool = False  # between the two layers of a head with a rank
+    full_epochs: int = 0  # in which a head with a rank is a full one yet; then it is cut
 
     @property
     def name(self) -> str:
@@ -100,10 +101,19 @@ class RunConfig:
         units = "" if self.units == ALL_UNITS else f"-M{self.units}"
         steps = length(self.flow, self.num_steps)
         model = self.model if self.model == VANILLA else f"{self.model}{flow}-{steps}{units}"
-        rank = "" if self.rank == FULL else f"-rank{self.rank}"
+        full = f"-full{self.full_epochs}" if self.full_epochs else ""
+        rank = "" if self.rank == FULL else f"-rank{self.rank}{full}"
         matched = "" if self.matched == UNMATCHED else f"-matched{self.matched}"
         normalise = ("-layer-norm" if self.layer_norm else "") + ("-normalised" if self.normalise else "")
         return f"{model}{rank}{normalise}{matched}-seed{self.seed}"
+
+    def uncut(self) -> RunConfig:
+        """The configuration of the VAE of the first `full_epochs` epochs."""
+        return replace(self, rank=FULL, full_epochs=0) if self.full_epochs else self
+
+    def is_cut(self, epochs_done: int) -> bool:
+        """Whether the head has its rank after so many epochs."""
+        return epochs_done > self.full_epochs or not self.full_epochs
 
     def to_json(self) -> dict:
         return {**asdict(self), "hidden": list(self.hidden)}

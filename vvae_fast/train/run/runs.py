@@ -46,8 +46,8 @@ from vvae_fast.train.run.folder import (
     locked,
 )
 from vvae_fast.train.run.module import CHECKPOINT_KEY, MONITOR, Report, VAEModule
-from vvae_fast.train.run.networks import build_vae, check_fits
-from vvae_fast.train.run.resuming import differs, for_lightning
+from vvae_fast.train.run.networks import build_vae, check_fits, cut_head
+from vvae_fast.train.run.resuming import after_cut, differs, for_lightning
 from vvae_fast.train.run.runconfig import COSINE, OWN_SETTINGS, SCORES, RunConfig, data_digest
 
 lightning = require("lightning.pytorch")
@@ -101,7 +101,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
     with telling_memory("training", "lower --batch-size, --hidden, --latent-dim or --steps"):
         training = fit(config, dataset, folder, report, compile_)
     history = training.history
-    ended = outcome.of_training(history, training.planned, training.stopped)
+    ended = outcome.of_training(history, training.planned, training.stopped, config.full_epochs)
     if outcome.best_epoch(history) is None:
         vae, best_epoch = build_vae(config, dataset), None
         scores: dict[str, Any] = dict.fromkeys(SCORES)
@@ -140,22 +140,52 @@ def fit(
 ) -> Training:
     """Trains from the folder's last checkpoint, or from the start, to the end; see `run` for its arguments.
 
-    A run that had fewer planned epochs continues to those of `config`, with the learning rates of `config`.
+    A run that had fewer planned epochs continues to those of `config`, with the learning rates of `config`. One whose
+    head is cut is trained in two parts, each as if it went on after an interruption.
     """
     last = load_last(folder)
     if last is not None and _is_finished(config, last[1]):
         return _training_of(last[1])
+    if not config.is_cut(1 + _epochs_done(last)):
+        training = _fit_until(config.full_epochs, config, dataset, folder, last, report, compile_)
+        if training.stopped:
+            return training
+        processes.wait_for_all()
+        last = load_last(folder)
+    return _fit_until(config.epochs, config, dataset, folder, last, report, compile_)
+
+
+def _epochs_done(last: tuple[Path, dict] | None) -> int:
+    return 0 if last is None else len(last[1][CHECKPOINT_KEY]["history"])
+
+
+def _fit_until(
+    epochs: int,
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    last: tuple[Path, dict] | None,
+    report: Report | None,
+    compile_: bool,
+) -> Training:
+    """Trains from `last`, what `load_last` gave, until so many epochs are done."""
     lightning.seed_everything(config.seed, verbose=False)
-    vae = build_vae(config, dataset)
+    done = _epochs_done(last)
+    vae = build_vae(config if config.is_cut(done) else config.uncut(), dataset)
     checkpoint_io, plans = AtomicCheckpointIO(), []
-    trainer = _make_trainer(config, folder, checkpoint_io, compile_)
+    trainer = _make_trainer(config, epochs, folder, checkpoint_io, compile_)
     if last is not None:
         path, checkpoint = last
+        stage = _resuming(config, checkpoint, path)
         _load_weights(vae, checkpoint, path)  # Lightning loads them again; here the message for a misfit is clear
-        checkpoint_io.resumed = for_lightning(checkpoint, path, vae, config, trainer)
+        resumed = for_lightning(checkpoint, path, vae, config, trainer)
+        if not config.is_cut(done) and config.is_cut(epochs):
+            resumed = after_cut(resumed, vae, lambda: cut_head(vae, config, dataset), config, trainer)
+            stage = f"its head is cut to rank {config.rank}{origin(path)}"
+        checkpoint_io.resumed = resumed
         plans = _earlier_plans(config, checkpoint)
         if report is not None:
-            report(_resuming(config, checkpoint, path), checkpoint[CHECKPOINT_KEY]["history"])
+            report(stage, checkpoint[CHECKPOINT_KEY]["history"])
     module = VAEModule(vae, config, report, plans, compile_)
     train, val, _ = make_loaders(dataset, config.batch_size, config.seed)
     interrupt = signal.getsignal(signal.SIGINT)
@@ -168,8 +198,8 @@ def fit(
         # Lightning turns Ctrl-C into an exit and ignores the signal from then on.
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from None
-    if not module.stopped and len(module.history) < config.epochs:
-        raise RunError(f"{folder}: training ended after {len(module.history)} of {config.epochs} epochs; use --fresh")
+    if not module.stopped and len(module.history) < epochs:
+        raise RunError(f"{folder}: training ended after {len(module.history)} of {epochs} epochs; use --fresh")
     return Training(module.history, module.stopped, config.epochs, plans)
 
 
@@ -213,9 +243,13 @@ def load_best(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[VAE, i
 def vae_of_checkpoint(
     checkpoint: dict, path: Path, config: RunConfig, dataset: Dataset, advice: str | None = None
 ) -> VAE:
-    """The VAE that the checkpoint read from `path` holds, in evaluation mode on the CPU."""
-    vae = build_vae(config, dataset)
+    """The VAE that the checkpoint read from `path` holds, in evaluation mode on the CPU, with the configuration's rank
+    also where the checkpoint's head is a full one yet."""
+    is_cut = config.is_cut(checkpoint["epoch"] + 1)
+    vae = build_vae(config if is_cut else config.uncut(), dataset)
     _load_weights(vae, checkpoint, path, advice)
+    if not is_cut:
+        cut_head(vae, config, dataset)
     return vae.eval()
 
 
@@ -264,13 +298,15 @@ def _is_finished(config: RunConfig, checkpoint: dict) -> bool:
     return len(ours["history"]) > 0 and (ours["stopped"] or len(ours["history"]) >= config.epochs)
 
 
-def _make_trainer(config: RunConfig, folder: Path, checkpoint_io: AtomicCheckpointIO, compile_: bool) -> Any:
+def _make_trainer(
+    config: RunConfig, epochs: int, folder: Path, checkpoint_io: AtomicCheckpointIO, compile_: bool
+) -> Any:
     callbacks = require("lightning.pytorch.callbacks")
-    # Without a patience it stops at the first validation -ELBO that is not finite.
-    patience = config.patience or config.epochs
+    # Without a patience it stops at the first validation -ELBO that is not finite; so it does before a head is cut.
+    patience = config.patience if config.patience and config.is_cut(epochs) else config.epochs
     stopping = callbacks.EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)
     return lightning.Trainer(
-        max_epochs=config.epochs,
+        max_epochs=epochs,
         accelerator="auto",
         devices=processes.local_count(),
         num_nodes=processes.count() // processes.local_count(),

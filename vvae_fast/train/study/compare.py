@@ -102,12 +102,13 @@ class Model:
 
     def config(self, base: RunConfig, seed: int, dataset: Dataset) -> RunConfig:
         """The configuration of this model's run with a seed; the other settings are those of `base`, but for the widths
-        of a matched model, and for what only some heads have: `normalise` amortized ones, `layer_norm` those with a
-        rank. Raises RunError as `networks.matched` does."""
+        of a matched model, and for what only some heads have: `normalise` amortized ones, `layer_norm` and
+        `full_epochs` those with a rank. Raises RunError as `networks.matched` does."""
         normalise = base.normalise and self.kind == AMORTIZED
-        layer_norm = base.layer_norm and self.rank != FULL
+        layer_norm, full_epochs = (base.layer_norm, base.full_epochs) if self.rank != FULL else (False, 0)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("flow", "num_steps", "units", "rank")}
-        config = replace(base, model=self.kind, seed=seed, normalise=normalise, layer_norm=layer_norm, **own)
+        own |= {"normalise": normalise, "layer_norm": layer_norm, "full_epochs": full_epochs}
+        config = replace(base, model=self.kind, seed=seed, **own)
         return config if self.matched == UNMATCHED else matched(config, self.matched, dataset)
 
 

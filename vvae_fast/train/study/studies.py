@@ -64,7 +64,9 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
     **dict.fromkeys(
         ("epochs", "batch_size", "latent_dim", "num_samples"), (lambda value: as_int(value, 1), "a positive int")
     ),
-    **dict.fromkeys(("warmup_epochs", "patience"), (lambda value: as_int(value, 0), "an int of at least 0")),
+    **dict.fromkeys(
+        ("warmup_epochs", "patience", "full_epochs"), (lambda value: as_int(value, 0), "an int of at least 0")
+    ),
     "data": (_text, "a name or a path"),
     "array": (_text, "the name of an archive's array"),
     "lr": (as_positive_float, "a positive number"),
@@ -76,7 +78,8 @@ SETTINGS: dict[str, tuple[Callable[[object], Any], str]] = {
         if name not in OWN_SETTINGS
     },
 }
-OPTIONAL = {"array", "likelihood", "normalise", "layer_norm"}  # left out, the data decide; the last two are false
+# Left out, the data decide; the others are false or 0.
+OPTIONAL = {"array", "likelihood", "normalise", "layer_norm", "full_epochs"}
 ALWAYS = {  # what else every file has
     "models": f"a list of flow lengths for each kind, such as {MODELS_EXAMPLE}",
     "seeds": "a list of ints from 0 to 2^32 - 1",
