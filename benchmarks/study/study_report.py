@@ -55,7 +55,13 @@ def timing(results: Results) -> str:
     unmeasured = "" if results.has_seconds(PLAIN) else f" Those with the {PLAIN} were not measured."
     machine = results.epochs["environment"]
     where = machine["gpu"] or f"CPU time of one thread of {machine['processor']}"
-    return f"Medians of {results.epochs['rounds']} alternating rounds in one process, {where}.{unmeasured}"
+    full = results.study.settings.get("full_epochs", 0)
+    cut = (
+        f" Those of a rank are of an epoch after the cut; the {full} before take as long as a full head's."
+        if full
+        else ""
+    )
+    return f"Medians of {results.epochs['rounds']} alternating rounds in one process, {where}.{unmeasured}{cut}"
 
 
 def _seconds(results: Results, model: Model, backend: str) -> str:

@@ -1,9 +1,11 @@
 """The sentences of docs/results.md. Every number and direction in them is computed from the results."""
 
+from dataclasses import replace
+
 from benchmarks.flow.loops import PLAIN
 from benchmarks.study import study_gaps
 from benchmarks.study.study_results import OURS, VANILLA_MODEL, Results
-from vvae_fast.train.run.runconfig import AMORTIZED, UNMATCHED
+from vvae_fast.train.run.runconfig import AMORTIZED, FULL, UNMATCHED
 from vvae_fast.train.study.compare import Model
 from vvae_fast.train.study.spread import CLEAR, Spread
 
@@ -44,6 +46,7 @@ def _of_others(studies: list[Results]) -> str:
 def findings(results: Results) -> str:
     """What helps, by how much, and what does not, compared with the vanilla VAE, seed by seed."""
     parts = [_family_sentence(results, family) for family in results.families]
+    parts.append(_against_full_heads(results))
     parts += study_gaps.findings(results) or [_where_the_gain_is(results)]
     parts += [_matched(results, model) for model in results.runs if model.matched != UNMATCHED]
     parts.append(_cost(results))
@@ -56,6 +59,18 @@ def _family_sentence(results: Results, family: str) -> str:
     listed = "; ".join(f"{model.length}: {nll.text(sign=True)}" for model, nll in nlls.items())
     said = verdict(list(nlls.values()))
     return f"**{family[0].upper() + family[1:]} flows {said}.** NLL less the vanilla VAE's, in nats: {listed}."
+
+
+def _against_full_heads(results: Results) -> str:
+    """What a head's rank costs, seed by seed."""
+    differences = []
+    for family in results.families:
+        for model in results.flows(family):
+            full = replace(model, rank=FULL)
+            if model != full and full in results.runs:
+                nll = results.difference(model, "nll", full).text(sign=True)
+                differences.append(f"{model.series} {model.length}: {nll}")
+    return f"NLL less that of full heads, in nats: {'; '.join(differences)}." if differences else ""
 
 
 def verdict(differences: list[Spread]) -> str:

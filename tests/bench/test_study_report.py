@@ -92,6 +92,9 @@ def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
     text = study_text.findings(with_ranks)
     assert study_text.findings(results).splitlines()[0] in text
     assert "**Amortized rank-32 flows help at every length.**" in text
+    less = "; ".join(f"amortized rank-{rank} K = {k}: +0.00 ± 0.00" for rank in (8, 32) for k in (16, 80))
+    assert f"- NLL less that of full heads, in nats: {less}." in text
+    assert "of full heads" not in study_text.findings(results)
     paths = study_figures.write_all(with_ranks, tmp_path)
     assert [path.name for path in paths] == ["mnist_mlp_cpu.svg", "mnist_mlp_cpu_ranks.svg"]
     for path, word in zip(paths, ("steps of the flow", "seconds of an epoch"), strict=True):
@@ -235,3 +238,11 @@ def test_figures_have_no_ids_that_depend_on_the_processor():
         assert not re.search(
             r'id="[a-z][0-9a-f]{10}"', (study_results.FOLDER / f"{results.study.name}.svg").read_text()
         )
+
+
+def test_seconds_of_heads_that_are_cut():
+    (results,) = (found for found in STUDIES if found.study.name == "mnist_mlp_cpu")
+    study = dataclasses.replace(results.study, settings={**results.study.settings, "full_epochs": 7})
+    text = study_report.timing(dataclasses.replace(results, study=study))
+    assert text.endswith("Those of a rank are of an epoch after the cut; the 7 before take as long as a full head's.")
+    assert "cut" not in study_report.timing(results)
