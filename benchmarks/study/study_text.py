@@ -70,7 +70,7 @@ def _against_full_heads(results: Results) -> str:
             if model != full and full in results.runs:
                 nll = results.difference(model, "nll", full).text(sign=True)
                 differences.append(f"{model.series} {model.length}: {nll}")
-    return f"NLL less that of full heads, in nats: {'; '.join(differences)}." if differences else ""
+    return f"NLL minus that of full heads, in nats: {'; '.join(differences)}." if differences else ""
 
 
 def verdict(differences: list[Spread]) -> str:

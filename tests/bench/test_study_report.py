@@ -93,7 +93,7 @@ def test_heads_with_a_rank_are_a_family_of_their_own(tmp_path):
     assert study_text.findings(results).splitlines()[0] in text
     assert "**Amortized rank-32 flows help at every length.**" in text
     less = "; ".join(f"amortized rank-{rank} K = {k}: +0.00 ± 0.00" for rank in (8, 32) for k in (16, 80))
-    assert f"- NLL less that of full heads, in nats: {less}." in text
+    assert f"- NLL minus that of full heads, in nats: {less}." in text
     assert "of full heads" not in study_text.findings(results)
     paths = study_figures.write_all(with_ranks, tmp_path)
     assert [path.name for path in paths] == ["mnist_mlp_cpu.svg", "mnist_mlp_cpu_ranks.svg"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_runs import make_config, without_times
 
+from vvae_fast import AmortizedPlanarFlow
 from vvae_fast.train.base import outcome
 from vvae_fast.train.base.files import RunError
 from vvae_fast.train.cli import main
@@ -49,7 +50,7 @@ def test_the_first_epochs_are_those_of_a_full_head(dataset, tmp_path, optimizer)
     history, whole = (without_times(r)["history"] for r in (result, full))
     assert history[:2] == whole[:2]
     assert history[2] != whole[2]
-    assert stages.count(STAGE) == 1
+    assert [stage for stage in stages if stage.startswith(STAGE)] == [f"{STAGE}, resuming after epoch 2"]
     assert config.name == "amortized-K2-rank2-full2-seed3"
     assert result["num_parameters"] < full["num_parameters"]
     assert (result["rank"], result["status"], len(history)) == (2, "finished", 4)
@@ -83,13 +84,14 @@ def test_the_optimizer_keeps_what_it_knows_of_the_rest(dataset, tmp_path, monkey
         f"flow.head.{name}" for name in ("down.weight", "up.weight", "up.bias")
     ]
     assert all(torch.equal(before[name], after[name]) for name in alike)
-    of_head = {tuple(x.shape) for name, x in after.items() if name not in alike}
-    new = [state for state in states_after if not any(x.any() for x in state.values())]
-    assert {tuple(state["exp_avg"].shape) for state in new} == of_head
-    old = [state for state in states_after if any(x.any() for x in state.values())]
-    assert len(old) == len(alike)
-    for state in old:
-        assert any(all(torch.equal(state[key], other[key]) for key in state) for other in states_before)
+    named = [
+        dict(zip(names, states, strict=True)) for names, states in ((before, states_before), (after, states_after))
+    ]
+    for name in after:
+        state = named[1][name]
+        if name in alike:
+            assert all(torch.equal(x, named[0][name][key]) for key, x in state.items()), name
+        assert all(bool(x.any()) is (name in alike) for x in state.values()), name
 
 
 def test_a_run_that_is_interrupted_at_the_cut_goes_on(dataset, tmp_path, monkeypatch):
@@ -105,7 +107,7 @@ def test_a_run_that_is_interrupted_at_the_cut_goes_on(dataset, tmp_path, monkeyp
     vae = runs.vae_of_checkpoint(load_checkpoint(last), last, config, dataset)
     assert vae.flow.rank == 2
     result, stages = train(config, dataset, tmp_path / "cut")
-    assert STAGE in stages
+    assert any(stage.startswith(STAGE) for stage in stages)
     assert without_times(result) == without_times(whole)
 
 
@@ -126,7 +128,7 @@ def test_more_epochs_and_more_samples(dataset, tmp_path):
     train(config, dataset, tmp_path / "cut")
     longer = dataclasses.replace(config, epochs=6)
     result, stages = train(longer, dataset, tmp_path / "cut")
-    assert STAGE not in stages
+    assert not any(stage.startswith(STAGE) for stage in stages)
     whole, _ = train(longer, dataset, tmp_path / "whole")
     assert without_times(result)["history"] == without_times(whole)["history"]
     more, stages = train(dataclasses.replace(longer, num_samples=40), dataset, tmp_path / "cut")
@@ -174,7 +176,6 @@ def test_outcomes_count_from_an_epoch():
     history = [{"epoch": n, "val_neg_elbo": value} for n, value in enumerate([1.0, 5.0, 4.0, 6.0])]
     assert outcome.of_training(history, 9, True)["reason"].endswith("since epoch 1")
     assert outcome.of_training(history, 9, True, 1)["reason"].endswith("since epoch 3")
-    assert outcome.of_training(history, 9, True, 4)["reason"].endswith("since epoch 1"), "it has not come so far"
 
 
 @pytest.mark.parametrize("flow", ["planar", "sylvester-orthogonal", "householder"])
@@ -186,19 +187,32 @@ def test_other_families_and_normalised_features(dataset, tmp_path, flow):
     assert (vae.flow.rank, vae.flow.normalise) == (2, True)
 
 
-def test_the_cut_is_near(dataset, tmp_path):
-    """A rank of all features loses nothing."""
+def test_the_rows_by_which_it_is_cut(dataset, monkeypatch):
+    """Those that the first epoch begins with, and samples of their posteriors; a rank of all features loses nothing."""
     config = config_of(dataset, rank=7, epochs=3)
-    train(config, dataset, tmp_path)
+    torch.manual_seed(0)
     vae = networks.build_vae(config.uncut(), dataset)
-    x, noise = dataset.test[:20].float().flatten(1), torch.randn(20, 3)
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        before = vae(x, noise=noise).neg_elbo
-        networks.cut_head(vae, config, dataset)
-        torch.testing.assert_close(vae(x, noise=noise).neg_elbo, before, rtol=1e-4, atol=1e-3)
-    assert vae.flow.rank == 7
+    rows = torch.cat(list(networks.make_loaders(dataset, config.batch_size, config.seed)[0]))[:60]
+    noise, posterior, taken = torch.randn(60, 3), vae.encode(rows), []
+    before = vae(rows, noise=noise).neg_elbo.detach()
+    with_rank = AmortizedPlanarFlow.with_rank
+    monkeypatch.setattr(
+        AmortizedPlanarFlow,
+        "with_rank",
+        lambda self, *arguments: taken.append(arguments) or with_rank(self, *arguments),
+    )
+    monkeypatch.setattr(networks, "CUT_ROWS", 60)
+    networks.cut_head(vae, config, dataset)
+    ((rank, z, features),) = taken
+    assert (rank, vae.flow.rank) == (7, 7)
+    assert torch.equal(features, posterior.features)
+    drawn = (z - posterior.mean) / (0.5 * posterior.log_var).exp()
+    assert 0.8 < drawn.std() < 1.2
+    assert drawn.std(0).min() > 0.5
+    torch.testing.assert_close(vae(rows, noise=noise).neg_elbo, before, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +221,7 @@ def test_the_cut_is_near(dataset, tmp_path):
         ({"full_epochs": 4}, "its head is to be cut after 4 epochs, and it has 4; give fewer full epochs"),
         ({"layer_norm": True}, "a head that is cut has no layer norm; leave it or the full epochs out"),
         ({"rank": 9}, "the rank must be at most"),
+        ({"rank": 0}, "full epochs are of a head with a rank, and it has none; leave them out"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(dataset, tmp_path, changes, message):
@@ -256,7 +271,8 @@ def failure(capsys, command):
     return capsys.readouterr().err
 
 
-def test_two_processes_cut_the_same_head(tmp_path):
+@pytest.mark.long
+def test_two_processes_train_what_one_does(tmp_path):
     np.save(tmp_path / "bits.npy", np.random.default_rng(0).integers(0, 2, (100, 16)))
     command = [*OPTIONS.split(), "--full-epochs", "1", "--data", str(tmp_path / "bits.npy"), "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0

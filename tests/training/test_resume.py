@@ -34,7 +34,7 @@ MODELS = {
     "adam": "--model amortized --steps 3",
     "cut": "--model amortized --steps 3 --rank 2 --full-epochs 3",
     "cut before": "--model amortized --steps 3 --rank 2 --full-epochs 2 --optimizer adamax",
-    "full yet": "--model amortized --steps 3 --rank 2 --full-epochs 4",
+    "still full": "--model amortized --steps 3 --rank 2 --full-epochs 4",
     "adamax": "--model shared --steps 5 --network gated-mlp --optimizer adamax --schedule constant --patience 2",
 }
 
@@ -46,7 +46,7 @@ def without_times(content: object) -> object:
 
 
 @pytest.mark.parametrize(
-    "model", ["adamax", "cut", *(pytest.param(m, marks=pytest.mark.long) for m in ("adam", "cut before", "full yet"))]
+    "model", ["adamax", "cut", *(pytest.param(m, marks=pytest.mark.long) for m in ("adam", "cut before", "still full"))]
 )
 def test_sigkill_within_an_epoch(tmp_path, model):
     np.save(tmp_path / "grey.npy", np.random.default_rng(0).random((100, 16)))  # dynamic: bits are drawn anew

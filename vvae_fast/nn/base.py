@@ -19,13 +19,13 @@ from vvae_fast.spec import DEFAULT
 # The a of docs/math.md (56): on digits 0.02 and 0.03 did alike, and 0.05 worse. A few numbers have a larger one, since
 # Adam moves the flow by the sum of the features' sizes.
 _KNEE, _KNEE_SUM = 0.03, 3.0
-# The sum of the deviations of what a head's second layer reads after a layer norm: on MNIST rank 32 learned less with
-# 16, 40 and 96, and rank 128 with 128.
+# The sum of the deviations of what a head's second layer reads after a layer norm, and of its sizes after a cut: on
+# MNIST rank 32 with a layer norm learned less with 16, 40 and 96, and rank 128 with 128.
 _NORM_SUM = 32.0
 _LEAST_SIZE = 1e-12  # of r / a: at 0 the factor is 1
 # Of the mean over the head's outputs, docs/math.md (69): so much every output counts, also where nothing moves with it.
 _LEAST_SHARE = 1e-3
-_CUT_ROWS = 1024  # whose parameters' derivatives are in memory at once
+_CHUNK = 1024  # rows whose parameters' derivatives are in memory at once
 _Amortized = TypeVar("_Amortized", bound="AmortizedFlow")
 # The most numbers that a layer reads which a flow computes itself. The backward computes its product a second time:
 # of more, that takes longer than what it saves (benchmarks/calls/headed_width.py).
@@ -154,15 +154,18 @@ class RankNorm(nn.Module):
         return nn.functional.layer_norm(x, (rank,), x.new_full((rank,), _NORM_SUM / rank))
 
 
+def _computes_more(module: nn.Module) -> bool:
+    """Whether a call of the module gives something else than its class's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def _is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is its forward and nothing else."""
+    """Whether a call of the module is its class's forward and nothing else."""
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
+        _computes_more(module)
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
         or _has_any_global_hook()
     )
 
@@ -182,6 +185,10 @@ class AmortizedFlow(Flow):
     _OUTPUTS = ""  # their number as a formula, for messages
 
     def _num_outputs(self) -> int:
+        raise NotImplementedError
+
+    def _flow_with(self, z: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """z_K and log_det for z [*batch, D] with the head's output packed [*params, outputs]."""
         raise NotImplementedError
 
     def _make_head(self, context_dim: int, rank: int | None, normalise: bool, layer_norm: bool) -> None:
@@ -248,14 +255,14 @@ class AmortizedFlow(Flow):
     @torch.no_grad()
     def with_rank(self: _Amortized, rank: int, z: Tensor, context: Tensor) -> _Amortized:
         """A copy of this flow with a head of this rank: of all of them, the one that moves points like z [N, D] with
-        contexts like context [N, F] most nearly as this flow does, docs/math.md (68), (69).
+        contexts like context [N, F] most nearly as this flow does, to first order, docs/math.md (68), (69).
 
-        For a flow that has been trained: after that its head can do with a smaller rank than training can. In a VAE z
-        are samples of q_0(z_0 | x) and context the features of the same x, some thousands of rows. The copy has
-        parameters of its own, which an optimizer has to be told of. Every call with the same arguments gives the same.
+        For a trained flow: its head needs a smaller rank than one in training. In a VAE z are samples of q_0(z_0 | x)
+        and context the features of the same x, some thousands of rows. The copy has parameters of its own, which an
+        optimizer has to be told of. Every call with the same arguments gives the same.
 
         Raises TypeError or ValueError if rank is no size, or too large or not below the flow's own; if z or context is
-        not as above, empty, or not finite; or if the head is not this flow's own kind, or has a layer norm.
+        not as above, empty, or not finite; or if the head has a layer norm or hooks, or is not this flow's own.
         """
         outputs = self._num_outputs()
         rank = self._check_rank(rank, outputs)
@@ -266,53 +273,51 @@ class AmortizedFlow(Flow):
         if context.ndim != 2 or z.ndim != 2 or len(z) == 0:
             got = f"{tuple(z.shape)} and {tuple(context.shape)}"
             raise ValueError(f"z and context must be [N, D] and [N, F] with N of at least 1, got {got}")
-        first, weight = self._product()
+        first, last = self._own_layers()
         z, context = z.detach().clone(), context.detach().clone()  # no graph, and none made in inference mode
-        x, counts = first.inputs(context).to("cpu", torch.float64), self._movement(z, context)
-        scales = (counts + _LEAST_SHARE * counts.mean()).sqrt()
-        if not (x.isfinite().all() and weight.isfinite().all() and scales.isfinite().all() and scales.all()):
-            raise ValueError("z, context and the flow's own parameters must be finite, and at them the flow too")
-        last = self._last()
-        factors = nearest_of_rank(weight, last.bias.to(weight), x, rank, scales, _NORM_SUM / rank)
+        weight, bias, x = (t.to("cpu", torch.float64) for t in (last.weight, last.bias, first.inputs(context)))
+        if first is not last:
+            weight = weight @ first.weight.to(weight)
+        counts = self._movement(z, (x @ weight.t() + bias).to(context))
+        scales = (counts + _LEAST_SHARE * counts.mean()).sqrt() if counts.any() else torch.ones_like(counts)
+        for name, t in {"context": x, "the flow's head": weight, "what the flow makes of z": scales}.items():
+            if not t.isfinite().all():
+                raise ValueError(f"{name} must be finite, got infinities or NaN: leave such rows out, or train anew")
+        factors = nearest_of_rank(weight, bias, x, rank, scales, _NORM_SUM / rank)
         flow = copy.deepcopy(self)
         flow._make_head(self.context_dim, rank, self.normalise, False)
-        new = flow.head.to(last.weight.device, last.weight.dtype).requires_grad_(last.weight.requires_grad)
-        for parameter, values in zip((new.down.weight, new.up.weight, new.up.bias), factors, strict=True):
-            parameter.copy_(values)
-        return flow.train(self.training)
+        new = flow.head.to(last.weight.device, last.weight.dtype).train(last.training)
+        sources = (first.weight, last.weight, last.bias)
+        for parameter, values, source in zip(new.parameters(), factors, sources, strict=True):
+            parameter.copy_(values).requires_grad_(source.requires_grad)
+            if not parameter.isfinite().all():
+                raise ValueError(f"context must be larger for a head in {parameter.dtype}: scale it, or cut in float32")
+        return flow
 
-    def _product(self) -> tuple[Head, Tensor]:
-        """The layer that takes the context, and the weight [outputs, F] of the whole head, in float64 on the CPU."""
-        head, own = self.head, self.rank is not None and type(self.head) is nn.Sequential
-        layers = list(head) if own else [head]
-        if not all(type(layer) is Head for layer in layers):
-            wants = "leave layer_norm out" if self.layer_norm else "cut the flow before its head is replaced"
-            raise TypeError(f"head must be one linear layer, or two, got {type(head).__name__}: {wants}")
-        first, *more = (layer.weight.to("cpu", torch.float64) for layer in layers)
-        return layers[0], more[0] @ first if more else first
+    def _own_layers(self) -> tuple[Head, Head]:
+        """The first and the last linear layer of the head, which may be one, if it is this flow's and nothing else."""
+        layers = [self.head] if self.rank is None else list(getattr(self.head, "_modules", {}).values())
+        biases = [True] if self.rank is None else [False, True]
+        kinds = [(type(layer), getattr(layer, "bias", None) is not None) for layer in layers]
+        if kinds != [(Head, bias) for bias in biases] or any(map(_computes_more, (self.head, *layers))):
+            wants = "leave layer_norm out" if self.layer_norm else "cut the flow before its head is changed"
+            raise TypeError(f"head must be this flow's own, of one or two linear layers, without hooks: {wants}")
+        return layers[0], layers[-1]
 
-    def _movement(self, z: Tensor, context: Tensor) -> Tensor:
-        """How far z_K and log_det move with each output of the head: the mean over the rows of their squared
-        derivatives, docs/math.md (69), by one random direction a row, [outputs] in float64 on the CPU."""
-        generator, taken = torch.Generator(z.device).manual_seed(0), []
-
-        def take(head: nn.Module, given: object, packed: Tensor) -> Tensor:
-            taken.append(packed.detach().requires_grad_())
-            return taken[-1]
-
-        total = torch.zeros(self._num_outputs(), dtype=torch.float64)
-        handle = self.head.register_forward_hook(take)
-        try:
-            for rows in range(0, len(z), _CUT_ROWS):
-                part = slice(rows, rows + _CUT_ROWS)
-                with torch.enable_grad():
-                    z_K, log_det = self(z[part], context[part])
-                    direction = torch.randn(z_K.shape, generator=generator, device=z.device)
-                    moved = (direction * z_K).sum() + log_det.sum()
-                (grad,) = torch.autograd.grad(moved, taken.pop())
-                total += grad.to("cpu", torch.float64).square().sum(0)
-        finally:
-            handle.remove()
+    def _movement(self, z: Tensor, packed: Tensor) -> Tensor:
+        """How far z_K and log_det of z [N, D] move with each of the head's outputs packed [N, outputs]: the mean over
+        the rows of their squared derivatives, docs/math.md (69), by one random direction a row, [outputs] in float64 on
+        the CPU."""
+        generator = torch.Generator(z.device).manual_seed(0)
+        total = torch.zeros(packed.shape[1], dtype=torch.float64)
+        for start in range(0, len(z), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            with torch.enable_grad():
+                params = packed[part].requires_grad_()
+                z_K, log_det = self._flow_with(z[part], params)
+                direction = torch.randn(z_K.shape, generator=generator, device=z.device)
+                (grad,) = torch.autograd.grad((direction * z_K).sum() + log_det.sum(), params)
+            total += grad.to("cpu", torch.float64).square().sum(0)
         return total / len(z)
 
     def _packed(self, context: Tensor, *z: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from vvae_fast.backends import needs_plain_torch
 # Multiply-adds. With fewer oneDNN loses: in a training step even its smallest product takes 0.1 ms, which a loop of
 # such products does not show (benchmarks/calls/head_products.py).
 _LEAST_WORK = 1 << 24
-# Of the inputs' mean square, docs/math.md (68): so much the inputs are taken to vary in every direction.
+# Of the inputs' mean variance, docs/math.md (68): so much they are taken to vary in every direction.
 _RIDGE = 1e-4
 
 
@@ -107,12 +107,14 @@ class Factors(NamedTuple):
 def nearest_of_rank(weight: Tensor, bias: Tensor, x: Tensor, rank: int, scales: Tensor, size: float) -> Factors:
     """The layer of this rank nearest to weight [M, F], bias [M] for inputs like x [N, F], docs/math.md (68), where an
     error of output m counts scales[m] times. What `up` reads has the root mean square `size`. All in float64."""
-    mean, mean_square = x.mean(0), x.square().mean()
-    ridge = _RIDGE * (mean_square if mean_square > 0 else 1.0)
-    covariance = (x - mean).t() @ (x - mean) / len(x) + ridge * torch.eye(len(mean), dtype=x.dtype)
-    root = torch.linalg.cholesky(covariance)  # [F, F]
+    mean = x.mean(0)
+    covariance = (x - mean).t() @ (x - mean) / len(x)  # [F, F]
+    variance = covariance.diagonal().mean()
+    ridge = _RIDGE * (variance if variance > 0 else 1.0)
+    root = torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean), dtype=x.dtype))
     left, values, right = torch.linalg.svd(scales[:, None] * (weight @ root), full_matrices=False)
     down = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)  # of x, numbers of variance 1
     up = left[:, :rank] * values[:rank] / scales[:, None]
-    larger = size / (x @ down.t()).square().mean().clamp_min(_RIDGE).sqrt()
+    read = (x @ down.t()).square().mean().sqrt()
+    larger = size / read if read > 0 else 1.0
     return Factors(larger * down, up / larger, bias + (weight - up @ down) @ mean)

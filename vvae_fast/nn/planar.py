@@ -218,10 +218,13 @@ class AmortizedPlanarFlow(_Planar, AmortizedFlow):
             headed = self._headed(context) if z.is_cpu else None
             if headed is not None:
                 return headed_planar_flow(z, *headed, **self._options())
-            packed = _fitting(z, self._head_output(context))[0]
+            packed = self._head_output(context)
         else:
-            packed = self._packed_for(z, context)
-        return packed_planar_flow(z, packed, self.num_steps, self.dim, **self._options())
+            packed = self._packed(context, z)
+        return self._flow_with(z, packed)
+
+    def _flow_with(self, z: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        return packed_planar_flow(z, _fitting(z, packed)[0], self.num_steps, self.dim, **self._options())
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""

@@ -76,7 +76,7 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     rank = "of an amortized flow's head: a small one trains faster (default: a full head)"
     parser.add_argument("--rank", type=positive, metavar="R", help=rank)
     parser.add_argument("--layer-norm", action="store_true", help="between the two layers of a head with a rank")
-    full = "epochs in which a head with a rank is a full one yet; then it is cut"
+    full = "epochs in which a head with a rank is still full; then it is cut"
     parser.add_argument("--full-epochs", type=natural, default=0, metavar="N", help=full)
 
 

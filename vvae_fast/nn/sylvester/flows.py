@@ -281,9 +281,12 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
         return self._public(self._raw(context))
 
     def _raw(self, context: Tensor, *z: Tensor) -> _Raw:
+        return self._raw_of(self._packed(context, *z))
+
+    def _raw_of(self, packed: Tensor) -> _Raw:
         """Views of the head's output."""
         layers, units = self.num_layers, self.num_units
-        v, mixed, y, b = self._packed(context, *z).split_with_sizes(self._lengths(), -1)
+        v, mixed, y, b = packed.split_with_sizes(self._lengths(), -1)
         return _Raw(
             v.unflatten(-1, (layers, self.num_reflections, self.dim)) if self.num_reflections else None,
             mixed.unflatten(-1, (layers, units, units)),
@@ -294,12 +297,15 @@ class AmortizedSylvesterFlow(_Sylvester, AmortizedFlow):
     def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
         return tuple(t for t in self._raw(features) if t is not None)
 
+    def _flow_with(self, z: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apply_to(z, self._made_of(self._raw_of(packed)))
+
     def _params_for(self, z: Tensor, context: Tensor) -> _Packed:
         return self._made_of(self._raw(context, z))
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_L [*batch, D], log_det [*batch] in nats) for z [*batch, D] and context [*params, F]."""
-        return self._apply_to(z, self._params_for(z, context))
+        return self._flow_with(z, self._packed(context, z))
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch] of the inverse map in nats) for z [*batch, D], context [*params, F]."""

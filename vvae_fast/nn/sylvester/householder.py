@@ -146,7 +146,13 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
         return self._raw(context)
 
     def _raw(self, context: Tensor, *z: Tensor) -> Tensor:
-        return self._packed(context, *z).unflatten(-1, (self.num_reflections, self.dim))
+        return self._raw_of(self._packed(context, *z))
+
+    def _raw_of(self, packed: Tensor) -> Tensor:
+        return packed.unflatten(-1, (self.num_reflections, self.dim))
+
+    def _flow_with(self, z: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apply_to(z, self._raw_of(packed))
 
     def _own(self, rows: int, features: Any) -> tuple[Tensor, ...]:
         return (self.params(features),)
@@ -156,7 +162,7 @@ class AmortizedHouseholderFlow(_Householder, AmortizedFlow):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_K [*batch, D], log_det [*batch], zeros) for z [*batch, D] and context [*params, F]."""
-        return self._apply_to(z, self._params_for(z, context))
+        return self._flow_with(z, self._packed(context, z))
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(z_0 [*batch, D], log_det [*batch], zeros) for z [*batch, D] and context [*params, F]."""

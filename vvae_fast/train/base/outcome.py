@@ -16,7 +16,7 @@ def of_training(history: Sequence[dict], planned: int, stopped: bool, counted_fr
     The training diverged if the last validation -ELBO is not finite. Otherwise only early stopping ends it early, which
     counts from the epoch `counted_from`.
     """
-    last, best = history[-1]["val_neg_elbo"], best_epoch(history[counted_from:] or history)
+    last, best = history[-1]["val_neg_elbo"], best_epoch(history[counted_from:])
     if best is None or not math.isfinite(last):
         return _outcome(DIVERGED, history, planned, f"the validation -ELBO is {last}")
     if stopped:

@@ -101,6 +101,8 @@ def check_fits(config: RunConfig, dataset: Dataset) -> None:
         )
     if config.layer_norm and config.rank == 1:
         raise RunError(f"{config.name}: a layer norm wants a rank of at least 2, got 1; leave the layer norm out")
+    if config.full_epochs and config.rank == FULL:
+        raise RunError(f"{config.name}: full epochs are of a head with a rank, and it has none; leave them out")
     if config.full_epochs >= config.epochs:
         raise RunError(
             f"{config.name}: its head is to be cut after {config.full_epochs} epochs, and it has {config.epochs}; give "
@@ -141,8 +143,8 @@ def _build_flow(config: RunConfig, feature_dim: int) -> nn.Module | None:
 
 
 def cut_head(vae: VAE, config: RunConfig, dataset: Dataset) -> None:
-    """Cuts the full head of the VAE's flow to the configuration's rank, for the first CUT_ROWS rows of the training
-    set, in the order and with the bits of its first epoch. The other parameters stay as they are. All on the CPU.
+    """Cuts the full head of the VAE's flow to the configuration's rank, for the CUT_ROWS rows of the training set that
+    its first epoch begins with. The other parameters stay as they are. All on the CPU.
 
     Raises RunError if something is not finite.
     """
@@ -150,7 +152,8 @@ def cut_head(vae: VAE, config: RunConfig, dataset: Dataset) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         encoded = [vae.encode(x) for x in islice(loader, -(-CUT_ROWS // config.batch_size))]
-        mean, log_var, features = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [N, D], [N, D], [N, F]
+        parts = [torch.cat(part)[:CUT_ROWS] for part in zip(*encoded, strict=True)]
+        mean, log_var, features = parts  # [N, D], [N, D], [N, F]
         z_0 = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator)
         try:
             vae.flow = cast(AmortizedFlow, vae.flow).with_rank(config.rank, z_0, features)

@@ -92,7 +92,7 @@ class RunConfig:
     flow: str = PLANAR  # of FLOWS; num_steps is K, or L layers of a Sylvester flow
     units: int = ALL_UNITS  # M of a Sylvester flow
     layer_norm: bool = False  # between the two layers of a head with a rank
-    full_epochs: int = 0  # in which a head with a rank is a full one yet; then it is cut
+    full_epochs: int = 0  # in which a head with a rank is still full; then it is cut
 
     @property
     def name(self) -> str:

@@ -67,9 +67,9 @@ def run(
 
     Returns:
         the result: OWN_SETTINGS; the scores of `evaluate`; num_parameters;
-        seconds_per_epoch (the median time of a training epoch); how it ended (see `outcome`); best_epoch, num_samples,
-        earlier_plans and history (see VAEModule); and dataset (see data.describe). The scores of a run that diverged
-        are those of its best epoch; if it has none, they and best_epoch are None.
+        seconds_per_epoch (the median time of a training epoch, after the head's cut if there is one); how it ended (see
+        `outcome`); best_epoch, num_samples, earlier_plans and history (see VAEModule); and dataset (see data.describe).
+        The scores of a run that diverged are those of its best epoch; if it has none, they and best_epoch are None.
 
     Raises:
         RunError: if the network does not fit the data, the rank is too large, the folder holds another run, another
@@ -116,7 +116,7 @@ def _fit_and_evaluate(config: RunConfig, dataset: Dataset, folder: Path, report:
         **{name: getattr(config, name) for name in OWN_SETTINGS},
         **{name: value if value is not None and math.isfinite(value) else None for name, value in scores.items()},
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),
-        "seconds_per_epoch": statistics.median(record["seconds"] for record in history),
+        "seconds_per_epoch": statistics.median(r["seconds"] for r in history[config.full_epochs :] or history),
         **ended,
         "best_epoch": best_epoch,
         "num_samples": config.num_samples,
@@ -146,7 +146,7 @@ def fit(
     last = load_last(folder)
     if last is not None and _is_finished(config, last[1]):
         return _training_of(last[1])
-    if not config.is_cut(1 + _epochs_done(last)):
+    while not config.is_cut(1 + _epochs_done(last)):
         training = _fit_until(config.full_epochs, config, dataset, folder, last, report, compile_)
         if training.stopped:
             return training
@@ -181,7 +181,7 @@ def _fit_until(
         resumed = for_lightning(checkpoint, path, vae, config, trainer)
         if not config.is_cut(done) and config.is_cut(epochs):
             resumed = after_cut(resumed, vae, lambda: cut_head(vae, config, dataset), config, trainer)
-            stage = f"its head is cut to rank {config.rank}{origin(path)}"
+            stage = f"its head is cut to rank {config.rank}, {stage}"
         checkpoint_io.resumed = resumed
         plans = _earlier_plans(config, checkpoint)
         if report is not None:
@@ -244,7 +244,7 @@ def vae_of_checkpoint(
     checkpoint: dict, path: Path, config: RunConfig, dataset: Dataset, advice: str | None = None
 ) -> VAE:
     """The VAE that the checkpoint read from `path` holds, in evaluation mode on the CPU, with the configuration's rank
-    also where the checkpoint's head is a full one yet."""
+    also where the checkpoint's head is still full."""
     is_cut = config.is_cut(checkpoint["epoch"] + 1)
     vae = build_vae(config if is_cut else config.uncut(), dataset)
     _load_weights(vae, checkpoint, path, advice)
