@@ -111,12 +111,14 @@ def test_a_run_that_is_interrupted_at_the_cut_goes_on(dataset, tmp_path, monkeyp
     assert without_times(result) == without_times(whole)
 
 
-def test_a_damaged_checkpoint_after_the_cut(dataset, tmp_path):
-    """The one before it has the full head yet, and the run goes on from that."""
-    config = config_of(dataset)
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_a_damaged_checkpoint_after_the_cut(dataset, tmp_path, epochs):
+    """The run goes on from the one before it, whose head is still full where the damaged one is the first cut."""
+    config = config_of(dataset, epochs=epochs)
     whole, _ = train(config, dataset, tmp_path)
     checkpoint = load_checkpoint(tmp_path / PREVIOUS)
-    assert len(checkpoint["vvae_fast"]["history"]) == 3
+    assert len(checkpoint["vvae_fast"]["history"]) == epochs - 1
+    assert ("vae.flow.head.weight" in checkpoint["state_dict"]) is (epochs == 3)
     (tmp_path / "result.json").unlink()
     (tmp_path / LAST).write_bytes(b"")
     result, _ = train(config, dataset, tmp_path)

@@ -264,8 +264,7 @@ class AmortizedFlow(Flow):
         Raises TypeError or ValueError if rank is no size, or too large or not below the flow's own; if z or context is
         not as above, empty, or not finite; or if the head has a layer norm or hooks, or is not this flow's own.
         """
-        outputs = self._num_outputs()
-        rank = self._check_rank(rank, outputs)
+        rank = self._check_rank(rank, self._num_outputs())
         if self.rank is not None and rank >= self.rank:
             raise ValueError(f"rank must be below the flow's own, {self.rank}, got {rank}: a larger one adds nothing")
         self._check_context(context)
